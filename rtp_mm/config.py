@@ -1,0 +1,106 @@
+"""Every option of the server and the library: an environment variable (`START_PORT`) and a flag (`--start_port`).
+
+Where RTP-LLM has the variable, name and meaning are RTP-LLM's. Imports no torch: preprocess workers read this file.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
+
+from rtp_mm.errors import StartError
+
+Port = Annotated[int, Field(ge=1, le=65534)]  # gRPC listens on the next one
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+
+
+def _digit(value: Any) -> Any:
+    """Text of digits to int, so that a Literal of ints can come from the environment."""
+    return int(value) if isinstance(value, str) and value.isdecimal() else value
+
+
+class Settings(BaseSettings):
+    """All options, validated. Flags win over environment variables, these over the defaults."""
+
+    model_config = SettingsConfigDict(
+        frozen=True, extra="ignore", cli_prog_name="rtp_mm.start_server", cli_hide_none_type=True, cli_avoid_json=True
+    )
+
+    # What to serve, and where.
+    checkpoint_path: Path | None = Field(None, description="folder of the model in Hugging Face format")
+    model_type: str | None = Field(None, description="model family; default: what the checkpoint's config.json says")
+    act_type: Literal["bf16", "fp16", "fp32"] = Field("bf16", description="dtype of the tower and of the embeddings")
+    device: str = Field("auto", description="auto (cuda where there is one), cpu, cuda or cuda:N")
+    start_port: Port = Field(8088, description="HTTP port; gRPC listens on the next one")
+    mm_bind_address: str = Field("0.0.0.0", description="address both ports listen on")
+    vit_separation: Annotated[Literal[0, 1, 2], BeforeValidator(_digit)] = Field(
+        1, description="0: library in process, 1: server, 2: library, remote tower"
+    )
+    remote_vit_server_ip: str | None = Field(
+        None, description="VIT_SEPARATION=2: ip[:port] of the server, port 8089 if left out"
+    )
+    mm_wire: Literal["auto", "items", "concat"] = Field(
+        "auto", description="form of the reply; auto: concat for callers that send mm_timeout_ms, else items"
+    )
+
+    # Fetch.
+    download_headers: dict[str, str] = Field(
+        default_factory=dict, description="JSON object of HTTP headers for downloads"
+    )
+    mm_image_max_file_size_kb: Positive = Field(65536, description="largest image file, KiB")
+    mm_video_max_file_size_kb: Positive = Field(1048576, description="largest video file, KiB")
+    mm_fetch_timeout_ms: Positive = Field(30000, description="connect, and longest silence of a source, ms")
+    mm_max_redirects: NonNegative = Field(5, description="redirects followed per download")
+    mm_local_media: bool = Field(True, description="0: no local files for anybody")
+    mm_allowed_local_media_path: Path | None = Field(
+        None, description="folder that every caller may name files in; without it only local callers may, anywhere"
+    )
+
+    # Decode and preprocess.
+    mm_max_pixels: Positive = Field(178956970, description="largest decoded image, pixels")
+    mm_allow_truncated_images: bool = Field(False, description="1: a truncated image is decoded as far as it goes")
+    mm_exif_transpose: bool = Field(False, description="1: turn images as their EXIF orientation says")
+    mm_preprocess_max_workers: Positive = Field(
+        default_factory=lambda: len(os.sched_getaffinity(0)), description="preprocess workers; default: one a core"
+    )
+    use_local_preprocess: Annotated[Literal[1], BeforeValidator(_digit)] = Field(
+        1, description="1: preprocess in threads of this process (the only way so far)"
+    )
+
+    # Engine.
+    mm_timeout_ms: Positive = Field(120000, description="longest time for one request, ms")
+    mm_max_queue_size: Positive = Field(1024, description="requests in the server at once; more are refused at once")
+    vit_max_batch_patches: Positive = Field(16384, description="patches in one forward; a larger image goes alone")
+    mm_attention: Literal["auto", "flash", "torch", "sdpa"] = Field(
+        "auto", description="attention backend of the tower"
+    )
+    mm_embedding_cache_mb: NonNegative = Field(1024, description="embedding cache, MiB of host memory; 0: none")
+
+    # Operation.
+    mm_drain_timeout_ms: NonNegative = Field(30000, description="SIGTERM: time for running calls to finish, ms")
+    disable_access_log: bool = Field(False, description="1: no log line per request")
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="lowest level logged")
+
+
+def load_settings(arguments: list[str] | None = None, **overrides: Any) -> Settings:
+    """Settings from flags (`None`: none), the environment and `overrides`; `--help` prints and exits.
+
+    Raises `StartError`, one line that names each wrong option, its value and what it should be.
+    """
+    cli: dict[str, Any] = {"_cli_parse_args": arguments or [], "_cli_exit_on_error": False}
+    try:
+        return Settings(**cli, **overrides)
+    except ValidationError as error:
+        raise StartError("; ".join(_describe(e) for e in error.errors())) from None
+    except SettingsError as error:
+        raise StartError(f"{error} (--help lists the options)") from None
+
+
+def _describe(error: Any) -> str:
+    option = ".".join(str(part) for part in error["loc"]).upper()
+    return f"{option}={error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"

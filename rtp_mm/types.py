@@ -1,0 +1,200 @@
+"""The values that travel from URL to embedding, one type per stage: MultimodalInput -> Blob -> Patches ->
+MMEmbeddingRes. Imports no torch: preprocess workers read this.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rtp_mm.errors import WrongFormatError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class MMUrlType(IntEnum):
+    """What a URL holds; the wire's `multimodal_type`."""
+
+    DEFAULT = 0  # told from the bytes
+    IMAGE = 1
+    VIDEO = 2
+    AUDIO = 3
+    TENSOR = 4
+    IGRAPH = 5
+
+
+class CropBox(NamedTuple):
+    """A part of the decoded image, as fractions of its width and height: 0 <= x1 < x2 <= 1, the same for y."""
+
+    x1: float
+    y1: float
+    x2: float
+    y2: float
+
+
+@dataclass(frozen=True, slots=True)
+class PreprocessOptions:
+    """A request's overrides of the model family's rules; `None` is unset. Hashable: it is part of every cache key."""
+
+    width: int | None = None
+    height: int | None = None
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+    fps: int | None = None
+    min_frames: int | None = None
+    max_frames: int | None = None
+    crop: CropBox | None = None
+
+
+@dataclass(slots=True)
+class MMPreprocessConfig:
+    """RTP-LLM's public form of the overrides, as they stand on the wire: any value of 0 or less is unset.
+
+    `crop_positions` is empty, or x1, y1, x2, y2 as fractions of the decoded image.
+    """
+
+    width: int = -1
+    height: int = -1
+    min_pixels: int = -1
+    max_pixels: int = -1
+    fps: int = -1
+    min_frames: int = -1
+    max_frames: int = -1
+    crop_positions: list[float] = field(default_factory=list)
+    mm_timeout_ms: int = -1
+
+    def options(self) -> PreprocessOptions:
+        """The one edge where 0 and -1 become `None`. Raises `WrongFormatError` for a crop that is none."""
+
+        def unset_to_none(value: int) -> int | None:
+            return value if value > 0 else None
+
+        width, height = unset_to_none(self.width), unset_to_none(self.height)
+        both_sides = width is not None and height is not None  # they count only together
+        return PreprocessOptions(
+            width=width if both_sides else None,
+            height=height if both_sides else None,
+            min_pixels=unset_to_none(self.min_pixels),
+            max_pixels=unset_to_none(self.max_pixels),
+            fps=unset_to_none(self.fps),
+            min_frames=unset_to_none(self.min_frames),
+            max_frames=unset_to_none(self.max_frames),
+            crop=_crop_box(self.crop_positions),
+        )
+
+    @property
+    def timeout_ms(self) -> int | None:
+        """Milliseconds the caller grants this item, or `None`. No part of any cache key."""
+        return self.mm_timeout_ms if self.mm_timeout_ms > 0 else None
+
+
+def _crop_box(positions: list[float]) -> CropBox | None:
+    if not positions:
+        return None
+    if len(positions) != 4:
+        raise WrongFormatError(f"crop_positions must be empty or x1, y1, x2, y2, got {len(positions)} numbers")
+    box = CropBox(*(float(p) for p in positions))
+    if not (0 <= box.x1 < box.x2 <= 1 and 0 <= box.y1 < box.y2 <= 1):
+        raise WrongFormatError(f"crop_positions must satisfy 0 <= x1 < x2 <= 1 and 0 <= y1 < y2 <= 1, got {[*box]}")
+    return box
+
+
+@dataclass(slots=True)
+class MultimodalInput:
+    """One item of a request. `tensor` (numpy or torch) counts only when `mm_type` is `TENSOR`:
+    int32 or uint8 [H, W, 3] or [T, H, W, 3] pixels of 0..255, or float32 [S] mono samples at the model's rate.
+    """
+
+    url: str
+    mm_type: MMUrlType = MMUrlType.DEFAULT
+    config: MMPreprocessConfig = field(default_factory=MMPreprocessConfig)
+    tensor: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class Blob:
+    """What was fetched: the bytes of a file, or, for a TENSOR item, an array.
+
+    `content_hash` is BLAKE3 (32 bytes) over the bytes, or over dtype, shape and bytes of the array.
+    `source` is the redacted URL, fit for logs and errors.
+    """
+
+    data: bytes | NDArray[Any]
+    content_hash: bytes
+    source: str
+
+    @property
+    def nbytes(self) -> int:
+        return self.data.nbytes if isinstance(self.data, np.ndarray) else len(self.data)
+
+
+@dataclass(frozen=True, slots=True)
+class Patches:
+    """What a tower eats: bytes, never floats.
+
+    rows:     [N, C * T * P * P] uint8 in merge-block order; columns are (channel, frame, y, x). T is 1 for a still
+              image (the family's temporal fold is in the weights) and `temporal_patch_size` for a clip.
+    grid_thw: (t, h, w) in patches; N == t * h * w.
+    """
+
+    rows: NDArray[np.uint8]
+    grid_thw: tuple[int, int, int]
+
+
+@dataclass(slots=True)
+class MMEmbeddingRes:
+    """The answer to one request, a tensor per item in the order of the inputs.
+
+    embeddings:   [tokens, out_hidden] in the tower's dtype, on the host.
+    position_ids: [tokens, 3] int32 (t, h, w) in merged-token units; `None` for models without mrope.
+    extra_inputs: one flat tensor per item (deepstack), or `None`.
+    timings_ms:   milliseconds by stage: fetch, preprocess, queue, forward; the slowest item of each.
+    """
+
+    embeddings: list[Tensor]
+    position_ids: list[Tensor] | None = None
+    extra_inputs: list[Tensor] | None = None
+    timings_ms: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who asks: decides which local files may be read. `peer` is for the logs."""
+
+    peer: str
+    is_local: bool
+
+
+LIBRARY_CALLER = Caller(peer="library", is_local=True)  # VIT_SEPARATION=0: in process, so trusted
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerStatus:
+    """Live figures behind `GetWorkerStatus`."""
+
+    available_concurrency: int
+    waiting: int
+    running: int
+    step_latency_ms: float
+    iterations: int
+    finished_version: int
+    is_alive: bool
+    precision: str
+    cache_available_bytes: int
+    cache_total_bytes: int
+    max_batch_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class CacheStatus:
+    """Live figures behind `GetCacheStatus`. A key is the first 8 bytes of a content hash as a signed integer."""
+
+    available_bytes: int
+    total_bytes: int
+    version: int
+    keys: tuple[int, ...] = ()
