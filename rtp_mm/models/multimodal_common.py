@@ -1,0 +1,168 @@
+"""`mm_part`: RTP-LLM's interface of the part of a model that turns a URL into an embedding.
+
+    mm_embedding(url) = fetch, then _mm_preprocess (CPU-bound: bytes to prepared input),
+                        then mm_process (device-bound: prepared input to embedding and position ids)
+
+A third party's class overrides the last two, or, on the interfaces per modality, `image_embedding` and its kin. Ours
+also set `preprocessor`, which runs in torch-free workers, and `mm_process_batch`, which packs many inputs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from rtp_mm.config import Settings, load_settings
+from rtp_mm.errors import NotSupportedError
+from rtp_mm.media.fetch import Fetcher
+from rtp_mm.media.image import decode
+from rtp_mm.models.gpt_init_model_parameters import GptInitModelParameters
+from rtp_mm.types import (
+    LIBRARY_CALLER,
+    Blob,
+    MMPreprocessConfig,
+    MMUrlType,
+    MultimodalInput,
+    Patches,
+    PreprocessOptions,
+)
+
+ACT_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+Preprocessor = Callable[[Blob, MMUrlType, PreprocessOptions], Patches]
+Embedding = tuple[Tensor, Tensor | None]  # [tokens, hidden]; [tokens, 3] int32 (t, h, w) for models with mrope
+
+
+def as_embedding(result: Tensor | tuple[Tensor, Tensor | None]) -> Embedding:
+    """What `mm_process` may return, a tensor or a pair, as a pair."""
+    return result if isinstance(result, tuple) else (result, None)
+
+
+class MultiModalEmbeddingInterface:
+    """Base of every `mm_part`."""
+
+    data_type = "bf16"
+    preprocessor: Preprocessor | None = (
+        None  # torch-free and picklable; runs instead of `_mm_preprocess` where it is set
+    )
+
+    def __init__(self, config: GptInitModelParameters | None = None) -> None:
+        self.settings: Settings | None = config.settings if config else None
+        if config:
+            self.data_type = config.data_type
+
+    @property
+    def _data_type(self) -> torch.dtype:
+        return ACT_DTYPES[self.data_type]
+
+    @property
+    def _device(self) -> torch.device:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    def mm_embedding(self, url: str, mm_type: MMUrlType = MMUrlType.DEFAULT, **kwargs: Any) -> Embedding:
+        """One URL to (embedding, position ids), one step after the other; `configs` holds an `MMPreprocessConfig`.
+
+        An engine runs the same steps spread over its stages. Raises `MMError`.
+        """
+        configs = kwargs.setdefault("configs", MMPreprocessConfig())
+        blob = _fetch(MultimodalInput(url, mm_type, configs, kwargs.pop("tensor", None)), self.settings)
+        prepared = self.prepare(blob, mm_type, configs)
+        return as_embedding(self.mm_process(prepared, mm_type=mm_type, **kwargs))
+
+    def prepare(self, blob: Blob, mm_type: MMUrlType, configs: MMPreprocessConfig) -> Any:
+        """The CPU-bound half: `preprocessor` where there is one, else `_mm_preprocess` with a stream of its own."""
+        if self.preprocessor is not None:
+            return self.preprocessor(blob, mm_type, configs.options())
+        data = BytesIO(blob.data) if isinstance(blob.data, bytes) else torch.from_numpy(blob.data)
+        return self._mm_preprocess(data, mm_type=mm_type, configs=configs)
+
+    def _mm_preprocess(self, data: Any, **kwargs: Any) -> Any:
+        """CPU-bound: a fresh `BytesIO` of the file (a tensor for TENSOR items) to what `mm_process` takes.
+
+        `mm_type` and `configs` (`MMPreprocessConfig`) come as keywords.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define _mm_preprocess")
+
+    def mm_process(self, mm_input: Any, **kwargs: Any) -> Tensor | Embedding:
+        """Device-bound: a prepared input to its embedding [tokens, hidden], alone or with position ids [tokens, 3]."""
+        raise NotImplementedError(f"{type(self).__name__} must define mm_process")
+
+    def mm_process_batch(
+        self, mm_inputs: Sequence[Any], mm_types: Sequence[MMUrlType], configs: Sequence[MMPreprocessConfig]
+    ) -> list[Tensor | Embedding]:
+        """Several prepared inputs, of which the engine batches as many as `patches` allows; here one after another."""
+        return [
+            self.mm_process(mm_input, mm_type=mm_type, configs=config)
+            for mm_input, mm_type, config in zip(mm_inputs, mm_types, configs, strict=True)
+        ]
+
+    def patches(self, mm_input: Any) -> int | None:
+        """The cost of a prepared input in a batch; `None`: it goes alone."""
+        return len(mm_input.rows) if isinstance(mm_input, Patches) else None
+
+
+class ImageEmbeddingInterface(MultiModalEmbeddingInterface):
+    """For models of single images: define `image_embedding`."""
+
+    def _mm_preprocess(self, data: Any, **kwargs: Any) -> Image.Image:
+        settings = self.settings or load_settings()
+        pixels = decode(
+            data.read(),
+            max_pixels=settings.mm_max_pixels,
+            allow_truncated=settings.mm_allow_truncated_images,
+            exif_transpose=settings.mm_exif_transpose,
+        )
+        return Image.fromarray(pixels)
+
+    def mm_process(self, mm_input: Any, **kwargs: Any) -> Tensor | Embedding:
+        return self.image_embedding([mm_input])[0]
+
+    def image_embedding(self, images: list[Image.Image]) -> Any:
+        """RGB images to their embeddings, in order: a tensor [images, tokens, hidden] or a list of [tokens, hidden]."""
+        raise NotImplementedError(f"{type(self).__name__} must define image_embedding")
+
+
+class VideoEmbeddingInterface(MultiModalEmbeddingInterface):
+    """For models of videos: define `_mm_preprocess` and `video_embedding`."""
+
+    def _mm_preprocess(self, data: Any, **kwargs: Any) -> Any:
+        raise NotSupportedError(f"{type(self).__name__} has no video decoder: define _mm_preprocess")
+
+    def mm_process(self, mm_input: Any, **kwargs: Any) -> Tensor | Embedding:
+        return self.video_embedding(mm_input)
+
+    def video_embedding(self, video: Any) -> Tensor | Embedding:
+        """A prepared video to its embedding."""
+        raise NotImplementedError(f"{type(self).__name__} must define video_embedding")
+
+
+class AudioEmbeddingInterface(MultiModalEmbeddingInterface):
+    """For models of audio: define `_mm_preprocess` and `audio_embedding`."""
+
+    def _mm_preprocess(self, data: Any, **kwargs: Any) -> Any:
+        raise NotSupportedError(f"{type(self).__name__} has no audio decoder: define _mm_preprocess")
+
+    def mm_process(self, mm_input: Any, **kwargs: Any) -> Tensor | Embedding:
+        return self.audio_embedding(mm_input)
+
+    def audio_embedding(self, audio: Any) -> Tensor | Embedding:
+        """Prepared audio to its embedding."""
+        raise NotImplementedError(f"{type(self).__name__} must define audio_embedding")
+
+
+def _fetch(item: MultimodalInput, settings: Settings | None) -> Blob:
+    """Fetches for a caller without an event loop of its own, or inside one that must not be blocked by another."""
+
+    async def fetch() -> Blob:
+        async with Fetcher(settings or load_settings()) as fetcher:
+            return await fetcher.fetch(item, LIBRARY_CALLER)
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(lambda: asyncio.run(fetch())).result()

@@ -1,0 +1,94 @@
+"""Qwen2-VL (2B, 7B, 72B): full attention per frame, LayerNorm, quick GELU.
+
+Source: arXiv 2409.12191 and the published checkpoints' `config.json`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rtp_mm.config import Settings, load_settings
+from rtp_mm.models.gpt_init_model_parameters import GptInitModelParameters
+from rtp_mm.models.multimodal_common import Embedding, MultiModalEmbeddingInterface
+from rtp_mm.models.multimodal_mixin import MultimodalMixin, TowerWeights
+from rtp_mm.models.registry import register_model
+from rtp_mm.preprocess.patches import ImagePreprocessor, ImageProcessorConfig
+from rtp_mm.types import MMPreprocessConfig, MMUrlType, Patches
+from rtp_mm.vit.tower import TowerConfig, VisionTower
+
+# The published preprocessor_config.json: 4 to 16384 tokens of 28 x 28 pixels. Hugging Face's class default for the
+# upper limit is 1280 tokens, so that a checkpoint without the file would silently shrink images.
+PUBLISHED_PROCESSOR = ImageProcessorConfig(
+    patch_size=14,
+    merge_size=2,
+    temporal_patch_size=2,
+    min_pixels=4 * 28 * 28,
+    max_pixels=16384 * 28 * 28,
+    image_mean=(0.48145466, 0.4578275, 0.40821073),
+    image_std=(0.26862954, 0.26130258, 0.27577711),
+)
+
+
+class Qwen2VLEmbedding(MultiModalEmbeddingInterface):
+    """`mm_part` of the Qwen2-VL line: images to [tokens, out_hidden_size] and (t, h, w) position ids."""
+
+    def __init__(self, config: GptInitModelParameters, tower: TowerConfig) -> None:
+        super().__init__(config)
+        settings: Settings = config.settings or load_settings()
+        device = torch.get_default_device()
+        self.processor = ImageProcessorConfig.from_checkpoint(Path(config.ckpt_path), PUBLISHED_PROCESSOR)
+        self.processor.check(tower.patch_size, tower.spatial_merge_size, tower.temporal_patch_size)
+        self.preprocessor = ImagePreprocessor.from_config(self.processor, settings)
+        self.visual = VisionTower(tower, self._data_type, device, settings.mm_attention)
+
+    @property
+    def _device(self) -> torch.device:
+        return self.visual.device
+
+    def mm_process(self, mm_input: Patches, **kwargs: Any) -> Embedding:
+        return self.visual([mm_input])[0]  # type: ignore[no-any-return]
+
+    def mm_process_batch(
+        self, mm_inputs: Sequence[Patches], mm_types: Sequence[MMUrlType], configs: Sequence[MMPreprocessConfig]
+    ) -> list[Tensor | Embedding]:
+        return self.visual(mm_inputs)  # type: ignore[no-any-return]
+
+
+class Qwen2VL(MultimodalMixin):
+    """Also the base of later members of the line, which say only how their tower differs."""
+
+    mm_part: Qwen2VLEmbedding
+
+    @staticmethod
+    def tower_config(vision: dict[str, Any]) -> TowerConfig:
+        """`vision_config` to a tower. Re-saved files drop values that equal the class defaults given here."""
+        width = vision.get("embed_dim", 1280)  # `hidden_size` is the language model's width in this family
+        return TowerConfig(
+            depth=vision.get("depth", 32),
+            hidden_size=width,
+            num_heads=vision.get("num_heads", 16),
+            intermediate_size=int(width * vision.get("mlp_ratio", 4)),
+            out_hidden_size=vision.get("hidden_size", 3584),
+            patch_size=vision.get("patch_size", 14),
+            spatial_merge_size=vision.get("spatial_merge_size", 2),
+            temporal_patch_size=vision.get("temporal_patch_size", 2),
+            in_channels=vision.get("in_channels", 3),
+            norm="layer",
+            activation=vision.get("hidden_act", "quick_gelu"),
+            is_gated=False,
+        )
+
+    def _init_multimodal(self, config: GptInitModelParameters) -> None:
+        self.mm_part = Qwen2VLEmbedding(config, self.tower_config(config.mm_related_params.config))
+        config.mm_related_params.vit_weights = TowerWeights(self.mm_part.visual)
+
+    def on_weights_loaded(self) -> None:
+        self.mm_part.visual.prepare(self.mm_part.processor.image_mean, self.mm_part.processor.image_std)
+
+
+register_model("qwen2_vl", Qwen2VL, ["Qwen2VLForConditionalGeneration"])

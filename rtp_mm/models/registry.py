@@ -1,0 +1,96 @@
+"""Which class serves which checkpoint, and how a model is loaded."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from rtp_mm.config import Settings
+from rtp_mm.errors import StartError
+from rtp_mm.models.gpt_init_model_parameters import read_json
+from rtp_mm.models.multimodal_mixin import MultimodalMixin
+
+FAMILIES = ("qwen2_vl", "qwen2_5_vl")  # modules beside this one; each registers itself
+
+_classes: dict[str, type[MultimodalMixin]] = {}
+_types_by_architecture: dict[str, str] = {}
+
+
+def register_model(name: str, cls: type[MultimodalMixin], architectures: Sequence[str] = ()) -> None:
+    """Makes `cls` serve MODEL_TYPE `name` and checkpoints whose `config.json` names one of `architectures`."""
+    _classes[name] = cls
+    _types_by_architecture.update(dict.fromkeys(architectures, name))
+
+
+def load_model(settings: Settings) -> MultimodalMixin:
+    """The checkpoint's model with its multimodal part on the device, ready to run.
+
+    Blocks while it reads. Raises `StartError`.
+    """
+    if settings.checkpoint_path is None:
+        raise StartError("CHECKPOINT_PATH is not set: the folder of a model in Hugging Face format")
+    folder = settings.checkpoint_path.expanduser()
+    if not folder.is_dir():
+        raise StartError(f"CHECKPOINT_PATH={folder} is no folder")
+    for family in FAMILIES:
+        importlib.import_module(f"rtp_mm.models.{family}")
+    if settings.mm_model_module is not None:
+        _import_third_party(settings.mm_model_module)
+
+    cls = _class_for(folder, settings.model_type)
+    device = choose_device(settings.device)
+    config = cls._create_config(str(folder))
+    config.ckpt_path = str(folder)
+    config.data_type = settings.act_type
+    config.settings = settings
+    model = cls(config)
+    model.init_multimodal(config, device)
+    model.load_mm_weight(folder, device)
+    return model
+
+
+def choose_device(name: str) -> torch.device:
+    """The device called `name`; for "auto" CUDA where there is one. Raises `StartError`."""
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    except RuntimeError:
+        raise StartError(f"DEVICE={name} is no device; use auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise StartError(f"DEVICE={name}: this torch sees {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def _class_for(folder: Path, model_type: str | None) -> type[MultimodalMixin]:
+    if model_type is None:
+        config = read_json(folder / "config.json")
+        named = [config.get("model_type"), *(_types_by_architecture.get(a) for a in config.get("architectures") or ())]
+        model_type = next((name for name in named if name in _classes), None)
+        if model_type is None:
+            raise StartError(
+                f"no model for {folder}/config.json (model_type {config.get('model_type')!r}, architectures "
+                f"{config.get('architectures')}); known: {', '.join(sorted(_classes))}; MM_MODEL_MODULE adds others"
+            )
+    if model_type not in _classes:
+        raise StartError(f"MODEL_TYPE={model_type} is unknown; known: {', '.join(sorted(_classes))}")
+    return _classes[model_type]
+
+
+def _import_third_party(module: str) -> None:
+    """A dotted module name, or the path of a file, which registers its model as it is imported."""
+    try:
+        if not module.endswith(".py"):
+            importlib.import_module(module)
+            return
+        spec = importlib.util.spec_from_file_location(Path(module).stem, module)
+        if spec is None or spec.loader is None:
+            raise ImportError(f"{module} is no Python file")
+        loaded = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = loaded
+        spec.loader.exec_module(loaded)
+    except (ImportError, OSError, SyntaxError) as error:
+        raise StartError(f"MM_MODEL_MODULE={module}: {error}") from error

@@ -1,0 +1,105 @@
+"""Attention over packed sequences: rows attend within their segment, and a segment never sees its neighbours.
+
+Backends are a table; `choose_attention` picks one per tower and dtype, and a setting can force it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from rtp_mm.errors import StartError
+
+Attention = Callable[[Tensor, Tensor, Tensor, "Segments"], Tensor]
+HALF = (torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True, slots=True)
+class Segments:
+    """Which rows attend to each other: segment i is rows cu[i] to cu[i + 1].
+
+    cu:     [S + 1] int32 on the device.
+    groups: rows of all segments of one length, as (length, [B * length] int64 on the device), for backends that
+            want rectangular batches.
+    """
+
+    cu: Tensor
+    max_length: int
+    groups: tuple[tuple[int, Tensor], ...]
+
+    @classmethod
+    def from_lengths(cls, cu: Tensor, lengths: Sequence[int]) -> Segments:
+        """`cu` is the device's copy of what `lengths` say on the host: nothing is read back."""
+        starts_by_length: dict[int, list[int]] = defaultdict(list)
+        start = 0
+        for length in lengths:
+            starts_by_length[length].append(start)
+            start += length
+        groups = tuple(
+            (length, (torch.tensor(starts)[:, None] + torch.arange(length)).view(-1).to(cu.device))
+            for length, starts in starts_by_length.items()
+        )
+        return cls(cu, max(lengths), groups)
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
+    """torch's scaled_dot_product_attention, one call for all segments of one length. Any device, any dtype."""
+    out = torch.zeros_like(q)
+    for length, rows in segments.groups:
+        # [N, heads, dim] -> [segments, heads, length, dim]
+        q_, k_, v_ = (t.index_select(0, rows).unflatten(0, (-1, length)).transpose(1, 2) for t in (q, k, v))
+        attended = F.scaled_dot_product_attention(q_, k_, v_)
+        out.index_copy_(0, rows, attended.transpose(1, 2).flatten(0, 1))
+    return out
+
+
+def torch_varlen(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
+    """torch.nn.attention.varlen (2.10+): CUDA, 16-bit."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    out = varlen_attn(q, k, v, segments.cu, segments.cu, segments.max_length, segments.max_length)
+    return _zero_padding(out, segments)
+
+
+def flash(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
+    """The flash-attn package: CUDA, 16-bit."""
+    from flash_attn import flash_attn_varlen_func
+
+    longest = segments.max_length
+    out: Tensor = flash_attn_varlen_func(q, k, v, segments.cu, segments.cu, longest, longest)
+    return _zero_padding(out, segments)
+
+
+def _zero_padding(out: Tensor, segments: Segments) -> Tensor:
+    """Zeroes rows past the last segment, which no kernel writes: padding must stay finite."""
+    is_padding = torch.arange(out.shape[0], device=out.device) >= segments.cu[-1]
+    return out.masked_fill_(is_padding[:, None, None], 0)
+
+
+# In order of preference. q, k, v: [N, heads, head_dim]; rows past the last segment are padding and give zeros.
+VARLEN_ATTENTION: dict[str, Attention] = {"flash": flash, "torch": torch_varlen, "sdpa": sdpa}
+
+
+def is_usable(name: str, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the backend takes this dtype on this device and is installed."""
+    if name == "sdpa":
+        return True
+    if device.type != "cuda" or dtype not in HALF:
+        return False
+    return name == "torch" or importlib.util.find_spec("flash_attn") is not None
+
+
+def choose_attention(name: str, dtype: torch.dtype, device: torch.device) -> str:
+    """The backend called `name`, or for "auto" the first usable one. Raises `StartError` if it cannot be used."""
+    if name == "auto":
+        return next(n for n in VARLEN_ATTENTION if is_usable(n, dtype, device))
+    if not is_usable(name, dtype, device):
+        usable = ", ".join(n for n in VARLEN_ATTENTION if is_usable(n, dtype, device))
+        raise StartError(f"MM_ATTENTION={name} cannot run {dtype} on {device} here; usable: {usable}")
+    return name

@@ -1,0 +1,166 @@
+"""The vision tower of the Qwen2-VL line: one module, its variants described by `TowerConfig`.
+
+Sources: Qwen2-VL (arXiv 2409.12191), Qwen2.5-VL (arXiv 2502.13923: windowed attention, gated MLP, RMSNorm).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rtp_mm import ops
+from rtp_mm.types import Patches
+from rtp_mm.vit.attention import VARLEN_ATTENTION, Segments, choose_attention
+from rtp_mm.vit.layers import Block, GatedMlp, LayerNorm, Mlp, PatchMerger, RMSNorm, SelfAttention
+from rtp_mm.vit.linear import ROW_MULTIPLE, Linear, Scratch, choose_gemm, compute_dtype
+from rtp_mm.vit.patch_embed import PatchEmbed
+from rtp_mm.vit.rope import rotary_table
+
+Grid = tuple[int, int, int]  # (t, h, w) in patches
+
+
+@dataclass(frozen=True, slots=True)
+class TowerConfig:
+    """What tells one family's tower from another's; names as in `vision_config`."""
+
+    depth: int
+    hidden_size: int
+    num_heads: int
+    intermediate_size: int
+    out_hidden_size: int
+    patch_size: int
+    spatial_merge_size: int
+    temporal_patch_size: int
+    in_channels: int
+    norm: Literal["layer", "rms"]
+    activation: str
+    is_gated: bool
+    window: int = 0  # side of an attention window in merged cells; 0: none
+    full_attention_blocks: frozenset[int] = frozenset()  # the blocks that attend per frame where there are windows
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+
+def full_lengths(grids: Sequence[Grid]) -> list[int]:
+    """Patches of each frame: the segments of full attention."""
+    return [h * w for t, h, w in grids for _ in range(t)]
+
+
+def window_lengths(grids: Sequence[Grid], merge: int, window: int) -> list[int]:
+    """Patches of each attention window, in `window_order`; windows at the right and lower edges are smaller."""
+
+    def sides(patches: int) -> list[int]:
+        return [min(window, patches // merge - start) * merge for start in range(0, patches // merge, window)]
+
+    return [rows * columns for t, h, w in grids for _ in range(t) for rows in sides(h) for columns in sides(w)]
+
+
+class VisionTower(nn.Module):
+    """Patches of many images and clips in one packed forward, merged tokens out.
+
+    Built on the meta device; `rtp_mm.vit.weights.load_weights` gives it tensors, then `prepare` folds. Parameter
+    names are the checkpoint's, but for the GEMMs in `FUSED`, which hold several checkpoint tensors one after another.
+    """
+
+    FUSED = {"gate_up_proj": ("gate_proj", "up_proj")}  # noqa: RUF012  # a rename table, read by load_weights
+
+    def __init__(self, config: TowerConfig, dtype: torch.dtype, device: torch.device, attention: str = "auto") -> None:
+        super().__init__()
+        self.config = config
+        self.dtype = dtype
+        self.device = device
+        self.compute_dtype = compute_dtype(dtype, device)
+        self.attention_backend = choose_attention(attention, self.compute_dtype, device)
+        linear = partial(Linear, dtype=dtype, gemm=choose_gemm(device), scratch=Scratch())
+        norm = LayerNorm if config.norm == "layer" else RMSNorm
+        mlp = GatedMlp if config.is_gated else Mlp
+        dim = config.hidden_size
+        with torch.device("meta"):
+            self.patch_embed = PatchEmbed(dim, config.in_channels, config.temporal_patch_size, config.patch_size)
+            self.blocks = nn.ModuleList(
+                Block(
+                    norm,
+                    SelfAttention(linear, dim, config.num_heads, VARLEN_ATTENTION[self.attention_backend]),
+                    mlp(linear, dim, config.intermediate_size, config.activation),
+                    dim,
+                    self.compute_dtype,
+                )
+                for _ in range(config.depth)
+            )
+            self.merger = PatchMerger(
+                linear, norm, dim, config.spatial_merge_size, config.out_hidden_size, self.compute_dtype
+            )
+
+    def prepare(self, image_mean: Sequence[float], image_std: Sequence[float]) -> None:
+        """Folds the processor's normalisation into the patch embedding; once, after the weights are loaded."""
+        is_cpu = self.device.type == "cpu"
+        self.patch_embed.fold(image_mean, image_std, torch.float32 if is_cpu else self.dtype)
+
+    @torch.inference_mode()
+    def forward(self, items: Sequence[Patches]) -> list[tuple[Tensor, Tensor]]:
+        """A (embedding [tokens, out_hidden_size], position ids [tokens, 3] int32) per item, in order, on the device.
+
+        Embeddings have the tower's dtype; position ids are (t, h, w) in merged-token units, from 0 in each item.
+        """
+        # Stills before clips, so that either is one call of the patch embedding.
+        packing = sorted(range(len(items)), key=lambda i: items[i].rows.shape[1])
+        packed = [items[i] for i in packing]
+        grids = [item.grid_thw for item in packed]
+        merge, window = self.config.spatial_merge_size, self.config.window
+        positions = ops.vision_positions(grids, merge, window, self.device)
+
+        x = self._embed_rows([item.rows for item in packed], positions.window_order if window else None)
+        patches = x.shape[0]
+        # Rows up to a multiple that keeps every GEMM's rows independent, the merger's (merge^2 to one) included.
+        # They belong to no segment, stay finite, and are cut off at the end.
+        padding = -patches % (ROW_MULTIPLE * merge**2)
+        x = F.pad(x, (0, 0, 0, padding))
+
+        rope_hw = positions.rope_hw
+        if window:
+            rope_hw = rope_hw.unflatten(0, (-1, merge**2))[positions.window_order].flatten(0, 1)
+        rotary = rotary_table(F.pad(rope_hw, (0, 0, 0, padding)), self.config.head_dim)
+        full = Segments.from_lengths(positions.cu_frames, full_lengths(grids))
+        windows = Segments.from_lengths(positions.cu_windows, window_lengths(grids, merge, window)) if window else full
+        for index, block in enumerate(self.blocks):
+            x = block(x, full if index in self.config.full_attention_blocks else windows, rotary)
+
+        tokens = self.merger(x)[: patches // merge**2].to(self.dtype)
+        if window:
+            tokens = torch.empty_like(tokens).index_copy_(0, positions.window_order.long(), tokens)
+        counts = [t * h * w // merge**2 for t, h, w in grids]
+        results = zip(tokens.split(counts), positions.pos_thw.split(counts), strict=True)
+        by_item = dict(zip(packing, results, strict=True))
+        return [by_item[i] for i in range(len(items))]
+
+    def _embed_rows(self, rows: Sequence[np.ndarray], order: Tensor | None) -> Tensor:
+        """Rows of stills, then of clips, to [N, hidden_size] float32 in the tower's row order."""
+        embedded: list[Tensor] = []
+        cell = self.config.spatial_merge_size**2
+        start = 0  # of this group, in cells
+        for columns in sorted({r.shape[1] for r in rows}):
+            group = torch.from_numpy(np.concatenate([r for r in rows if r.shape[1] == columns])).to(self.device)
+            cells = group.shape[0] // cell
+            group_order = order[start : start + cells] - start if order is not None else None
+            embedded.append(self.patch_embed(group, group_order))
+            start += cells
+        return torch.cat(embedded) if len(embedded) > 1 else embedded[0]
+
+    def checkpoint_names(self) -> dict[str, tuple[str, ...]]:
+        """Each parameter's name to the checkpoint tensors it holds, one after another on dimension 0."""
+        return {name: self._sources(name) for name, _ in self.named_parameters()}
+
+    def _sources(self, name: str) -> tuple[str, ...]:
+        for part in name.split("."):
+            if part in self.FUSED:
+                return tuple(name.replace(part, source) for source in self.FUSED[part])
+        return (name,)

@@ -1,0 +1,113 @@
+"""From a checkpoint's tensors to a module's parameters: names are data, loading is strict."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from blake3 import blake3
+from torch import Tensor, nn
+
+from rtp_mm.errors import StartError
+from rtp_mm.vit.checkpoint import Checkpoint
+
+# Buffers that some versions saved; a tower computes them.
+IGNORED_SUFFIXES = (".inv_freq", ".position_ids")
+LISTED = 5  # names in an error; the rest are counted
+
+
+@dataclass(frozen=True, slots=True)
+class WeightPlan:
+    """What a model needs from a checkpoint.
+
+    sources:    attribute path from the model -> names of the tensors that stand there, one after another on
+                dimension 0, without prefix.
+    prefix:     where these names stand in a checkpoint; another prefix that has all of them will do.
+    is_owner:   nothing else may stand under the prefix.
+    """
+
+    sources: Mapping[str, tuple[str, ...]]
+    prefix: str
+    is_owner: bool
+
+    @property
+    def names(self) -> list[str]:
+        return [name for sources in self.sources.values() for name in sources]
+
+
+def find_prefix(names: frozenset[str], wanted: Sequence[str], declared: str) -> str:
+    """The prefix under which `names` has all of `wanted`: the declared one, else the shortest that is anywhere.
+
+    Saves of one family differ in it: `visual.`, `model.visual.`, `thinker.visual.`. Raises `StartError`, naming what
+    is missing under the prefix that has most.
+    """
+    candidates = {declared} | {name.removesuffix(wanted[0]) for name in names if name.endswith(wanted[0])}
+    missing = {prefix: [w for w in wanted if prefix + w not in names] for prefix in candidates}
+    best = min(candidates, key=lambda prefix: (len(missing[prefix]), prefix != declared, len(prefix), prefix))
+    if missing[best]:
+        raise StartError(f"the checkpoint lacks {_listing(best + name for name in missing[best])}")
+    return best
+
+
+def load_weights(model: object, plan: WeightPlan, checkpoint: Checkpoint, device: torch.device) -> str:
+    """Gives every parameter and buffer in `plan` its tensor, in its own dtype, on `device`, one at a time.
+
+    Returns a fingerprint (hex) of the bytes as they stand in the checkpoint. Raises `StartError` that names missing,
+    extra and misshapen tensors.
+    """
+    prefix = find_prefix(checkpoint.names, plan.names, plan.prefix)
+    if plan.is_owner:
+        _refuse_extra(checkpoint.names, prefix, plan.names)
+    fingerprint = blake3(max_threads=blake3.AUTO)
+    for path, sources in plan.sources.items():
+        owner, leaf = _resolve(model, path)
+        tensors = {prefix + source: checkpoint.tensor(prefix + source) for source in sources}
+        for source, tensor in zip(sources, tensors.values(), strict=True):
+            fingerprint.update(source.encode())
+            fingerprint.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+        _assign(owner, leaf, _joined(tensors, getattr(owner, leaf), device))
+    return str(fingerprint.hexdigest())
+
+
+def _resolve(model: object, path: str) -> tuple[object, str]:
+    """`a.b.0.weight` to the object that `a.b.0` is, and `weight`."""
+    *owners, leaf = path.split(".")
+    owner = model
+    for name in owners:
+        owner = owner[int(name)] if isinstance(owner, Sequence) else getattr(owner, name)
+    return owner, leaf
+
+
+def _joined(tensors: Mapping[str, Tensor], target: Tensor, device: torch.device) -> Tensor:
+    """The tensors one after another, in the dtype and shape of `target`, in memory of their own."""
+    parts = list(tensors.values())
+    rows = [part.shape[0] if part.ndim else 1 for part in parts]
+    shape = parts[0].shape if len(parts) == 1 else torch.Size((sum(rows), *parts[0].shape[1:]))
+    if shape != target.shape or any(part.shape[1:] != parts[0].shape[1:] for part in parts):
+        came = ", ".join(f"{name} {list(part.shape)}" for name, part in tensors.items())
+        raise StartError(f"misshapen: {came}, but the configuration asks for {list(target.shape)}")
+    value = torch.empty(shape, dtype=target.dtype, device=device)
+    for part, place in zip(parts, value.split(rows) if value.ndim else [value], strict=True):
+        place.copy_(part)
+    if target.dtype == torch.float16 and not torch.isfinite(value).all():
+        raise StartError(f"{', '.join(tensors)}: too large for fp16; use ACT_TYPE=bf16 or fp32")
+    return value
+
+
+def _assign(owner: object, leaf: str, value: Tensor) -> None:
+    is_parameter = isinstance(getattr(owner, leaf), nn.Parameter)
+    setattr(owner, leaf, nn.Parameter(value, requires_grad=False) if is_parameter else value)
+
+
+def _refuse_extra(names: frozenset[str], prefix: str, wanted: Sequence[str]) -> None:
+    expected = {prefix + w for w in wanted}
+    extra = [n for n in names if n.startswith(prefix) and n not in expected and not n.endswith(IGNORED_SUFFIXES)]
+    if extra:
+        raise StartError(f"the checkpoint has tensors that this tower has no place for: {_listing(sorted(extra))}")
+
+
+def _listing(names: Iterable[str]) -> str:
+    names = list(names)
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return ", ".join(names[:LISTED]) + more
