@@ -34,7 +34,9 @@ class Settings(BaseSettings):
     # What to serve, and where.
     checkpoint_path: Path | None = Field(None, description="folder of the model in Hugging Face format")
     model_type: str | None = Field(None, description="model family; default: what the checkpoint's config.json says")
-    mm_model_module: str | None = Field(None, description="Python module or .py file that registers a third party's model")
+    mm_model_module: str | None = Field(
+        None, description="Python module or .py file that registers a third party's model"
+    )
     act_type: Literal["bf16", "fp16", "fp32"] = Field("bf16", description="dtype of the tower and of the embeddings")
     device: str = Field("auto", description="auto (cuda where there is one), cpu, cuda or cuda:N")
     start_port: Port = Field(8088, description="HTTP port; gRPC listens on the next one")

@@ -82,6 +82,13 @@ class DrainingError(MMError):
     status = "UNAVAILABLE"
 
 
+class RemoteCallError(MMError):
+    """A client's: its server cannot be reached, or answered something that is no answer."""
+
+    name = "MM_REMOTE_RPC_FAILED"
+    status = "UNAVAILABLE"
+
+
 class LoadingError(MMError):
     """The model is not loaded yet."""
 

@@ -7,7 +7,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from rtp_mm.types import LIBRARY_CALLER, CacheStatus, Caller, MMEmbeddingRes, MMUrlType, MultimodalInput, WorkerStatus
+from rtp_mm.types import (
+    LIBRARY_CALLER,
+    CacheStatus,
+    Caller,
+    MMEmbeddingRes,
+    MMPreprocessConfig,
+    MMUrlType,
+    MultimodalInput,
+    WorkerStatus,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,8 +48,27 @@ class Engine(Protocol):
     def cache_status(self, *, with_keys: bool = False) -> CacheStatus:
         """Live figures of the embedding cache."""
 
-    async def drain(self, timeout_s: float) -> bool:
-        """Takes no new work; waits for running work. True if all of it finished in time."""
-
     def close(self) -> None:
         """Stops threads and closes connections; idempotent."""
+
+
+def as_inputs(
+    urls: Sequence[str],
+    types: Sequence[MMUrlType] | None = None,
+    tensors: Sequence[Tensor | None] | None = None,
+    preprocess_configs: Sequence[Any] | None = None,
+) -> list[MultimodalInput]:
+    """RTP-LLM's parallel lists to items; an absent or empty list stands for defaults.
+
+    A config is an `MMPreprocessConfig`, or its values in order. Raises `ValueError` for lists of unequal length.
+    """
+    types = types or [MMUrlType.DEFAULT] * len(urls)
+    tensors = tensors or [None] * len(urls)
+    configs = [
+        config if isinstance(config, MMPreprocessConfig) else MMPreprocessConfig(*config)
+        for config in preprocess_configs or [()] * len(urls)
+    ]
+    return [
+        MultimodalInput(url, MMUrlType(mm_type), config, tensor)
+        for url, mm_type, config, tensor in zip(urls, types, configs, tensors, strict=True)
+    ]

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from rtp_mm.config import Settings, load_settings
 from rtp_mm.engine.batcher import Batcher
 from rtp_mm.engine.caches import CacheKey, Embedded, EmbeddingCache
+from rtp_mm.engine.interface import as_inputs
 from rtp_mm.engine.workers import PreprocessWorkers
-from rtp_mm.errors import BadItemsError, DeadlineError, DrainingError, ItemFailure, MMError, QueueFullError
+from rtp_mm.errors import BadItemsError, DeadlineError, ItemFailure, MMError, QueueFullError
 from rtp_mm.media.fetch import Fetcher
 from rtp_mm.media.redact import redact
 from rtp_mm.models.multimodal_common import ACT_DTYPES
@@ -22,7 +23,6 @@ from rtp_mm.types import (
     CacheStatus,
     Caller,
     MMEmbeddingRes,
-    MMPreprocessConfig,
     MMUrlType,
     MultimodalInput,
     WorkerStatus,
@@ -61,9 +61,7 @@ class MMProcessEngine:
         self._fetcher: Fetcher | None = None  # made on the loop
         self._running = 0  # requests
         self._finished = 0
-        self._is_draining = False
-        self._is_idle = asyncio.Event()
-        self._is_idle.set()
+        self._is_closed = False
         self._owns_loop = loop is None
         self._loop = loop or _start_loop()
 
@@ -93,7 +91,7 @@ class MMProcessEngine:
             step_latency_ms=self._batcher.step_latency_ms,
             iterations=self._batcher.iterations,
             finished_version=self._finished,
-            is_alive=not self._is_draining,
+            is_alive=True,
             precision=self._settings.act_type,
             cache_available_bytes=cache.available_bytes,
             cache_total_bytes=cache.total_bytes,
@@ -106,12 +104,10 @@ class MMProcessEngine:
 
         return self._cache.status(with_keys=with_keys) if _is_running(self._loop) else self._call(status())
 
-    async def drain(self, timeout_s: float) -> bool:
-        return await self._on_loop(self._drain(timeout_s))
-
     def close(self) -> None:
-        if self._loop.is_closed():
+        if self._is_closed:
             return
+        self._is_closed = True
         self._workers.close()
         self._batcher.close()
         if self._owns_loop:
@@ -136,18 +132,13 @@ class MMProcessEngine:
         finally:
             self._running -= 1
             self._finished += 1
-            if not self._running:
-                self._is_idle.set()
         return _as_response(inputs, outcomes)
 
     def _admit(self) -> None:
-        if self._is_draining:
-            raise DrainingError("the server is going down")
         if self._running >= self._settings.mm_max_queue_size:
             retry_after_ms = max(1, round(self._batcher.step_latency_ms))
             raise QueueFullError(f"{self._running} requests are waiting or running (MM_MAX_QUEUE_SIZE)", retry_after_ms)
         self._running += 1
-        self._is_idle.clear()
 
     async def _embed_item(self, item: MultimodalInput, caller: Caller) -> tuple[Embedded, Timings]:
         options = item.config.options()
@@ -167,14 +158,6 @@ class MMProcessEngine:
         self._cache.put(key, embedded)
         return embedded, timings | device_timings
 
-    async def _drain(self, timeout_s: float) -> bool:
-        self._is_draining = True
-        try:
-            await asyncio.wait_for(self._is_idle.wait(), timeout_s)
-        except TimeoutError:
-            return False
-        return True
-
     async def _close_fetcher(self) -> None:
         if self._fetcher is not None:
             await self._fetcher.close()
@@ -191,28 +174,6 @@ class MMProcessEngine:
             work.close()
             raise RuntimeError("a synchronous call on the engine's own event loop would wait for itself; await embed()")
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
-
-
-def as_inputs(
-    urls: Sequence[str],
-    types: Sequence[MMUrlType] | None = None,
-    tensors: Sequence[Tensor | None] | None = None,
-    preprocess_configs: Sequence[Any] | None = None,
-) -> list[MultimodalInput]:
-    """RTP-LLM's parallel lists to items; an absent or empty list stands for defaults.
-
-    A config is an `MMPreprocessConfig`, or its values in order. Raises `ValueError` for lists of unequal length.
-    """
-    types = types or [MMUrlType.DEFAULT] * len(urls)
-    tensors = tensors or [None] * len(urls)
-    configs = [
-        config if isinstance(config, MMPreprocessConfig) else MMPreprocessConfig(*config)
-        for config in preprocess_configs or [()] * len(urls)
-    ]
-    return [
-        MultimodalInput(url, MMUrlType(mm_type), config, tensor)
-        for url, mm_type, config, tensor in zip(urls, types, configs, tensors, strict=True)
-    ]
 
 
 def _as_response(

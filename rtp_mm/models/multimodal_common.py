@@ -49,14 +49,14 @@ class MultiModalEmbeddingInterface:
     """Base of every `mm_part`."""
 
     data_type = "bf16"
+    settings: Settings | None = None  # the server's
     preprocessor: Preprocessor | None = (
         None  # torch-free and picklable; runs instead of `_mm_preprocess` where it is set
     )
 
     def __init__(self, config: GptInitModelParameters | None = None) -> None:
-        self.settings: Settings | None = config.settings if config else None
         if config:
-            self.data_type = config.data_type
+            self.data_type, self.settings = config.data_type, config.settings
 
     @property
     def _data_type(self) -> torch.dtype:

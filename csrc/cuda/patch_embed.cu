@@ -1,0 +1,95 @@
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "cuda/patch_embed.h"
+
+namespace rtp_mm {
+namespace {
+
+constexpr int kTile = 64;      // rows and columns of a block's tile
+constexpr int kDepth = 16;     // steps of k held in shared memory
+constexpr int kSide = 16;      // threads on a side of the block
+constexpr int kPerThread = 4;  // rows and columns of a thread: kTile / kSide
+static_assert(kSide * kPerThread == kTile);
+
+__device__ float to_float(float value) { return value; }
+__device__ float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
+__device__ float to_float(__half value) { return __half2float(value); }
+
+__device__ void store(float* dst, float value) { *dst = value; }
+__device__ void store(__nv_bfloat16* dst, float value) { *dst = __float2bfloat16_rn(value); }
+__device__ void store(__half* dst, float value) { *dst = __float2half_rn(value); }
+
+template <class Weight>
+__device__ int64_t input_row(const CudaPatchEmbed<Weight>& job, int64_t i) {
+  if (job.order == nullptr) return i;
+  const int64_t group = job.order[i / job.group];
+  if (group < 0 || group >= job.n / job.group) __trap();
+  return group * job.group + i % job.group;
+}
+
+template <class Weight, class Out>
+__global__ void __launch_bounds__(kSide* kSide) multiply(CudaPatchEmbed<Weight> job, Out* out) {
+  __shared__ float pixels[kDepth][kTile + 1];
+  __shared__ float weights[kDepth][kTile + 1];
+  const int64_t first_row = int64_t{blockIdx.x} * kTile, first_column = int64_t{blockIdx.y} * kTile;
+  const int thread = threadIdx.y * kSide + threadIdx.x;
+  float sums[kPerThread][kPerThread] = {};
+
+  for (int64_t first_k = 0; first_k < job.k; first_k += kDepth) {
+    for (int i = thread; i < kTile * kDepth; i += kSide * kSide) {
+      const int line = i / kDepth, depth = i % kDepth;
+      const int64_t row = first_row + line, column = first_column + line, k = first_k + depth;
+      const bool is_pixel = row < job.n && k < job.k, is_weight = column < job.d && k < job.k;
+      pixels[depth][line] = is_pixel ? static_cast<float>(job.rows[input_row(job, row) * job.k + k]) - 128.0f : 0.0f;
+      float sum = 0;
+      for (int64_t term = 0; is_weight && term < job.terms; ++term) {
+        sum += to_float(job.weight[(term * job.d + column) * job.k + k]);
+      }
+      weights[depth][line] = sum;
+    }
+    __syncthreads();
+    float partial[kPerThread][kPerThread] = {};  // sums of partial sums round less
+    for (int depth = 0; depth < kDepth; ++depth) {
+      for (int r = 0; r < kPerThread; ++r) {
+        for (int c = 0; c < kPerThread; ++c) {
+          partial[r][c] =
+              fmaf(pixels[depth][threadIdx.y + r * kSide], weights[depth][threadIdx.x + c * kSide], partial[r][c]);
+        }
+      }
+    }
+    for (int r = 0; r < kPerThread; ++r) {
+      for (int c = 0; c < kPerThread; ++c) sums[r][c] += partial[r][c];
+    }
+    __syncthreads();
+  }
+
+  for (int r = 0; r < kPerThread; ++r) {
+    for (int c = 0; c < kPerThread; ++c) {
+      const int64_t row = first_row + threadIdx.y + r * kSide, column = first_column + threadIdx.x + c * kSide;
+      if (row < job.n && column < job.d) {
+        store(out + row * job.d + column, fmaf(job.scale, sums[r][c], job.bias[column]));
+      }
+    }
+  }
+}
+
+}  // namespace
+
+template <class Weight, class Out>
+cudaError_t launch_patch_embed(const CudaPatchEmbed<Weight>& job, Out* out, cudaStream_t stream) {
+  const dim3 tiles(static_cast<unsigned>((job.n + kTile - 1) / kTile),
+                   static_cast<unsigned>((job.d + kTile - 1) / kTile));
+  multiply<<<tiles, dim3(kSide, kSide), 0, stream>>>(job, out);
+  return cudaGetLastError();
+}
+
+#define RTP_MM_INSTANTIATE(Weight)                                                                      \
+  template cudaError_t launch_patch_embed(const CudaPatchEmbed<Weight>&, float*, cudaStream_t);         \
+  template cudaError_t launch_patch_embed(const CudaPatchEmbed<Weight>&, __nv_bfloat16*, cudaStream_t); \
+  template cudaError_t launch_patch_embed(const CudaPatchEmbed<Weight>&, __half*, cudaStream_t);
+RTP_MM_INSTANTIATE(float)
+RTP_MM_INSTANTIATE(__nv_bfloat16)
+RTP_MM_INSTANTIATE(__half)
+
+}  // namespace rtp_mm

@@ -1,0 +1,53 @@
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "cuda/launch.h"
+#include "cuda/patch_embed.h"
+#include "patch_embed_door.h"
+
+namespace rtp_mm {
+namespace {
+
+// Calls f with a null pointer of the element type that stands for `dtype`.
+template <class F>
+void with_float_type(ScalarType dtype, const F& f) {
+  switch (dtype) {
+    case ScalarType::BFloat16:
+      return f(static_cast<__nv_bfloat16*>(nullptr));
+    case ScalarType::Half:
+      return f(static_cast<__half*>(nullptr));
+    default:
+      return f(static_cast<float*>(nullptr));
+  }
+}
+
+Tensor patch_embed_cuda(const Tensor& rows, const Tensor& weight, const Tensor& bias, double scale,
+                        const std::optional<Tensor>& order, ScalarType out_dtype) {
+  const int64_t group = check_patch_embed(rows, weight, bias, order, out_dtype);
+  const CudaScope cuda(rows);
+  const int64_t n = rows.size(0), k = rows.size(1), d = weight.size(1);
+  Tensor out = torch::stable::new_empty(rows, {n, d}, out_dtype);
+  if (out.numel() == 0) return out;
+  with_float_type(weight.scalar_type(), [&]<class Weight>(Weight*) {
+    const CudaPatchEmbed<Weight> job{rows.const_data_ptr<uint8_t>(),
+                                     static_cast<const Weight*>(weight.const_data_ptr()),
+                                     bias.const_data_ptr<float>(),
+                                     order ? order->const_data_ptr<int32_t>() : nullptr,
+                                     static_cast<float>(scale),
+                                     n,
+                                     k,
+                                     d,
+                                     group,
+                                     weight.size(0)};
+    with_float_type(out_dtype, [&]<class Out>(Out*) {
+      auto* result = static_cast<Out*>(out.mutable_data_ptr());
+      check_launch("patch_embed", launch_patch_embed(job, result, cuda.stream()));
+    });
+  });
+  return out;
+}
+
+}  // namespace
+}  // namespace rtp_mm
+
+STABLE_TORCH_LIBRARY_IMPL(rtp_mm, CUDA, m) { m.impl("patch_embed", TORCH_BOX(&rtp_mm::patch_embed_cuda)); }

@@ -1,0 +1,13 @@
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "vision_grid.h"
+
+namespace rtp_mm {
+
+// One thread a cell. The pointers are the device's; `cells` is the host's count of what grid_thw holds.
+cudaError_t launch_vision_positions(const VisionBatch& batch, int64_t cells, const VisionPositions& out,
+                                    cudaStream_t stream);
+
+}  // namespace rtp_mm

@@ -1,0 +1,12 @@
+// Every operator's schema. Implementations: cpu/*_op.cpp and cuda/*_op.cpp; the Python side: rtp_mm/ops.
+
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(rtp_mm, m) {
+  m.def(
+      "vision_positions(Tensor grid_thw, int cells, int windows, int frames, int merge_size, int window) -> "
+      "(Tensor rope_hw, Tensor pos_thw, Tensor window_order, Tensor cu_windows, Tensor cu_frames)");
+  m.def(
+      "patch_embed(Tensor rows, Tensor weight, Tensor bias, float scale, Tensor? order, ScalarType out_dtype) -> "
+      "Tensor");
+}

@@ -1,0 +1,152 @@
+"""`rtp-mm`: serve, embed, compare, look, init-checkpoint, options.
+
+This file knows the commands and their flags; what they do is imported when one runs, so that `--help` is instant.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from rtp_mm.errors import MMError, StartError
+
+app = typer.Typer(
+    help="URL in, embeddings out: the multimodal part of an LLM, deployed on its own.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+class Family(StrEnum):
+    qwen2_vl = "qwen2_vl"
+    qwen2_5_vl = "qwen2_5_vl"
+
+
+class Size(StrEnum):
+    tiny = "tiny"
+    b2 = "2b"
+    b3 = "3b"
+    b7 = "7b"
+
+
+class ActType(StrEnum):
+    bf16 = "bf16"
+    fp16 = "fp16"
+    fp32 = "fp32"
+
+
+Url = Annotated[str, typer.Argument(help="http(s), file or data URL, or a path")]
+Checkpoint = Annotated[
+    Path, typer.Option(envvar="CHECKPOINT_PATH", help="folder of the model in Hugging Face format", show_default=False)
+]
+Dtype = Annotated[ActType, typer.Option("--act-type", "--dtype", envvar="ACT_TYPE", help="dtype of the tower")]
+Device = Annotated[str, typer.Option(envvar="DEVICE", help="auto, cpu, cuda or cuda:N")]
+MinPixels = Annotated[int | None, typer.Option(help="fewest pixels after resizing", show_default=False)]
+MaxPixels = Annotated[int | None, typer.Option(help="most pixels after resizing", show_default=False)]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line (`None`: the process's own). Errors with a reason are one red line and status 1."""
+    try:
+        app(arguments)
+    except (MMError, StartError) as error:
+        Console(stderr=True, soft_wrap=True).print(str(error), style="red", markup=False, highlight=False)
+        return 1
+    except SystemExit as exit_:
+        return exit_.code if isinstance(exit_.code, int) else 0
+    return 0
+
+
+@app.command(
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def serve(context: typer.Context) -> None:
+    """Start the server; all flags are those of `python -m rtp_mm.start_server` (try `serve --help`)."""
+    from rtp_mm.start_server import main as start
+
+    raise typer.Exit(start(context.args))
+
+
+@app.command()
+def embed(
+    urls: Annotated[list[str], typer.Argument(help="http(s), file or data URLs, or paths")],
+    checkpoint: Annotated[
+        Path | None, typer.Option(envvar="CHECKPOINT_PATH", help="run this model here", show_default=False)
+    ] = None,
+    server: Annotated[str | None, typer.Option(help="ip:port (gRPC) of a server to ask", show_default=False)] = None,
+    save: Annotated[
+        Path | None, typer.Option(help=".safetensors, or .npz (bf16 as float32 there)", show_default=False)
+    ] = None,
+    min_pixels: MinPixels = None,
+    max_pixels: MaxPixels = None,
+    act_type: Dtype = ActType.bf16,
+    device: Device = "auto",
+) -> None:
+    """Print, or save, the embeddings and position ids of images, from a checkpoint or a running server."""
+    from rtp_mm.cli.embed import run
+
+    run(urls, checkpoint, server, save, min_pixels, max_pixels, act_type.value, device)
+
+
+@app.command()
+def compare(
+    url: Url,
+    checkpoint: Checkpoint,
+    min_pixels: MinPixels = None,
+    max_pixels: MaxPixels = None,
+    repeat: Annotated[int, typer.Option(min=1, help="timed runs of each; the median counts")] = 1,
+    act_type: Dtype = ActType.bf16,
+    device: Device = "auto",
+) -> None:
+    """Ours against Hugging Face on the same checkpoint and image: agreement, error against float32, times."""
+    from rtp_mm.cli.compare import Task, run
+
+    run(Task(url, checkpoint, min_pixels, max_pixels, repeat, act_type.value, device))
+
+
+@app.command()
+def look(
+    url: Url,
+    checkpoint: Checkpoint,
+    out: Annotated[Path, typer.Option(help="picture to write")] = Path("look.png"),
+    min_pixels: MinPixels = None,
+    max_pixels: MaxPixels = None,
+) -> None:
+    """Save what the tower sees: the image rebuilt from its patch rows, with patches, tokens and windows drawn in."""
+    from rtp_mm.cli.look import run
+
+    run(url, checkpoint, out, min_pixels, max_pixels)
+
+
+@app.command()
+def init_checkpoint(
+    folder: Annotated[Path, typer.Argument(help="where to write it; must not hold one")],
+    family: Annotated[Family, typer.Option()] = Family.qwen2_5_vl,
+    size: Annotated[Size, typer.Option(help="tiny, or a published size: 2b, 7b of Qwen2-VL; 3b, 7b of Qwen2.5-VL")] = (
+        Size.tiny
+    ),
+    seed: Annotated[int, typer.Option(help="the same seed gives the same weights")] = 0,
+    sparse_llm: Annotated[
+        bool, typer.Option("--sparse-llm", help="index the language model too, as holes that take no disk")
+    ] = False,
+) -> None:
+    """Write a checkpoint of a published shape with random weights of the vision tower."""
+    from rtp_mm.cli.init_checkpoint import run
+
+    run(folder, family.value, size.value, seed, sparse_llm)
+
+
+@app.command()
+def options(
+    markdown: Annotated[bool, typer.Option("--markdown", help="as the README's table")] = False,
+) -> None:
+    """List every option of server and library with its default and meaning."""
+    from rtp_mm.cli.options import run
+
+    run(markdown)

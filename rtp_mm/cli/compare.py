@@ -1,0 +1,154 @@
+"""`rtp-mm compare`: ours against Hugging Face on the same checkpoint and image."""
+
+from __future__ import annotations
+
+import base64
+import io
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+import rtp_mm
+from rtp_mm.cli.hugging_face import HuggingFacePeer
+from rtp_mm.cli.look import fetch
+from rtp_mm.config import load_settings
+from rtp_mm.errors import WrongFormatError
+from rtp_mm.models.multimodal_common import ACT_DTYPES
+from rtp_mm.models.registry import choose_device
+from rtp_mm.types import MMPreprocessConfig
+
+WARM_UP_SIDE = 56  # pixels; first calls cost allocations and thread pools that a server has behind it
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What to compare on; limits of `None` are the checkpoint's own. The median of `repeat` runs counts."""
+
+    url: str
+    checkpoint: Path
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+    repeat: int = 1
+    act_type: str = "bf16"
+    device: str = "auto"
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """An embedding [tokens, out_hidden] and the median milliseconds it took."""
+
+    embedding: Tensor
+    preprocess_ms: float
+    forward_ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Ours and Hugging Face's in one dtype, and Hugging Face's in float32, the reference for errors."""
+
+    ours: Run
+    peer: Run
+    reference: Tensor
+
+    def token_cosines(self) -> Tensor:
+        """[tokens]: ours against Hugging Face in the same dtype."""
+        return torch.nn.functional.cosine_similarity(self.ours.embedding.double(), self.peer.embedding.double(), dim=-1)
+
+    def max_error(self) -> float:
+        """Largest difference of one value, ours against Hugging Face in the same dtype."""
+        return float((self.ours.embedding.double() - self.peer.embedding.double()).abs().max())
+
+    def relative_error(self, run: Run) -> float:
+        """Relative L2 against the reference."""
+        reference = self.reference.double()
+        return float((run.embedding.double() - reference).norm() / reference.norm())
+
+
+def run(task: Task) -> None:
+    """Raises `StartError` and `MMError`."""
+    with Console(stderr=True).status("") as status:
+        comparison = compare(task, report=status.update)
+    Console().print(table(comparison, task))
+
+
+def compare(task: Task, report: Callable[[str], None] = lambda step: None) -> Comparison:
+    """Each side warms up on a small image and then runs `task.repeat` times. Raises `StartError` and `MMError`."""
+    data = fetch(task.url, load_settings(checkpoint_path=task.checkpoint)).data
+    if not isinstance(data, bytes):
+        raise WrongFormatError("a comparison needs the file of an image")
+    report(f"ours, {task.act_type}")
+    ours = _ours(task, data)
+    report(f"Hugging Face, {task.act_type}")
+    peer = _peer(task, data)
+    if task.act_type == "fp32":
+        return Comparison(ours, peer, reference=peer.embedding)
+    report("Hugging Face, fp32: the reference")
+    return Comparison(ours, peer, reference=_peer(replace(task, act_type="fp32", repeat=1), data).embedding)
+
+
+def _ours(task: Task, data: bytes) -> Run:
+    engine = rtp_mm.create_engine(
+        vit_separation=0,
+        checkpoint_path=task.checkpoint,
+        act_type=task.act_type,
+        device=task.device,
+        mm_embedding_cache_mb=0,
+    )
+    try:
+        engine.submit([_data_url(_small_image())])
+        config = MMPreprocessConfig(min_pixels=task.min_pixels or -1, max_pixels=task.max_pixels or -1)
+        results = [engine.submit([_data_url(data)], preprocess_configs=[config]) for _ in range(task.repeat)]
+    finally:
+        engine.close()
+    return Run(
+        results[0].embeddings[0],
+        preprocess_ms=median(result.timings_ms["preprocess"] for result in results),
+        forward_ms=median(result.timings_ms["forward"] for result in results),
+    )
+
+
+def _peer(task: Task, data: bytes) -> Run:
+    peer = HuggingFacePeer(task.checkpoint, ACT_DTYPES[task.act_type], choose_device(task.device))
+    peer.forward(peer.preprocess(_small_image()))
+    embeddings, preprocess_ms, forward_ms = [], [], []
+    for _ in range(task.repeat):
+        start = time.perf_counter()
+        inputs = peer.preprocess(data, task.min_pixels, task.max_pixels)
+        between = time.perf_counter()
+        embeddings.append(peer.forward(inputs))
+        preprocess_ms.append(1e3 * (between - start))
+        forward_ms.append(1e3 * (time.perf_counter() - between))
+    return Run(embeddings[0], median(preprocess_ms), median(forward_ms))
+
+
+def _small_image() -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (WARM_UP_SIDE, WARM_UP_SIDE)).save(file, "PNG")
+    return file.getvalue()
+
+
+def _data_url(data: bytes) -> str:
+    return f"data:application/octet-stream;base64,{base64.b64encode(data).decode()}"
+
+
+def table(comparison: Comparison, task: Task) -> Table:
+    """What agrees and what it costs."""
+    ours, peer, cosines = comparison.ours, comparison.peer, comparison.token_cosines()
+    tokens, width = ours.embedding.shape
+    result = Table("", "ours", "Hugging Face", title=f"{tokens} tokens of {width}, {task.act_type}")
+    for row in ("preprocess_ms", "forward_ms"):
+        result.add_row(row.replace("_", ", "), *(f"{getattr(side, row):.1f}" for side in (ours, peer)))
+    errors = (f"{comparison.relative_error(side):.2e}" for side in (ours, peer))
+    result.add_row("relative L2 error against float32", *errors)
+    result.add_section()
+    result.add_row("cosine per token, min / mean", f"{cosines.min():.6f} / {cosines.mean():.6f}")
+    result.add_row("largest difference of a value", f"{comparison.max_error():.2e}")
+    return result

@@ -1,0 +1,68 @@
+"""The peer that `compare` measures against: Hugging Face's PIL processor and its own vision tower.
+
+The one file that imports transformers.
+"""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from rtp_mm.errors import StartError
+
+try:
+    from transformers import AutoConfig
+    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+    from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
+    from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+except ImportError as error:
+    raise StartError(
+        f"the comparison needs Hugging Face's transformers 5: pip install 'rtp_mm[hf]' ({error})"
+    ) from error
+
+TOWERS: dict[str, Any] = {
+    "qwen2_vl": Qwen2VisionTransformerPretrainedModel,
+    "qwen2_5_vl": Qwen2_5_VisionTransformerPretrainedModel,
+}
+
+
+class HuggingFacePeer:
+    """Processor and tower of a checkpoint; of its weights, the tower's alone are read."""
+
+    def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
+        """Raises `StartError` where the family is unknown or a tensor of the tower is missing."""
+        set_verbosity_error()  # type: ignore[no-untyped-call]  # it would list the language model as unexpected
+        disable_progress_bar()  # type: ignore[no-untyped-call]
+        family = AutoConfig.from_pretrained(folder).model_type
+        if family not in TOWERS:
+            raise StartError(f"no comparison for {family}; there is one for {', '.join(TOWERS)}")
+        self.processor: Any = Qwen2VLImageProcessorPil.from_pretrained(folder)
+        self.tower, report = TOWERS[family].from_pretrained(
+            folder, key_mapping={r"^(model\.)?visual\.": ""}, dtype=dtype, output_loading_info=True
+        )
+        if report["missing_keys"]:
+            raise StartError(f"{folder} lacks {', '.join(sorted(report['missing_keys']))}")
+        self.tower = self.tower.eval().to(device)
+
+    def preprocess(self, data: bytes, min_pixels: int | None = None, max_pixels: int | None = None) -> Any:
+        """An image file to `pixel_values` and `image_grid_thw`; a limit of `None` is the checkpoint's own."""
+        own = self.processor.size
+        size = {
+            "shortest_edge": min_pixels or own["shortest_edge"],  # in pixels of area, in spite of their names
+            "longest_edge": max_pixels or own["longest_edge"],
+        }
+        return self.processor(images=Image.open(io.BytesIO(data)), return_tensors="pt", size=size)
+
+    @torch.inference_mode()
+    def forward(self, inputs: Any) -> Tensor:
+        """[tokens, out_hidden] on the host."""
+        device = self.tower.device
+        grid = inputs["image_grid_thw"].to(device)
+        embedding: Tensor = self.tower(inputs["pixel_values"].to(device), grid_thw=grid).pooler_output
+        return embedding.cpu()

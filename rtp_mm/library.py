@@ -1,0 +1,52 @@
+"""The library's front door: one call gives an engine, in this process or in another."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from rtp_mm import compat
+from rtp_mm.config import Settings, load_settings
+from rtp_mm.engine.interface import Engine
+from rtp_mm.errors import StartError
+from rtp_mm.server.state import Loaded
+
+
+def create_engine(**options: Any) -> Engine:
+    """An engine for the options given, else for the environment; options as in `rtp_mm.config.Settings`.
+
+    vit_separation=0 (default): loads `checkpoint_path` in this process; blocks for seconds.
+    vit_separation=2: the server at `remote_vit_server_ip`, `ip[:port]`.
+    Raises `StartError` for options that name no engine.
+    """
+    settings = load_settings(None, **options)
+    is_asked = "vit_separation" in settings.model_fields_set  # the field's own default is the server's
+    if is_asked and settings.vit_separation == 1:
+        raise StartError("vit_separation=1 is the server: run python -m rtp_mm.start_server")
+    if is_asked and settings.vit_separation == 2:
+        return _remote_engine(settings)
+    return load_engine(settings).engine
+
+
+def load_engine(settings: Settings, loop: asyncio.AbstractEventLoop | None = None) -> Loaded:
+    """The checkpoint's model and the engine around it, on `loop` or a loop of its own. Blocks; raises `StartError`."""
+    from rtp_mm.engine.process_engine import MMProcessEngine
+    from rtp_mm.models.registry import choose_device, load_model
+
+    if settings.mm_model_module is not None:
+        compat.install()  # a third party's model is written against RTP-LLM's import paths
+    model = load_model(settings)
+    return Loaded(
+        MMProcessEngine(model, settings, loop),
+        model=model.config.model_type,
+        dtype=model.config.data_type,
+        device=str(choose_device(settings.device)),
+    )
+
+
+def _remote_engine(settings: Settings) -> Engine:
+    from rtp_mm.server.client import RemoteEngine
+
+    if not settings.remote_vit_server_ip:
+        raise StartError("REMOTE_VIT_SERVER_IP is not set: ip[:port] of the server")
+    return RemoteEngine(settings.remote_vit_server_ip, settings)

@@ -1,0 +1,54 @@
+"""`data:` URLs (RFC 2397), read strictly: what is not exactly base64 or percent-encoding is refused, not guessed at."""
+
+from __future__ import annotations
+
+import binascii
+import re
+from typing import NamedTuple
+from urllib.parse import unquote, unquote_to_bytes
+
+from rtp_mm.errors import WrongFormatError
+from rtp_mm.media.limits import SizeLimit
+
+_BROKEN_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})")
+
+
+class DataUrl(NamedTuple):
+    """The parts of a `data:` URL; `payload` is still encoded."""
+
+    media_type: str
+    is_base64: bool
+    payload: str
+
+    @classmethod
+    def parse(cls, url: str) -> DataUrl:
+        """Splits without decoding. Raises `WrongFormatError` where there is no comma."""
+        comma = url.find(",")
+        if comma < 0:
+            raise WrongFormatError("a data: URL needs a comma before its data")
+        media_type, *parameters = url[len("data:") : comma].split(";")
+        is_base64 = bool(parameters) and parameters[-1].strip().lower() == "base64"
+        return cls(media_type.strip().lower() or "text/plain", is_base64, url[comma + 1 :])
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the decoded data, known before decoding; exact for a well-formed URL."""
+        characters = len(self.payload) - 2 * self.payload.count("%")
+        if not self.is_base64:
+            return characters
+        tail = self.payload[-6:].replace("%3D", "=").replace("%3d", "=")
+        return characters * 3 // 4 - (len(tail) - len(tail.rstrip("=")))
+
+    def decode(self, limit: SizeLimit) -> bytes:
+        """The data. Raises `WrongFormatError` for what is malformed or over the limit, the latter before decoding."""
+        limit.check(self.nbytes)
+        if not self.payload.isascii():
+            raise WrongFormatError("a data: URL holds ASCII only")
+        if _BROKEN_ESCAPE.search(self.payload):
+            raise WrongFormatError("a % in a data: URL must be followed by two hexadecimal digits")
+        if not self.is_base64:
+            return unquote_to_bytes(self.payload)
+        try:
+            return binascii.a2b_base64(unquote(self.payload), strict_mode=True)
+        except ValueError as error:  # binascii.Error is one; another is text beyond ASCII, out of %XX
+            raise WrongFormatError(f"not valid base64: {error}") from None

@@ -1,0 +1,135 @@
+"""Images: file bytes to RGB pixels, with Pillow, as Hugging Face's PIL processors see them."""
+
+from __future__ import annotations
+
+import struct
+import threading
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BytesIO
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+
+from rtp_mm.errors import NotSupportedError, WrongFormatError
+from rtp_mm.media.sniff import sniff
+from rtp_mm.types import MMUrlType
+
+# TGA comes last: it has no signature, so its reader tries whatever the others leave.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "ICO", "PPM", "QOI", "TGA")
+_HEIC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx"}
+
+# What Pillow's readers raise for broken files. DecompressionBombWarning is an exception where warnings are errors.
+_DECODE_ERRORS = (
+    OSError, SyntaxError, ValueError, RuntimeError, struct.error, EOFError, MemoryError, zlib.error, LookupError, TypeError,
+    OverflowError, Image.DecompressionBombError, Image.DecompressionBombWarning,
+)  # fmt: skip
+
+
+class ImageHeader(NamedTuple):
+    """What an image says of itself. `mode` is Pillow's; width and height are in pixels, before any EXIF turn."""
+
+    format: str
+    width: int
+    height: int
+    mode: str
+
+
+def probe(data: bytes) -> ImageHeader:
+    """Reads the header only. Raises `WrongFormatError`, or `NotSupportedError` for a video or sound."""
+    with _named_errors(data), _open(data) as image:
+        return ImageHeader(image.format or "", image.width, image.height, image.mode)
+
+
+def decode(data: bytes, *, max_pixels: int, allow_truncated: bool, exif_transpose: bool) -> NDArray[np.uint8]:
+    """The first frame as [H, W, 3] uint8 RGB, read-only.
+
+    allow_truncated: a file that ends early is decoded as far as it goes.
+    exif_transpose:  the image is turned as its EXIF orientation says.
+
+    Transparent pixels are laid over white, as in transformers' `convert_to_rgb` (5.23); other modes become RGB by
+    Pillow's `convert("RGB")`. Raises `WrongFormatError` for a broken image or one of more than `max_pixels` (before it
+    is decoded), `NotSupportedError` for a video or sound.
+    """
+    with _named_errors(data), _TRUNCATION.decoding(allow_truncated), _open(data) as image:
+        check_pixels(*image.size, max_pixels)
+        image.load()
+        check_pixels(*image.size, max_pixels)  # an ICO's directory may have told another size than its image
+        if exif_transpose:
+            ImageOps.exif_transpose(image, in_place=True)
+        return np.asarray(_to_rgb(image))
+
+
+def check_pixels(width: int, height: int, max_pixels: int) -> None:
+    """Raises `WrongFormatError` for an image of more pixels."""
+    if width * height > max_pixels:
+        raise WrongFormatError(
+            f"{width}x{height} is {width * height} pixels, over the limit of {max_pixels} (MM_MAX_PIXELS)"
+        )
+
+
+def _open(data: bytes) -> ImageFile.ImageFile:
+    return Image.open(BytesIO(data), formats=(*FORMATS, *_heif_format(data)))
+
+
+def _heif_format(data: bytes) -> tuple[str, ...]:
+    if data[4:8] != b"ftyp" or data[8:12] not in _HEIC_BRANDS:
+        return ()
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError:
+        raise NotSupportedError("HEIC images need pillow-heif on the server (pip install 'rtp_mm[heif]')") from None
+    register_heif_opener()
+    return ("HEIF",)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if "A" in image.getbands() or image.info.get("transparency") is not None:
+        rgba = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+@contextmanager
+def _named_errors(data: bytes) -> Iterator[None]:
+    """Turns Pillow's many errors into ours."""
+    try:
+        yield
+    except UnidentifiedImageError:
+        mm_type = sniff(data)
+        if mm_type in (MMUrlType.VIDEO, MMUrlType.AUDIO):
+            raise NotSupportedError(f"an image is expected here, these bytes are {mm_type.name.lower()}") from None
+        raise WrongFormatError(f"no image in a supported format ({', '.join(FORMATS)})") from None
+    except _DECODE_ERRORS as error:
+        raise WrongFormatError(f"broken image: {str(error) or type(error).__name__}") from None
+
+
+class _TruncationSwitch:
+    """Pillow's tolerance of truncated files is one flag of the process that its readers look at all through a decode.
+
+    Decodes that agree on the flag run side by side; one that disagrees waits for them. A process has one setting, so
+    in practice nobody waits; but no decode ever runs under the flag of another.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._running = 0
+
+    @contextmanager
+    def decoding(self, allow_truncated: bool) -> Iterator[None]:
+        with self._changed:
+            self._changed.wait_for(lambda: self._running == 0 or allow_truncated == ImageFile.LOAD_TRUNCATED_IMAGES)
+            ImageFile.LOAD_TRUNCATED_IMAGES = allow_truncated
+            self._running += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._running -= 1
+                self._changed.notify_all()
+
+
+_TRUNCATION = _TruncationSwitch()  # one per process, as the flag that it guards

@@ -1,0 +1,29 @@
+"""How large a fetched file may be."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rtp_mm.config import Settings
+from rtp_mm.errors import WrongFormatError
+from rtp_mm.types import MMUrlType
+
+
+@dataclass(frozen=True, slots=True)
+class SizeLimit:
+    """The largest file admitted, in bytes, and the option that says so."""
+
+    nbytes: int
+    option: str
+
+    @classmethod
+    def of(cls, settings: Settings, mm_type: MMUrlType) -> SizeLimit:
+        """The video limit for video and audio, the image limit for all else."""
+        if mm_type in (MMUrlType.VIDEO, MMUrlType.AUDIO):
+            return cls(settings.mm_video_max_file_size_kb * 1024, "MM_VIDEO_MAX_FILE_SIZE_KB")
+        return cls(settings.mm_image_max_file_size_kb * 1024, "MM_IMAGE_MAX_FILE_SIZE_KB")
+
+    def check(self, nbytes: int) -> None:
+        """Raises `WrongFormatError` if a file of at least `nbytes` is too large."""
+        if nbytes > self.nbytes:
+            raise WrongFormatError(f"{nbytes} bytes or more, over the limit of {self.nbytes} ({self.option})")

@@ -1,0 +1,51 @@
+"""URLs as they may stand in logs and errors: short, on one line, without secrets."""
+
+from __future__ import annotations
+
+import re
+
+from rtp_mm.errors import WrongFormatError
+from rtp_mm.media.data_url import DataUrl
+
+MAX_CHARACTERS = 120
+
+# scheme, [userinfo@], host, port, path, and the rest, which is never shown. It matches whatever follows "scheme://",
+# so that nothing malformed slips through with its credentials.
+_URL = re.compile(
+    r"(?P<scheme>[a-z][a-z0-9+.-]*)://(?:[^/?#]*@)?(?P<host>\[[^\]/?#@]*\]|[^/?#@:\[]*)(?P<port>(?::\d*)?)"
+    r"(?P<path>(?:/[^?#]*)?)(?P<rest>.*)",
+    re.IGNORECASE | re.DOTALL,
+)
+
+
+def redact(url: str) -> str:
+    """The URL without credentials, query, fragment or data, control characters escaped, at most 120 characters.
+
+    A data URL is told by type and size: `data:image/jpeg, 70568 bytes base64`.
+    """
+    if url[:5].lower() == "data:":
+        text = _describe_data(url)
+    elif match := _URL.fullmatch(url):
+        text = "{scheme}://{host}{port}{path}".format(**match.groupdict()) + ("?..." if match["rest"] else "")
+    else:
+        text = url
+    return _shorten(_escape(_shorten(text)))  # shortened first too: a hostile URL has megabytes
+
+
+def _describe_data(url: str) -> str:
+    try:
+        data = DataUrl.parse(url)
+    except WrongFormatError:
+        return f"data: URL without a comma, {len(url)} characters"
+    return f"data:{data.media_type}, {data.nbytes} bytes{' base64' if data.is_base64 else ''}"
+
+
+def _escape(text: str) -> str:
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _shorten(text: str) -> str:
+    if len(text) <= MAX_CHARACTERS:
+        return text
+    head = (MAX_CHARACTERS - 3) // 2
+    return f"{text[:head]}...{text[head + 3 - MAX_CHARACTERS :]}"

@@ -1,0 +1,39 @@
+"""From patch bytes to the tower's first activations in one pass."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+import rtp_mm.ops.library  # noqa: F401  # the schema must be there before its fake
+
+
+def patch_embed(
+    rows: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    scale: float = 1.0,
+    order: Tensor | None = None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`out[i] = scale * sum_k (rows[r(i), k] - 128) * weight[:, k] + bias`: [N, D] in `dtype`.
+
+    rows:   [N, K] uint8.
+    weight: [terms, D, K] float32, bfloat16 or float16, normalisation folded in; its one or two terms are summed in
+            float32 (high and low part of a weight that 16 bits cannot hold).
+    bias:   [D] float32.
+    scale:  undoes a power of two in the weight, which keeps float16 terms in range.
+    order:  [N / G] int32 or None: rows come in groups of G, and output group g is input group order[g].
+    dtype:  float32, bfloat16 or float16.
+
+    Accumulated in float32 and rounded once. A row's bits do not depend on its neighbours, its place or N. Tensors must
+    be contiguous and on one device; else, and for an order out of range, `RuntimeError`.
+    """
+    out: Tensor = torch.ops.rtp_mm.patch_embed.default(rows, weight, bias, scale, order, dtype)
+    return out
+
+
+@torch.library.register_fake("rtp_mm::patch_embed")  # type: ignore[untyped-decorator]
+def _(rows: Tensor, weight: Tensor, bias: Tensor, scale: float, order: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+    return rows.new_empty(rows.shape[0], weight.shape[1], dtype=out_dtype)

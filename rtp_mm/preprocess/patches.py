@@ -1,0 +1,114 @@
+"""Images to patch rows, for the Qwen2-VL line: decode, crop, size, resize, cut."""
+
+from __future__ import annotations
+
+from dataclasses import astuple, dataclass
+
+import numpy as np
+import PIL
+from numpy.typing import NDArray
+from PIL import Image
+
+from rtp_mm import _core
+from rtp_mm.config import Settings
+from rtp_mm.errors import NotSupportedError, WrongFormatError
+from rtp_mm.media.image import check_pixels, decode
+from rtp_mm.media.sniff import sniff
+from rtp_mm.preprocess.image_config import ImageProcessorConfig
+from rtp_mm.preprocess.sizes import crop_pixels, smart_resize
+from rtp_mm.types import Blob, MMUrlType, Patches, PreprocessOptions
+
+__all__ = ["ImagePreprocessor", "ImageProcessorConfig"]
+
+
+@dataclass(frozen=True, slots=True)
+class ImagePreprocessor:
+    """A function from a blob to its patches, with everything that it depends on. Picklable, for worker processes.
+
+    The rows are byte for byte what `Qwen2VLImageProcessorPil` (transformers 5.23) resizes to.
+    """
+
+    patch_size: int
+    merge_size: int
+    temporal_patch_size: int
+    min_pixels: int
+    max_pixels: int
+    max_image_pixels: int  # of an image as it comes, and of one as a request asks for it
+    allow_truncated: bool
+    exif_transpose: bool
+
+    @classmethod
+    def from_config(cls, config: ImageProcessorConfig, settings: Settings) -> ImagePreprocessor:
+        """The checkpoint's rules with the server's limits."""
+        return cls(
+            patch_size=config.patch_size,
+            merge_size=config.merge_size,
+            temporal_patch_size=config.temporal_patch_size,
+            min_pixels=config.min_pixels,
+            max_pixels=config.max_pixels,
+            max_image_pixels=settings.mm_max_pixels,
+            allow_truncated=settings.mm_allow_truncated_images,
+            exif_transpose=settings.mm_exif_transpose,
+        )
+
+    @property
+    def cache_key(self) -> tuple[object, ...]:
+        """All else that decides the bytes; Pillow's releases differ in decode and resize."""
+        return ("pillow", PIL.__version__, *astuple(self))
+
+    def __call__(self, blob: Blob, mm_type: MMUrlType, options: PreprocessOptions) -> Patches:
+        """Rows [h * w, 3 * P * P] (one frame: T is 1) and the grid (1, h, w).
+
+        Raises `WrongFormatError` for what cannot be decoded, breaks a limit or has bad options, `NotSupportedError`
+        for video and audio.
+        """
+        image = self._image(blob, mm_type)
+        if options.crop is not None:
+            top, left, bottom, right = crop_pixels(image.shape[0], image.shape[1], options.crop)
+            image = image[top:bottom, left:right]
+        height, width = self._target_size(image.shape[0], image.shape[1], options)
+        image = _resize(image, height, width)
+        rows = _core.patchify(image[None], self.patch_size, self.merge_size, 1)
+        return Patches(rows, (1, height // self.patch_size, width // self.patch_size))
+
+    def _image(self, blob: Blob, mm_type: MMUrlType) -> NDArray[np.uint8]:
+        """[H, W, 3] uint8."""
+        data = blob.data
+        if isinstance(data, np.ndarray):
+            return self._image_of_tensor(data)
+        if mm_type is MMUrlType.DEFAULT:
+            mm_type = sniff(data) or MMUrlType.IMAGE
+        if mm_type is not MMUrlType.IMAGE:
+            raise NotSupportedError(f"this model takes images only, not {mm_type.name.lower()}")
+        return decode(
+            data,
+            max_pixels=self.max_image_pixels,
+            allow_truncated=self.allow_truncated,
+            exif_transpose=self.exif_transpose,
+        )
+
+    def _image_of_tensor(self, frames: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        if frames.ndim != 4 or len(frames) != 1:
+            kind = "a clip" if frames.ndim == 4 else "sound"
+            raise NotSupportedError(f"this model takes images only, the tensor is {kind} {list(frames.shape)}")
+        _, height, width, _ = frames.shape
+        check_pixels(width, height, self.max_image_pixels)
+        image: NDArray[np.uint8] = frames[0]
+        return image
+
+    def _target_size(self, height: int, width: int, options: PreprocessOptions) -> tuple[int, int]:
+        min_pixels = options.min_pixels or self.min_pixels
+        max_pixels = options.max_pixels or self.max_pixels
+        if min_pixels > max_pixels:
+            raise WrongFormatError(f"min_pixels {min_pixels} is over max_pixels {max_pixels}")
+        factor = self.patch_size * self.merge_size
+        height, width = smart_resize(options.height or height, options.width or width, factor, min_pixels, max_pixels)
+        check_pixels(width, height, self.max_image_pixels)
+        return height, width
+
+
+def _resize(image: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
+    """Pillow's bicubic on [H, W, 3], contiguous."""
+    if image.shape[:2] == (height, width):
+        return np.ascontiguousarray(image)
+    return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))

@@ -1,0 +1,1 @@
+"""The gRPC service, its HTTP companion, and the client."""

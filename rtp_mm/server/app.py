@@ -1,0 +1,184 @@
+"""One server process from its start to its end: ports, health, the engine, and a drain that cuts nobody off."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+
+import grpc
+from aiohttp import web
+from google.protobuf.descriptor_pool import DescriptorPool
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection, reflection_pb2
+
+from rtp_mm.config import Settings
+from rtp_mm.errors import StartError
+from rtp_mm.logs import log_event
+from rtp_mm.server.http import http_app
+from rtp_mm.server.proto import (
+    MESSAGE_SIZE_OPTIONS,
+    SERVICE,
+    WireForm,
+    add_MultimodalRpcServiceServicer_to_server,
+    file_descriptor,
+)
+from rtp_mm.server.servicer import MultimodalServicer
+from rtp_mm.server.state import Loaded, Phase, ServerState
+
+_log = logging.getLogger(__name__)
+_HEALTH_NAMES = ("", SERVICE)  # "" stands for the server as a whole
+LoadEngine = Callable[[Settings, asyncio.AbstractEventLoop], Loaded]  # blocks; the engine then lives on that loop
+_LAST_WORDS_S = 0.2  # after the drain: for health watchers and refusals to reach their clients
+
+GRPC_OPTIONS = (
+    *MESSAGE_SIZE_OPTIONS,
+    ("grpc.so_reuseport", 0),  # a taken port is an error, not a second server that gets half of the calls
+    # A caller that vanished without a word is noticed within 80 s, and its work dropped.
+    ("grpc.keepalive_time_ms", 60_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    # Clients may ping as often as every 5 s, idle ones too; gRPC's default of 5 minutes disconnects common settings.
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+)
+
+
+async def serve(settings: Settings, load_engine: LoadEngine) -> None:
+    """Serves until SIGTERM or SIGINT, then drains; a second signal ends the process at once.
+
+    Binds both ports first and answers 503 or `LoadingError` there while `load_engine` runs in a thread.
+    Raises `StartError` for a taken port or a model that does not load.
+    """
+    started = time.perf_counter()
+    state = ServerState()
+    stopped = _stop_signal()
+    try:
+        async with open_ports(state, settings) as healths:
+            loading = _in_thread(load_engine, settings)
+            either: set[asyncio.Future[Any]] = {loading, stopped}
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            if not stopped.done():
+                loaded = loading.result()
+                state.serve(loaded)
+                await _set_health(healths, health_pb2.HealthCheckResponse.SERVING)
+                _log_ready(loaded, settings, time.perf_counter() - started)
+            name = await stopped
+            log_event(_log, "draining", signal=name, calls=state.calls)
+            state.phase = Phase.DRAINING
+            await healths.enter_graceful_shutdown()
+            if not await state.drained(settings.mm_drain_timeout_ms / 1e3):
+                log_event(_log, "drain timed out", logging.WARNING, calls_cut=state.calls)
+    finally:
+        if state.loaded is not None:
+            state.loaded.engine.close()
+    log_event(_log, "stopped", seconds=time.perf_counter() - started)
+
+
+@asynccontextmanager
+async def open_ports(state: ServerState, settings: Settings) -> AsyncIterator[health.aio.HealthServicer]:
+    """Both ports open, HTTP and gRPC with health and reflection."""
+    runner = web.AppRunner(http_app(state, settings), access_log=None, shutdown_timeout=_LAST_WORDS_S)
+    await runner.setup()
+    server = grpc.aio.server(options=GRPC_OPTIONS)
+    healths = health.aio.HealthServicer()
+    await _set_health(healths, health_pb2.HealthCheckResponse.NOT_SERVING)
+    health_pb2_grpc.add_HealthServicer_to_server(healths, server)
+    add_MultimodalRpcServiceServicer_to_server(MultimodalServicer(state, settings), server)
+    form: WireForm = "concat" if settings.mm_wire == "concat" else "items"
+    names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+    reflection.enable_server_reflection(names, server, pool=reflection_pool(form))
+    host, port = settings.mm_bind_address, settings.start_port
+    try:
+        _check_port(host, port, "HTTP")
+        _check_port(host, port + 1, "gRPC")
+        await web.TCPSite(runner, host, port).start()
+        server.add_insecure_port(f"[{host}]:{port + 1}" if ":" in host else f"{host}:{port + 1}")
+        await server.start()
+        yield healths
+    finally:
+        await server.stop(grace=_LAST_WORDS_S)
+        await runner.cleanup()
+
+
+def _log_ready(loaded: Loaded, settings: Settings, seconds: float) -> None:
+    log_event(
+        _log,
+        "ready",
+        http=f"{settings.mm_bind_address}:{settings.start_port}",
+        grpc=f"{settings.mm_bind_address}:{settings.start_port + 1}",
+        model=loaded.model,
+        dtype=loaded.dtype,
+        device=loaded.device,
+        seconds=seconds,
+    )
+
+
+def reflection_pool(form: WireForm) -> DescriptorPool:
+    """All that reflection may be asked for, in a pool of its own."""
+    pool = DescriptorPool()
+    pool.Add(file_descriptor(form))
+    for module in (health_pb2, reflection_pb2):
+        pool.AddSerializedFile(module.DESCRIPTOR.serialized_pb)
+    return pool
+
+
+def _check_port(host: str, port: int, use: str) -> None:
+    """Raises `StartError` for a port that cannot be had. A plain socket says why; gRPC's error would not."""
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+    except OSError as error:
+        raise StartError(f"cannot listen on {host}:{port} for {use}: {error.strerror}") from None
+
+
+async def _set_health(healths: health.aio.HealthServicer, status: int) -> None:
+    for name in _HEALTH_NAMES:
+        await healths.set(name, status)
+
+
+def _stop_signal() -> asyncio.Future[str]:
+    """Done with the signal's name at the first SIGTERM or SIGINT; after that both have their default effect again."""
+    loop = asyncio.get_running_loop()
+    stopped: asyncio.Future[str] = loop.create_future()
+
+    def stop(received: signal.Signals) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
+            signal.signal(number, signal.SIG_DFL)
+        stopped.set_result(received.name)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop, number)
+    return stopped
+
+
+def _in_thread(load_engine: LoadEngine, settings: Settings) -> asyncio.Future[Loaded]:
+    """Runs in a daemon thread, which, unlike an executor's, does not hold up the end of the process."""
+    loop = asyncio.get_running_loop()
+    loading: asyncio.Future[Loaded] = loop.create_future()
+
+    def settle(outcome: Loaded | StartError) -> None:
+        if isinstance(outcome, StartError):
+            loading.set_exception(outcome)
+        else:
+            loading.set_result(outcome)
+
+    def run() -> None:
+        outcome: Loaded | StartError = StartError("the model did not load, see the stack above")
+        try:
+            outcome = load_engine(settings, loop)
+        except StartError as error:
+            outcome = error
+        finally:  # any other exception is a bug: the thread prints its stack
+            with suppress(RuntimeError):  # the loop is closed: stopped while loading
+                loop.call_soon_threadsafe(settle, outcome)
+
+    threading.Thread(target=run, name="load-engine", daemon=True).start()
+    return loading

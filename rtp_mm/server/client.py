@@ -1,0 +1,219 @@
+"""An engine in another process: the same interface, answered over gRPC by a server."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import re
+import threading
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+import grpc
+
+from rtp_mm.config import Settings, load_settings
+from rtp_mm.engine.interface import as_inputs
+from rtp_mm.errors import (
+    DeadlineError,
+    DownloadFailedError,
+    DownloadRefusedError,
+    DrainingError,
+    LoadingError,
+    MMError,
+    NotSupportedError,
+    ProcessError,
+    QueueFullError,
+    RemoteCallError,
+    ReplyTooLargeError,
+    WrongFormatError,
+)
+from rtp_mm.server import wire
+from rtp_mm.server.proto import (
+    MESSAGE_SIZE_OPTIONS,
+    CacheVersionPB,
+    MultimodalInputsPB,
+    MultimodalRpcServiceStub,
+    StatusVersionPB,
+    method_path,
+)
+from rtp_mm.types import LIBRARY_CALLER, CacheStatus, Caller, MMEmbeddingRes, MMUrlType, MultimodalInput, WorkerStatus
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+DEFAULT_PORT = 8089  # gRPC of a server on its default START_PORT
+_STATUS_TIMEOUT_S = 10.0
+_OPTIONS = (
+    *MESSAGE_SIZE_OPTIONS,
+    ("grpc.enable_http_proxy", 0),  # a proxy in the environment is for downloads
+    ("grpc.max_reconnect_backoff_ms", 2_000),  # a restarted server is found again soon; gRPC's default is 120 s
+)
+_CLASSES: dict[tuple[str, str], type[MMError]] = {
+    (cls.name, cls.status): cls
+    for cls in (
+        ProcessError,
+        WrongFormatError,
+        NotSupportedError,
+        DownloadRefusedError,
+        DownloadFailedError,
+        DeadlineError,
+        DrainingError,
+        LoadingError,
+        ReplyTooLargeError,
+    )
+}
+_NAMED = re.compile(r"\[(\w+)\] (.*)", re.DOTALL)
+_STAGE = re.compile(r"rtp-mm-(\w+)-ms")
+
+
+class RemoteEngine:
+    """The engine of the server at `address`. Implements `rtp_mm.engine.interface.Engine`; for any thread and loop.
+
+    `caller` is not passed on: the server goes by the address it sees. Errors arrive as the classes the server raised,
+    save that a `BadItemsError` comes as its verdict's class, with its text.
+    """
+
+    def __init__(self, address: str, settings: Settings | None = None) -> None:
+        self.address = server_address(address)
+        self._timeout_s = (settings or load_settings()).mm_timeout_ms / 1e3
+        # The sync channel's calls are futures that any thread or event loop can wait for, so one channel serves all.
+        self._channel = grpc.insecure_channel(self.address, options=_OPTIONS)
+        self._stub = MultimodalRpcServiceStub(self._channel)
+        self._embed_call = self._channel.unary_unary(
+            method_path("RemoteMultimodalEmbedding"), request_serializer=MultimodalInputsPB.SerializeToString
+        )
+        self._lock = threading.Lock()
+        self._running: set[grpc.Future] = set()
+        self._is_draining = False
+
+    async def embed(
+        self, inputs: Sequence[MultimodalInput], *, caller: Caller = LIBRARY_CALLER, timeout_s: float | None = None
+    ) -> MMEmbeddingRes:
+        """Cancelling cancels the call on the server, too."""
+        call = self._start(inputs, timeout_s)
+        try:
+            await _settled(call)
+        except asyncio.CancelledError:
+            call.cancel()
+            raise
+        return await asyncio.to_thread(self._finish, call)  # copies the tensors off the loop
+
+    def submit(
+        self,
+        urls: Sequence[str],
+        types: Sequence[MMUrlType] | None = None,
+        tensors: Sequence[Tensor | None] | None = None,
+        preprocess_configs: Sequence[Any] | None = None,
+    ) -> MMEmbeddingRes:
+        return self._finish(self._start(as_inputs(urls, types, tensors, preprocess_configs), None))
+
+    def worker_status(self) -> WorkerStatus:
+        status = self._ask(self._stub.GetWorkerStatus, StatusVersionPB())
+        return WorkerStatus(
+            available_concurrency=status.available_concurrency,
+            waiting=status.waiting_query_len,
+            running=status.running_query_len,
+            step_latency_ms=status.step_latency_ms,
+            iterations=status.iterate_count,
+            finished_version=status.status_version,
+            is_alive=status.alive,
+            precision=status.precision,
+            cache_available_bytes=status.available_kv_cache,
+            cache_total_bytes=status.total_kv_cache,
+            max_batch_tokens=status.max_batch_tokens_size,
+        )
+
+    def cache_status(self, *, with_keys: bool = False) -> CacheStatus:
+        asked = CacheVersionPB(latest_cache_version=-1, need_cache_keys=with_keys)
+        status = self._ask(self._stub.GetCacheStatus, asked)
+        return CacheStatus(
+            available_bytes=status.available_kv_cache,
+            total_bytes=status.total_kv_cache,
+            version=status.version,
+            keys=tuple(status.cache_keys),
+        )
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Takes no new calls and waits for this engine's own; the server goes on."""
+        with self._lock:
+            self._is_draining = True
+            running = [_settled(call) for call in self._running]
+        if not running:
+            return True
+        _, pending = await asyncio.wait(running, timeout=timeout_s)
+        return not pending
+
+    def close(self) -> None:
+        self._channel.close()
+
+    def _start(self, inputs: Sequence[MultimodalInput], timeout_s: float | None) -> grpc.Future:
+        request = wire.write_inputs(inputs)
+        with self._lock:
+            if self._is_draining:
+                raise DrainingError("this engine takes no new calls")
+            call = self._embed_call.future(
+                request,
+                timeout=self._timeout_s if timeout_s is None else timeout_s,
+                metadata=((wire.WIRE_METADATA, "items"),),
+            )
+            self._running.add(call)
+        call.add_done_callback(self._running.discard)
+        return call
+
+    def _finish(self, call: grpc.Future) -> MMEmbeddingRes:
+        """The answer; blocks until it is there."""
+        try:
+            result = wire.read_result(call.result())
+        except grpc.RpcError as error:
+            raise self._as_mm_error(error) from None
+        except WrongFormatError as error:
+            raise RemoteCallError(f"{self.address}: {error}") from None
+        stages = ((_STAGE.fullmatch(key), value) for key, value in call.trailing_metadata() or ())
+        result.timings_ms = {match[1]: float(value) for match, value in stages if match}
+        return result
+
+    def _ask(self, method: Any, request: Any) -> Any:
+        try:
+            return method(request, timeout=_STATUS_TIMEOUT_S)
+        except grpc.RpcError as error:
+            raise self._as_mm_error(error) from None
+
+    def _as_mm_error(self, error: Any) -> MMError:
+        """The class whose name and status the server sent; `RemoteCallError` for what is no answer of a server."""
+        status, details = error.code().name, error.details() or ""
+        if match := _NAMED.match(details):
+            name, text = match.groups()
+            if (name, status) == (QueueFullError.name, QueueFullError.status):
+                metadata = dict(error.trailing_metadata() or ())
+                return QueueFullError(text, int(metadata.get(wire.RETRY_AFTER_METADATA, 0)))
+            if cls := _CLASSES.get((name, status)):
+                return cls(text)
+        if status == DeadlineError.status:
+            return DeadlineError(f"{self.address}: no answer in time")
+        return RemoteCallError(f"{self.address}: {status}: {details}")
+
+
+def server_address(text: str) -> str:
+    """`host[:port]`, an IPv6 address bare or in brackets -> gRPC's target, `DEFAULT_PORT` where no port is given."""
+    with suppress(ValueError):
+        if ipaddress.ip_address(text.strip("[]")).version == 6:
+            return f"[{text.strip('[]')}]:{DEFAULT_PORT}"
+    return text if re.search(r":\d+$", text) else f"{text}:{DEFAULT_PORT}"
+
+
+def _settled(call: grpc.Future) -> asyncio.Future[None]:
+    """Done on this event loop once the call is, however it ended."""
+    loop = asyncio.get_running_loop()
+    settled: asyncio.Future[None] = loop.create_future()
+
+    def settle() -> None:
+        if not settled.done():
+            settled.set_result(None)
+
+    def on_done(_: grpc.Future) -> None:
+        with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            loop.call_soon_threadsafe(settle)
+
+    call.add_done_callback(on_done)
+    return settled

@@ -1,0 +1,63 @@
+"""`python -m rtp_mm.start_server`: the service, configured by environment variables or flags of the same names."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from typing import TYPE_CHECKING
+
+from rtp_mm.config import Settings, load_settings
+from rtp_mm.errors import StartError
+from rtp_mm.logs import setup_logs
+
+if TYPE_CHECKING:
+    from rtp_mm.server.app import LoadEngine
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit status: 0 after a drain, 1 with one line on stderr where the server cannot start."""
+    try:
+        settings = load_settings(sys.argv[1:] if arguments is None else arguments)
+        _check(settings)
+    except StartError as error:
+        return _failed(error)
+    from rtp_mm.library import load_engine
+
+    return run(settings, load_engine)
+
+
+def run(settings: Settings, load_engine: LoadEngine) -> int:
+    """Serves until a signal; returns the exit status."""
+    from rtp_mm.server.app import serve
+
+    setup_logs(settings.log_level)
+    try:
+        asyncio.run(serve(settings, load_engine))
+    except StartError as error:
+        return _failed(error)
+    return 0
+
+
+def _check(settings: Settings) -> None:
+    """What can be told before a port is bound or torch imported."""
+    if settings.vit_separation == 0:
+        raise StartError(
+            "VIT_SEPARATION=0 serves no ports: call rtp_mm.create_engine(vit_separation=0, checkpoint_path=...)"
+        )
+    if settings.vit_separation == 2:
+        raise StartError(
+            "VIT_SEPARATION=2 serves no ports: call rtp_mm.create_engine(vit_separation=2, remote_vit_server_ip=...)"
+        )
+    if settings.checkpoint_path is None:
+        raise StartError("CHECKPOINT_PATH is not set: the folder of a model in Hugging Face format")
+    if not settings.checkpoint_path.expanduser().is_dir():
+        raise StartError(f"CHECKPOINT_PATH={settings.checkpoint_path} is no folder")
+
+
+def _failed(error: StartError) -> int:
+    print("rtp_mm.start_server:", " ".join(str(error).split()), file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,96 @@
+"""Fixtures every test may use: tiny checkpoints, real photographs, and `require` for optional features."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import skimage.data
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from rtp_mm.models.random_checkpoint import write_checkpoint
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # a parent package is missing
+        return False
+
+
+FEATURES: dict[str, Callable[[], bool]] = {
+    "cuda": torch.cuda.is_available,
+    "nvcc": lambda: shutil.which("nvcc") is not None,
+    "triton": lambda: _is_installed("triton"),
+    "flash": lambda: _is_installed("flash_attn"),
+    "dali": lambda: _is_installed("nvidia.dali"),
+}
+
+
+def require(feature: str) -> None:
+    """Skips the test where `feature` is missing, or fails it where `RTP_MM_REQUIRE=cuda,dali` names the feature."""
+    if FEATURES[feature]():
+        return
+    if feature in os.environ.get("RTP_MM_REQUIRE", "").split(","):
+        pytest.fail(f"RTP_MM_REQUIRE names {feature}, and it is not here")
+    pytest.skip(f"no {feature}")
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen2_vl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a Qwen2-VL with 4 layers."""
+    return _tiny(tmp_path_factory, "qwen2_vl")
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen2_5_vl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a Qwen2.5-VL with 4 layers, 1 and 3 of them with full attention."""
+    return _tiny(tmp_path_factory, "qwen2_5_vl")
+
+
+def _tiny(tmp_path_factory: pytest.TempPathFactory, family: str) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoints") / family
+    write_checkpoint(folder, family, "tiny")
+    return folder
+
+
+@pytest.fixture(scope="session", params=["tiny_qwen2_vl", "tiny_qwen2_5_vl"])
+def tiny_checkpoint(request: pytest.FixtureRequest) -> Any:
+    """Both families in turn."""
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(scope="session")
+def photos() -> dict[str, NDArray[np.uint8]]:
+    """Real photographs by name, [H, W, 3] uint8, of sizes that no patch grid divides."""
+    return {
+        "astronaut": skimage.data.astronaut(),  # 512 x 512
+        "chelsea": skimage.data.chelsea(),  # 300 x 451
+        "coffee": skimage.data.coffee(),  # 400 x 600
+        "rocket": skimage.data.rocket(),  # 427 x 640
+    }
+
+
+@pytest.fixture(scope="session")
+def photo(photos: dict[str, NDArray[np.uint8]]) -> bytes:
+    """A real photograph as a JPEG file, 451 x 300."""
+    file = io.BytesIO()
+    Image.fromarray(photos["chelsea"]).save(file, "JPEG", quality=92)
+    return file.getvalue()
+
+
+@pytest.fixture(scope="session")
+def photo_path(photo: bytes, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same JPEG as a file."""
+    path = tmp_path_factory.mktemp("photos") / "chelsea.jpg"
+    path.write_bytes(photo)
+    return path

@@ -1,0 +1,74 @@
+"""Slow, obvious twins of every fast thing: what a test compares the native code with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rtp_mm.ops import VisionPositions
+
+
+def vision_positions(grids: Sequence[tuple[int, int, int]], merge_size: int, window: int) -> VisionPositions:
+    """Loops over items, frames, windows and cells, appending."""
+    m = merge_size
+    rope_hw: list[tuple[int, int]] = []
+    pos_thw: list[tuple[int, int, int]] = []
+    window_order: list[int] = []
+    window_lengths: list[int] = []
+    frame_lengths: list[int] = []
+    for t, h, w in grids:
+        rows, columns = h // m, w // m
+        for frame in range(t):
+            first_cell = len(pos_thw)
+            for row in range(rows):
+                for column in range(columns):
+                    pos_thw.append((frame, row, column))
+                    rope_hw += [(row * m + y, column * m + x) for y in range(m) for x in range(m)]
+            frame_lengths.append(h * w)
+            for top in range(0, rows, window) if window else ():
+                for left in range(0, columns, window):
+                    cells = [
+                        first_cell + row * columns + column
+                        for row in range(top, min(top + window, rows))
+                        for column in range(left, min(left + window, columns))
+                    ]
+                    window_order += cells
+                    window_lengths.append(len(cells) * m * m)
+
+    def tensor(values: Sequence[object], *shape: int) -> Tensor:
+        return torch.tensor(values, dtype=torch.int32).reshape(shape)
+
+    def cumulative(lengths: list[int]) -> Tensor:
+        return tensor([sum(lengths[:i]) for i in range(len(lengths) + 1)], -1)
+
+    return VisionPositions(
+        rope_hw=tensor(rope_hw, -1, 2),
+        pos_thw=tensor(pos_thw, -1, 3),
+        window_order=tensor(window_order, -1),
+        cu_windows=cumulative(window_lengths) if window else tensor([], 0),
+        cu_frames=cumulative(frame_lengths),
+        max_window=max(window_lengths, default=0),
+        max_frame=max(frame_lengths, default=0),
+    )
+
+
+def patch_embed(rows: Tensor, weight: Tensor, bias: Tensor, scale: float = 1.0, order: Tensor | None = None) -> Tensor:
+    """[N, D] float64, not rounded."""
+    if order is not None and len(order):
+        rows = rows.unflatten(0, (len(order), -1))[order.long()].flatten(0, 1)
+    return scale * ((rows.double() - 128) @ weight.double().sum(0).T) + bias.double()
+
+
+def patchify(
+    frames: NDArray[np.uint8], patch_size: int, merge_size: int, temporal_patch_size: int
+) -> NDArray[np.uint8]:
+    """One reshape and one transpose, as Hugging Face's processors write it."""
+    f, height, width, channels = frames.shape
+    p, m, t = patch_size, merge_size, temporal_patch_size
+    blocks = frames.reshape(f // t, t, height // (p * m), m, p, width // (p * m), m, p, channels)
+    #                         0     1          2           3  4         5          6  7     8
+    return blocks.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7).reshape(-1, channels * t * p * p)

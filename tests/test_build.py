@@ -1,0 +1,175 @@
+"""What the build leaves behind, and what it says when it cannot build."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from conftest import require
+
+import rtp_mm
+from rtp_mm import _core
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = Path(rtp_mm.__file__).parent
+OPERATORS, CUDA_OPERATORS, CORE = PACKAGE / "_C.so", PACKAGE / "_C_cuda.so", Path(_core.__file__)
+
+
+def readelf(*arguments: object) -> str:
+    return subprocess.run(["readelf", *map(str, arguments)], capture_output=True, text=True, check=True).stdout
+
+
+def needed(library: Path) -> set[str]:
+    return set(re.findall(r"\(NEEDED\).*\[(.+)\]", readelf("-d", library)))
+
+
+def undefined(library: Path) -> set[str]:
+    return set(re.findall(r" UND ([^@\s]+)", readelf("-W", "--dyn-syms", library)))
+
+
+@pytest.fixture(scope="module")
+def cuda_operators() -> Path:
+    """`_C_cuda.so`, which must be there if RTP_MM_CUDA=1 asked for it."""
+    require("nvcc")
+    if os.environ.get("RTP_MM_CUDA") != "1" and not CUDA_OPERATORS.exists():
+        pytest.skip("no _C_cuda.so: RTP_MM_CUDA=1 builds it")
+    return CUDA_OPERATORS
+
+
+def test_operators_need_the_stable_abi_and_no_python() -> None:
+    assert "libtorch_cpu.so" in needed(OPERATORS)
+    assert not [name for name in needed(OPERATORS) if re.search("python|c10", name)]
+    symbols = undefined(OPERATORS)
+    assert not [name for name in symbols if name.startswith("Py")]
+    # torch's C++ ABI changes with every release; its C functions are the stable one
+    assert not [name for name in symbols if name.startswith("_Z") and re.search("3c10|2at|5torch", name)]
+    assert "torch_library_impl" in symbols
+
+
+def test_core_needs_no_torch() -> None:
+    assert not [name for name in needed(CORE) if re.search("torch|c10", name)]
+    assert [name for name in undefined(CORE) if name.startswith("Py")]  # undefined() sees what there is
+
+
+@pytest.mark.parametrize("library", [OPERATORS, CORE], ids=lambda path: path.name)
+def test_no_path_of_the_build_machine_is_searched(library: Path) -> None:
+    assert not re.search("RPATH|RUNPATH", readelf("-d", library))
+
+
+def test_cuda_operators_hold_code_for_every_architecture(cuda_operators: Path) -> None:
+    found = importlib.util.find_spec("triton")
+    bundled = [Path(found.origin).parent / "backends" / "nvidia" / "bin"] if found and found.origin else []
+    cuobjdump = shutil.which("cuobjdump", path=os.pathsep.join([*map(str, bundled), os.environ["PATH"]]))
+    assert cuobjdump, "cuobjdump comes with triton and with the CUDA toolkit"
+
+    def listed(kind: str) -> set[str]:
+        output = subprocess.run([cuobjdump, kind, cuda_operators], capture_output=True, text=True, check=True).stdout
+        return set(re.findall(r"\.(sm_\w+)\.", output))
+
+    wanted = os.environ.get("RTP_MM_CUDA_ARCHS") or load_setup().DEFAULT_CUDA_ARCHS
+    for arch in wanted.split(";"):
+        number, _, kind = arch.partition("-")
+        if kind != "virtual":
+            assert f"sm_{number}" in listed("--list-elf")
+        if kind != "real":
+            assert f"sm_{number}" in listed("--list-ptx")
+
+
+def test_cuda_operators_load_and_register(cuda_operators: Path) -> None:
+    """With the link-time stand-in for libtorch_cuda.so where torch has no CUDA; nothing is launched."""
+    stub = ROOT / "build" / f"native-{sys.implementation.cache_tag}" / "stubs" / "libtorch_cuda.so"
+    code = f"""
+import ctypes, torch
+if torch.version.cuda is None:
+    ctypes.CDLL({str(stub)!r})
+from rtp_mm import ops
+torch.ops.load_library({str(cuda_operators)!r})
+for name in ("vision_positions", "patch_embed"):
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"rtp_mm::{{name}}", "CUDA"), name
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def load_setup() -> ModuleType:
+    """setup.py as a module: its functions, without the call of setup()."""
+    spec = importlib.util.spec_from_file_location("rtp_mm_setup", ROOT / "setup.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def one_line(refused: Callable[[], object]) -> str:
+    with pytest.raises(SystemExit) as stop:
+        refused()
+    message = str(stop.value)
+    assert message.startswith("rtp_mm: ")
+    assert "\n" not in message
+    return message
+
+
+def test_torch_is_found_without_importing_it_even_under_build_isolation(monkeypatch: pytest.MonkeyPatch) -> None:
+    setup = load_setup()
+    monkeypatch.setattr(sys, "path", [])
+    found = setup.find_torch()
+    assert found.version == torch.__version__
+    assert found.folder == Path(torch.__file__).parent
+    assert found.has_cuda == (torch.version.cuda is not None)
+
+
+def test_no_torch_or_an_old_one_is_one_line_that_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    setup = load_setup()
+    monkeypatch.setattr(setup, "find_torch", lambda: None)
+    assert "pip install 'torch>=2.11'" in one_line(setup.require_torch)
+    monkeypatch.setattr(setup, "find_torch", lambda: setup.Torch(Path("torch"), "2.9.1+cu128", True))
+    assert "torch 2.9.1+cu128 is too old: run `pip install 'torch>=2.11'`" in one_line(setup.require_torch)
+    monkeypatch.setattr(setup, "find_torch", lambda: setup.Torch(Path("torch"), "2.11.0a0+git", True))
+    assert setup.require_torch().version == "2.11.0a0+git"
+
+
+def test_no_compiler_is_one_line_that_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nonexistent")
+    monkeypatch.delenv("CXX", raising=False)
+    assert "apt install g++" in one_line(load_setup().require_toolchain)
+
+
+def test_cuda_is_built_when_torch_has_it_or_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    setup = load_setup()
+    for flag, has_cuda, nvcc, wanted in [
+        (None, True, "nvcc", True),
+        (None, True, None, False),
+        (None, False, "nvcc", False),
+        ("1", False, "nvcc", True),
+        ("0", True, "nvcc", False),
+    ]:
+        monkeypatch.setattr(setup, "find_torch", lambda has=has_cuda: setup.Torch(Path("torch"), "2.13.0", has))
+        monkeypatch.setattr(setup, "find_nvcc", lambda path=nvcc: path)
+        if flag is None:
+            monkeypatch.delenv("RTP_MM_CUDA", raising=False)
+        else:
+            monkeypatch.setenv("RTP_MM_CUDA", flag)
+        assert setup.wants_cuda() == wanted
+    monkeypatch.setattr(setup, "find_nvcc", lambda: None)
+    assert "no nvcc" in one_line(setup.require_nvcc)
+    monkeypatch.setenv("RTP_MM_CUDA", "yes")
+    assert "RTP_MM_CUDA='yes' must be 0 or 1" in one_line(setup.wants_cuda)
+
+
+def test_a_missing_library_is_one_line_that_names_the_remedy(tmp_path: Path) -> None:
+    shutil.copytree(PACKAGE, tmp_path / "rtp_mm", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    result = subprocess.run(
+        [sys.executable, "-c", "import rtp_mm.ops"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    last_line = result.stderr.strip().splitlines()[-1]
+    assert last_line == f"ImportError: {tmp_path}/rtp_mm/_C.so is not built: run `pip install -e .`"

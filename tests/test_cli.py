@@ -1,0 +1,199 @@
+"""The command line: what it prints, saves and refuses."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from safetensors.torch import load_file
+
+import rtp_mm
+from rtp_mm.cli import app, main
+from rtp_mm.cli.compare import Comparison, Run, Task, compare, table
+from rtp_mm.cli.look import SCALE, draw, rebuild
+from rtp_mm.cli.options import markdown_table
+from rtp_mm.config import Settings
+from rtp_mm.types import MMEmbeddingRes, Patches
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    for command in app.registered_commands:
+        name = (command.name or command.callback.__name__).replace("_", "-")
+        assert name in shown
+        assert main([name, "--help"]) == 0
+
+
+def test_errors_with_a_reason_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, reason in [
+        (["init-checkpoint", str(tmp_path), "--size", "2b"], "there is no qwen2_5_vl 2b"),
+        (["embed", "x.jpg", "--checkpoint", str(tmp_path), "--save", "x.txt"], "--save must end in"),
+        (["embed", "x.jpg"], "name a model"),
+        (["embed", "x.jpg", "--checkpoint", str(tmp_path / "none")], "is no folder"),
+        (["look", "x.jpg", "--checkpoint", str(tmp_path)], ""),
+    ]:
+        assert main(arguments) == 1
+        message = capsys.readouterr().err
+        assert reason in message
+        assert message.strip().count("\n") == 0
+
+
+def test_a_bad_image_is_one_line(
+    tiny_qwen2_5_vl: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], photo_path: Path
+) -> None:
+    (tmp_path / "no.jpg").write_bytes(b"no image")
+    urls = [str(photo_path), str(tmp_path / "no.jpg")]
+    assert main(["embed", *urls, "--checkpoint", str(tiny_qwen2_5_vl), "--device", "cpu"]) == 1
+    message = capsys.readouterr().err
+    assert "item 1" in message
+    assert "Traceback" not in message
+
+
+def test_init_checkpoint_writes_one(tmp_path: Path) -> None:
+    arguments = ["init-checkpoint", str(tmp_path), "--family", "qwen2_vl", "--seed", "3", "--sparse-llm"]
+    assert main(arguments) == 0
+    assert {file.name for file in tmp_path.iterdir()} == {
+        "config.json",
+        "preprocessor_config.json",
+        "model.safetensors",
+    }
+    assert main(arguments) == 1
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".npz"])
+@pytest.mark.parametrize("act_type", ["bf16", "fp32"])
+def test_embed_saves_what_the_engine_gives(
+    tiny_qwen2_5_vl: Path, photo_path: Path, tmp_path: Path, suffix: str, act_type: str
+) -> None:
+    model = ["--checkpoint", str(tiny_qwen2_5_vl), "--device", "cpu", "--act-type", act_type]
+    limits = ["--max-pixels", "40000"]
+    saved = tmp_path / f"out{suffix}"
+    assert main(["embed", str(photo_path), str(photo_path), *model, *limits, "--save", str(saved)]) == 0
+
+    engine = rtp_mm.create_engine(
+        vit_separation=0, checkpoint_path=tiny_qwen2_5_vl, act_type=act_type, device="cpu", mm_embedding_cache_mb=0
+    )
+    config = rtp_mm.MMPreprocessConfig(max_pixels=40000)
+    result = engine.submit([str(photo_path)], preprocess_configs=[config])
+    engine.close()
+    if suffix == ".npz":
+        with np.load(saved) as arrays:
+            tensors = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+    else:
+        tensors = load_file(saved)
+    assert tensors.keys() == {"embedding.0", "embedding.1", "position_ids.0", "position_ids.1"}
+    expected = result.embeddings[0].float() if suffix == ".npz" else result.embeddings[0]
+    assert result.position_ids is not None
+    for item in "01":
+        assert torch.equal(tensors[f"embedding.{item}"], expected)
+        assert torch.equal(tensors[f"position_ids.{item}"], result.position_ids[0])
+
+
+def test_embed_asks_a_server_for_absolute_paths(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The server has another working directory."""
+    asked: dict[str, Any] = {}
+
+    def submit(urls: list[str], **options: Any) -> MMEmbeddingRes:
+        asked["urls"] = urls
+        return MMEmbeddingRes([torch.zeros(4, 8)] * len(urls), None, None, {"forward": 1.0})
+
+    def create_engine(**options: Any) -> Any:
+        asked.update(options)
+        return SimpleNamespace(submit=submit, close=lambda: asked.update(closed=True))
+
+    monkeypatch.setattr(rtp_mm, "create_engine", create_engine)
+    monkeypatch.chdir(tmp_path)
+    urls = ["a.jpg", "http://host/b.jpg", "data:,c"]
+    assert main(["embed", *urls, "--server", "1.2.3.4:5"]) == 0
+    assert asked == {
+        "vit_separation": 2,
+        "remote_vit_server_ip": "1.2.3.4:5",
+        "urls": [str(tmp_path / "a.jpg"), "http://host/b.jpg", "data:,c"],
+        "closed": True,
+    }
+
+
+def test_serve_passes_its_flags_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[str]] = []
+    monkeypatch.setattr("rtp_mm.start_server.main", lambda arguments: seen.append(arguments) or 7)
+    assert main(["serve", "--start_port", "12345", "--help"]) == 7
+    assert seen == [["--start_port", "12345", "--help"]]
+
+
+def test_float32_agrees_with_hugging_face(tiny_checkpoint: Path, photo_path: Path) -> None:
+    comparison = compare(Task(str(photo_path), tiny_checkpoint, act_type="fp32", device="cpu", max_pixels=60000))
+    assert comparison.relative_error(comparison.ours) < 1e-5
+    assert comparison.token_cosines().min() > 1 - 1e-6
+    assert comparison.max_error() < 1e-4
+
+
+def test_bf16_is_no_further_from_float32_than_hugging_face(tiny_checkpoint: Path, photo_path: Path) -> None:
+    task = Task(str(photo_path), tiny_checkpoint, device="cpu", max_pixels=60000)
+    comparison = compare(task)
+    assert 0 < comparison.relative_error(comparison.ours) <= comparison.relative_error(comparison.peer)
+    assert table(comparison, task).row_count == 5
+
+
+def test_comparison_finds_one_wrong_token() -> None:
+    right = torch.eye(4)
+    wrong = right.clone()
+    wrong[2] = -wrong[2]
+    comparison = Comparison(Run(wrong, 1, 1), Run(right, 1, 1), right)
+    assert comparison.token_cosines().tolist() == [1, 1, -1, 1]
+    assert comparison.max_error() == 2
+    assert comparison.relative_error(comparison.ours) == 1
+    assert comparison.relative_error(comparison.peer) == 0
+
+
+def test_look_shows_the_resized_photograph(
+    tiny_qwen2_5_vl: Path, photo: bytes, photo_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "look.png"
+    assert main(["look", str(photo_path), "--checkpoint", str(tiny_qwen2_5_vl), "--out", str(out)]) == 0
+    assert "448 x 308 pixels, 32 x 22 patches, 176 tokens" in capsys.readouterr().out
+    seen = np.asarray(Image.open(out))[1::SCALE, 1::SCALE]  # beside the thin lines
+    resized = np.asarray(Image.open(io.BytesIO(photo)).convert("RGB").resize((448, 308), Image.Resampling.BICUBIC))
+    off_windows = np.ix_(np.arange(308) % 112 > 1, np.arange(448) % 112 > 1)
+    assert np.array_equal(seen[off_windows], resized[off_windows])
+
+
+def test_rebuild_undoes_the_patch_order(photos: dict[str, NDArray[np.uint8]]) -> None:
+    """Rows in (block row, block column, row, column) order, columns in (channel, y, x); raster order would differ."""
+    image = photos["coffee"][:112, :168]
+    p, m = 14, 2
+    cells = image.reshape(4, m, p, 6, m, p, 3)
+    rows = np.ascontiguousarray(cells.transpose(0, 3, 1, 4, 6, 2, 5)).reshape(8 * 12, 3 * p * p)
+    raster = np.ascontiguousarray(cells.transpose(0, 1, 3, 4, 6, 2, 5)).reshape(8 * 12, 3 * p * p)
+    assert np.array_equal(rebuild(Patches(rows, (1, 8, 12)), p, m), image)
+    assert not np.array_equal(rebuild(Patches(raster, (1, 8, 12)), p, m), image)
+
+
+def test_draw_marks_windows_only_where_there_are_any() -> None:
+    black = np.zeros((224, 224, 3), np.uint8)
+    with_windows = np.asarray(draw(black, 14, 2, 112))
+    without = np.asarray(draw(black, 14, 2, None))
+    assert tuple(with_windows[5, 112 * SCALE]) == (255, 210, 0)
+    assert tuple(without[5, 112 * SCALE]) != (255, 210, 0)
+    assert without[5, 28 * SCALE].sum() > without[5, 14 * SCALE].sum() > without[5, 7 * SCALE].sum() == 0
+
+
+def test_readme_lists_every_option_as_it_is() -> None:
+    assert markdown_table() in README.read_text(), "paste the output of: rtp-mm options --markdown"
+    assert all(f"`{name.upper()}`" in markdown_table() for name in Settings.model_fields)
+
+
+def test_options_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["options"]) == 0
+    assert "START_PORT" in capsys.readouterr().out
+    assert main(["options", "--markdown"]) == 0
+    assert capsys.readouterr().out == markdown_table()

@@ -1,0 +1,247 @@
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import grpc
+import pytest
+import torch
+from fake_engine import TIMINGS_MS, FakeEngine, free_start_port, serving
+from test_servicer import TABLE, until
+from test_wire import assert_same
+
+from rtp_mm import errors
+from rtp_mm.config import load_settings
+from rtp_mm.errors import StartError
+from rtp_mm.library import create_engine
+from rtp_mm.server import wire
+from rtp_mm.server.client import RemoteEngine, server_address
+from rtp_mm.server.proto import MultimodalRpcServiceServicer, add_MultimodalRpcServiceServicer_to_server
+from rtp_mm.types import MMPreprocessConfig, MMUrlType, MultimodalInput
+
+
+async def test_the_remote_engine_answers_as_the_local_one() -> None:
+    local = FakeEngine(has_extra_inputs=True)
+    async with serving(local) as server, remote(server.grpc_address) as engine:
+        inputs = [MultimodalInput("img:3"), MultimodalInput("img:0"), MultimodalInput("img:2")]
+        expected = local.answer([3, 0, 2])
+        assert_same(await engine.embed(inputs), expected)
+        answer = await asyncio.to_thread(engine.submit, ["img:3", "img:0", "img:2"])
+        assert_same(answer, expected)
+        assert answer.timings_ms == TIMINGS_MS
+        assert await asyncio.to_thread(engine.worker_status) == local.worker_status()
+        statuses = await asyncio.to_thread(lambda: [engine.cache_status(with_keys=keys) for keys in (False, True)])
+        assert [set(status.keys) for status in statuses] == [set(), {-3, 1 << 60}]
+
+
+async def test_types_configs_and_tensors_arrive() -> None:
+    config = MMPreprocessConfig(width=56, height=84, crop_positions=[0, 0, 0.5, 1])
+    pixels = torch.arange(12, dtype=torch.int32).view(2, 2, 3)
+    async with serving() as server, remote(server.grpc_address) as engine:
+        types = [MMUrlType.IMAGE, MMUrlType.TENSOR]
+        await asyncio.to_thread(engine.submit, ["img:1", "x"], types, [None, pixels], [config, [-1, -1, 4, 9]])
+        (first, second), _, _ = server.engine.asked[0]
+    assert (first.mm_type, first.config, first.tensor) == (MMUrlType.IMAGE, config, None)
+    assert second.config == MMPreprocessConfig(min_pixels=4, max_pixels=9)
+    assert torch.equal(torch.tensor(second.tensor), pixels)
+
+
+async def test_every_error_comes_back_as_the_class_that_was_raised() -> None:
+    async with serving() as server, remote(server.grpc_address) as engine:
+        for name, _, _ in TABLE:
+            with pytest.raises(errors.MMError) as caught:
+                await engine.embed([MultimodalInput(f"fail:{name}")])
+            expected = "WrongFormatError" if name == "BadItemsError" else name  # the verdict's class
+            assert type(caught.value).__name__ == expected
+            if name == "QueueFullError":
+                assert caught.value.retry_after_ms == 250
+            if name == "BadItemsError":
+                assert str(caught.value) == "item 1 (http://host/b.jpg): no image"
+
+
+async def test_an_absent_server_is_named() -> None:
+    address = f"127.0.0.1:{free_start_port()}"
+    async with remote(address) as engine:
+        with pytest.raises(errors.RemoteCallError, match=address):
+            await engine.embed([MultimodalInput("img:1")])
+        with pytest.raises(errors.RemoteCallError, match=address):
+            await asyncio.to_thread(engine.worker_status)
+
+
+async def test_time_limits_are_kept_on_both_sides() -> None:
+    async with serving() as server, remote(server.grpc_address) as engine:
+        with pytest.raises(errors.DeadlineError):
+            await engine.embed([MultimodalInput("slow:60")], timeout_s=0.05)
+        await until(lambda: server.engine.running == 0)
+    async with serving() as server, remote(server.grpc_address, mm_timeout_ms=50) as engine:
+        with pytest.raises(errors.DeadlineError):
+            await asyncio.to_thread(engine.submit, ["slow:60"])
+
+
+async def test_cancelling_cancels_on_the_server() -> None:
+    async with serving() as server, remote(server.grpc_address) as engine:
+        task = asyncio.create_task(engine.embed([MultimodalInput("slow:60")]))
+        await until(lambda: server.engine.running == 1)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await until(lambda: server.engine.cancelled == 1)
+
+
+async def test_one_engine_serves_many_threads_and_loops() -> None:
+    async with serving() as server, remote(server.grpc_address) as engine:
+
+        def ask(rows: int) -> list[int]:
+            sync = engine.submit([f"img:{rows}"]).embeddings
+            own_loop = asyncio.run(engine.embed([MultimodalInput(f"img:{rows}")])).embeddings
+            return [tensor.shape[0] for tensor in sync + own_loop]
+
+        def ask_all() -> list[list[int]]:
+            with ThreadPoolExecutor(8) as pool:
+                return list(pool.map(ask, range(40)))
+
+        assert await asyncio.to_thread(ask_all) == [[rows, rows] for rows in range(40)]
+
+
+async def test_draining_waits_for_running_calls_and_refuses_new_ones() -> None:
+    async with serving() as server, remote(server.grpc_address) as engine:
+        running = asyncio.create_task(engine.embed([MultimodalInput("slow:0.3")]))
+        await until(lambda: server.engine.running == 1)
+        assert not await engine.drain(0.01)
+        with pytest.raises(errors.DrainingError):
+            await engine.embed([MultimodalInput("img:1")])
+        assert await engine.drain(30)
+        assert (await running).embeddings[0].shape == (2, 5)
+        assert await engine.drain(0)
+
+
+# --- servers that are not ours
+
+
+async def test_a_server_that_knows_one_form_only_is_understood() -> None:
+    """RTP-LLM's own server ignores `rtp-mm-wire`."""
+    result = FakeEngine(has_extra_inputs=True).answer([3, 0, 2])
+    for form in ("items", "concat"):
+        reply = wire.write_result(result, form)
+        async with foreign(lambda context, reply=reply: answer(reply)) as address, remote(address) as engine:
+            assert_same(await engine.embed([MultimodalInput("x")]), result)
+
+
+@pytest.mark.parametrize(
+    ("code", "details", "expected"),
+    [
+        (grpc.StatusCode.INTERNAL, "Traceback", errors.RemoteCallError),
+        (grpc.StatusCode.UNKNOWN, "[MM_PROCESS_ERROR] odd status", errors.RemoteCallError),
+        (grpc.StatusCode.INTERNAL, "[MM_PROCESS_ERROR] NaN", errors.ProcessError),
+        (grpc.StatusCode.DEADLINE_EXCEEDED, "", errors.DeadlineError),
+        (grpc.StatusCode.RESOURCE_EXHAUSTED, "[MM_PROCESS_ERROR] full", errors.QueueFullError),
+    ],
+)
+async def test_foreign_errors_find_a_class(code: grpc.StatusCode, details: str, expected: type) -> None:
+    async with foreign(lambda context: context.abort(code, details)) as address, remote(address) as engine:
+        with pytest.raises(errors.MMError) as caught:
+            await engine.embed([MultimodalInput("x")])
+    assert type(caught.value) is expected
+
+
+async def test_a_reply_that_is_none_is_the_servers_fault() -> None:
+    async with foreign(lambda context: answer(b"\xff\xff")) as address, remote(address) as engine:
+        with pytest.raises(errors.RemoteCallError, match="no reply"):
+            await engine.embed([MultimodalInput("x")])
+
+
+# --- the front door
+
+
+@pytest.mark.parametrize(
+    ("text", "address"),
+    [
+        ("10.0.0.1", "10.0.0.1:8089"),
+        ("10.0.0.1:9", "10.0.0.1:9"),
+        ("::1", "[::1]:8089"),
+        ("[::1]", "[::1]:8089"),
+        ("[::1]:9", "[::1]:9"),
+        ("tower.local", "tower.local:8089"),
+        ("tower.local:9", "tower.local:9"),
+    ],
+)
+def test_addresses(text: str, address: str) -> None:
+    assert server_address(text) == address
+
+
+async def test_create_engine_2_calls_a_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with serving() as server:
+        monkeypatch.setenv("REMOTE_VIT_SERVER_IP", server.grpc_address)
+        monkeypatch.setenv("VIT_SEPARATION", "2")
+        engine = create_engine()
+        try:
+            answer = await asyncio.to_thread(engine.submit, ["img:6"])
+        finally:
+            engine.close()
+            engine.close()
+    assert answer.embeddings[0].shape == (6, 5)
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ({"vit_separation": 1}, "python -m rtp_mm.start_server"),
+        ({"vit_separation": 2}, "REMOTE_VIT_SERVER_IP"),
+        ({}, "CHECKPOINT_PATH is not set"),
+        ({"checkpoint_path": "/nowhere"}, "/nowhere"),
+        ({"act_type": "int4"}, "ACT_TYPE"),
+    ],
+)
+def test_options_that_name_no_engine_say_so(options: dict[str, Any], line: str) -> None:
+    with pytest.raises(StartError, match=line):
+        create_engine(**options)
+
+
+class remote:
+    """A `RemoteEngine` that is closed at the end."""
+
+    def __init__(self, address: str, **options: Any) -> None:
+        self.engine = RemoteEngine(address, load_settings(None, **options))
+
+    async def __aenter__(self) -> RemoteEngine:
+        return self.engine
+
+    async def __aexit__(self, *_: object) -> None:
+        self.engine.close()
+
+
+class foreign:
+    """A server of somebody else's, whose one method is `handle`."""
+
+    def __init__(self, handle: Callable[[Any], Awaitable[Any]]) -> None:
+        class Servicer(MultimodalRpcServiceServicer):
+            async def RemoteMultimodalEmbedding(self, request: Any, context: Any) -> Any:
+                return await handle(context)
+
+        self.servicer = Servicer()
+
+    async def __aenter__(self) -> str:
+        self.server = grpc.aio.server()
+        add_MultimodalRpcServiceServicer_to_server(self.servicer, self.server)
+        port = self.server.add_insecure_port("127.0.0.1:0")
+        await self.server.start()
+        return f"127.0.0.1:{port}"
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.server.stop(grace=0)
+
+
+async def answer(reply: Any) -> Any:
+    return reply
+
+
+def test_no_thread_is_left_behind() -> None:
+    before = threading.active_count()
+    engine = RemoteEngine("127.0.0.1:1")
+    with pytest.raises(errors.RemoteCallError):
+        engine.submit(["x"])
+    engine.close()
+    assert threading.active_count() <= before + 1  # grpc's own poller may end a moment later

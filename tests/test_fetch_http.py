@@ -1,0 +1,393 @@
+"""Downloads, from a loopback server that misbehaves in every way it can."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import zlib
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import pytest
+import pytest_asyncio
+from aiohttp import web
+from blake3 import blake3
+
+from rtp_mm.config import load_settings
+from rtp_mm.errors import (
+    DownloadFailedError,
+    DownloadRefusedError,
+    MMError,
+    NotSupportedError,
+    StartError,
+    WrongFormatError,
+)
+from rtp_mm.media.fetch import Fetcher
+from rtp_mm.types import Blob, Caller, MMUrlType, MultimodalInput
+
+REMOTE = Caller(peer="ipv4:192.0.2.1:4711", is_local=False)
+LIMIT = 64 * 1024
+BODY = bytes(range(256)) * 100
+
+Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+class Source:
+    """A web server whose answers a test chooses; it keeps what it was asked."""
+
+    def __init__(self) -> None:
+        self.answers: dict[str, Answer] = {}
+        self.requests: list[web.Request] = []
+        self.url = ""
+
+    def answers_with(self, path: str, **response: Any) -> str:
+        """Always the same response; its URL."""
+
+        async def answer(request: web.Request) -> web.StreamResponse:
+            return web.Response(**response)
+
+        return self.answers_by(path, answer)
+
+    def answers_by(self, path: str, answer: Answer) -> str:
+        self.answers[path] = answer
+        return self.url + path
+
+    def redirects(self, path: str, location: str, status: int = 302) -> str:
+        return self.answers_with(path, status=status, headers={"Location": location})
+
+    async def handle(self, request: web.Request) -> web.StreamResponse:
+        self.requests.append(request)
+        return await self.answers[request.path](request)
+
+    async def start(self) -> web.ServerRunner:
+        runner = web.ServerRunner(web.Server(self.handle), shutdown_timeout=0, handler_cancellation=True)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        self.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+        return runner
+
+
+@pytest_asyncio.fixture
+async def source() -> AsyncIterator[Source]:
+    source = Source()
+    runner = await source.start()
+    yield source
+    await runner.cleanup()
+
+
+@pytest_asyncio.fixture
+async def other_origin() -> AsyncIterator[Source]:
+    source = Source()
+    runner = await source.start()
+    yield source
+    await runner.cleanup()
+
+
+async def fetch(url: str, mm_type: MMUrlType = MMUrlType.IMAGE, **options: Any) -> Blob:
+    settings = load_settings(**{"mm_image_max_file_size_kb": LIMIT // 1024, **options})
+    async with Fetcher(settings) as fetcher:
+        return await fetcher.fetch(MultimodalInput(url, mm_type), REMOTE)
+
+
+async def refusal(url: str, **options: Any) -> MMError:
+    """The error that fetching raises."""
+    with pytest.raises(MMError) as caught:
+        await fetch(url, **options)
+    assert caught.value.__cause__ is None
+    return caught.value
+
+
+async def test_a_body_comes_back_whole_with_its_hash(source: Source) -> None:
+    blob = await fetch(source.answers_with("/cat.jpg", body=BODY) + "?signature=secret")
+    assert blob.data == BODY
+    assert blob.content_hash == blake3(BODY).digest()
+    assert blob.source == f"{source.url}/cat.jpg?..."
+
+
+async def test_a_signed_url_is_sent_as_it_stands(source: Source) -> None:
+    source.answers_with("/a b/c.jpg", body=BODY)
+    query = "/a%20b/c.jpg?X-Credential=AK%2F2026%2fus&sig=a%2Bb%3D%3d&x=~*'()&e=a/b:c@d"
+    await fetch(source.url + query + "#top")
+    assert source.requests[0].raw_path == query
+    await fetch(f"{source.url}/a b/c.jpg?ü=1")  # and one that no request line can carry is quoted
+    assert source.requests[1].raw_path == "/a%20b/c.jpg?%C3%BC=1"
+
+
+@pytest.mark.parametrize(
+    ("status", "error"),
+    [(400, DownloadRefusedError), (401, DownloadRefusedError), (403, DownloadRefusedError), (404, DownloadRefusedError),
+     (410, DownloadRefusedError), (304, DownloadRefusedError), (408, DownloadFailedError), (429, DownloadFailedError),
+     (500, DownloadFailedError), (503, DownloadFailedError)],
+)  # fmt: skip
+async def test_the_status_decides_whether_to_ask_again(source: Source, status: int, error: type[MMError]) -> None:
+    caught = await refusal(source.answers_with("/x", status=status, body=b"a secret page"))
+    assert type(caught) is error
+    assert str(caught) == f"the source answered {status}"
+    assert caught.name == "MM_DOWNLOAD_FAILED"
+
+
+async def test_a_refusal_is_remembered_for_5_seconds_and_no_failure_is(source: Source) -> None:
+    now = 100.0
+    refused = MultimodalInput(source.answers_with("/404", status=404))
+    failed = MultimodalInput(source.answers_with("/503", status=503))
+    async with Fetcher(load_settings(), clock=lambda: now) as fetcher:
+
+        async def asked(item: MultimodalInput) -> int:
+            before = len(source.requests)
+            with pytest.raises((DownloadRefusedError, DownloadFailedError), match=r"answered (404|503)"):
+                await fetcher.fetch(item, REMOTE)
+            return len(source.requests) - before
+
+        assert [await asked(refused), await asked(refused)] == [1, 0]
+        assert [await asked(failed), await asked(failed)] == [1, 1]
+        now = 104.9
+        assert await asked(refused) == 0
+        now = 105.1
+        assert await asked(refused) == 1
+
+
+async def test_content_length_over_the_limit_is_refused_unread(source: Source) -> None:
+    async def answer(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Length": str(LIMIT + 1)})
+        await response.prepare(request)
+        await asyncio.sleep(60)
+        return response
+
+    caught = await refusal(source.answers_by("/x", answer))
+    assert type(caught) is WrongFormatError
+    assert str(caught) == "65537 bytes or more, over the limit of 65536 (MM_IMAGE_MAX_FILE_SIZE_KB)"
+
+
+async def test_a_body_without_length_is_cut_at_the_limit(source: Source) -> None:
+    sent = 0
+
+    async def endless(request: web.Request) -> web.StreamResponse:
+        nonlocal sent
+        response = web.StreamResponse()
+        await response.prepare(request)
+        while True:
+            await response.write(b"x" * 8192)
+            sent += 8192
+
+    caught = await refusal(source.answers_by("/x", endless))
+    assert "over the limit of 65536" in str(caught)
+    assert sent < 100 * LIMIT  # what the sockets between us hold
+
+
+async def test_the_limit_itself_passes_and_video_has_its_own(source: Source) -> None:
+    url = source.answers_with("/x", body=b"x" * LIMIT)
+    assert (await fetch(url)).nbytes == LIMIT
+    url = source.answers_with("/y", body=b"x" * (LIMIT + 1))
+    for mm_type in (MMUrlType.VIDEO, MMUrlType.AUDIO):
+        assert (await fetch(url, mm_type)).nbytes == LIMIT + 1
+        with pytest.raises(WrongFormatError, match="MM_VIDEO_MAX_FILE_SIZE_KB"):
+            await fetch(url, mm_type, mm_video_max_file_size_kb=1)
+    with pytest.raises(WrongFormatError, match="MM_IMAGE_MAX_FILE_SIZE_KB"):
+        await fetch(url, MMUrlType.DEFAULT)
+
+
+async def raw(answer: bytes, *, then_wait: bool = False) -> tuple[asyncio.Server, str]:
+    """A server that writes these bytes, valid HTTP or not."""
+
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(answer)
+        await writer.drain()
+        if then_wait:
+            await reader.read()
+        writer.close()
+
+    server = await asyncio.start_server(handle, "127.0.0.1", 0)
+    return server, f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/x"
+
+
+OK = b"HTTP/1.1 200 OK\r\n"
+
+
+@pytest.mark.parametrize(
+    ("answer", "error", "text"),
+    [
+        (b"", DownloadFailedError, "broke the connection off"),
+        (OK + b"Content-Length: 1000\r\n\r\nonly this", DownloadFailedError, "broke the connection off"),
+        (OK + b"Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n", DownloadFailedError, "broke the connection off"),
+        (OK + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n", DownloadFailedError, ""),
+        (OK + b"Content-Length: 5\r\n\r\nhello, world", DownloadFailedError, "does not speak HTTP"),
+        (OK + b"Content-Length: -5\r\n\r\n", DownloadFailedError, "does not speak HTTP"),
+        (b"SSH-2.0-OpenSSH_9.9\r\n\r\n", DownloadFailedError, "does not speak HTTP"),
+        (OK + b"X: " + b"y" * 100_000 + b"\r\n\r\n", DownloadFailedError, "does not speak HTTP"),
+        (OK + b"Content-Length: 0\r\n\r\n", WrongFormatError, "the source is empty"),
+        (b"HTTP/1.1 204 No Content\r\n\r\n", WrongFormatError, "the source is empty"),
+        (b"HTTP/1.1 302 Found\r\n\r\n", DownloadRefusedError, "answered 302"),
+    ],
+)
+async def test_broken_http_is_an_error_of_the_source(answer: bytes, error: type[MMError], text: str) -> None:
+    server, url = await raw(answer)
+    async with server:
+        caught = await refusal(url)
+    assert type(caught) is error
+    assert text in str(caught)
+
+
+async def test_silence_ends_the_download(source: Source) -> None:
+    for answer in (b"", OK + b"Content-Length: 100\r\n\r\nhello"):
+        server, url = await raw(answer, then_wait=True)
+        async with server:
+            caught = await refusal(url, mm_fetch_timeout_ms=200)
+        assert type(caught) is DownloadFailedError
+        assert str(caught) == "the source was silent for 0.2 s (MM_FETCH_TIMEOUT_MS)"
+
+
+async def test_cancelling_a_slow_drip_closes_its_connection(source: Source) -> None:
+    dripping, closed = asyncio.Event(), asyncio.Event()
+
+    async def drip(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse()
+        await response.prepare(request)
+        try:
+            while True:
+                await response.write(b"x")
+                dripping.set()
+                await asyncio.sleep(0.01)
+        finally:
+            closed.set()
+
+    url = source.answers_by("/x", drip)
+    async with Fetcher(load_settings()) as fetcher:
+        task = asyncio.create_task(fetcher.fetch(MultimodalInput(url), REMOTE))
+        await dripping.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await asyncio.wait_for(closed.wait(), 10)  # while the fetcher is still open
+
+
+async def test_no_connection_is_told_without_the_url() -> None:
+    server, url = await raw(b"")
+    server.close()
+    await server.wait_closed()
+    caught = await refusal(url + "?token=secret")
+    assert type(caught) is DownloadFailedError
+    assert "no connection to 127.0.0.1:" in str(caught)
+    assert "secret" not in str(caught)
+
+
+async def test_redirects_are_followed_to_the_limit_and_no_further(source: Source) -> None:
+    source.answers_with("/end", body=BODY)
+    source.redirects("/1", "2?a=b", 301)  # relative
+    source.redirects("/2", f"{source.url}/3", 303)
+    source.redirects("/3", "/end", 308)
+    assert (await fetch(source.url + "/1", mm_max_redirects=3)).data == BODY
+    caught = await refusal(source.url + "/1", mm_max_redirects=2)
+    assert type(caught) is DownloadRefusedError
+    assert str(caught) == "more than 2 redirects (MM_MAX_REDIRECTS)"
+    assert (await fetch(source.url + "/end", mm_max_redirects=0)).data == BODY
+
+
+async def test_a_redirect_loop_ends(source: Source) -> None:
+    caught = await refusal(source.redirects("/loop", "/loop"), mm_max_redirects=5)
+    assert type(caught) is DownloadRefusedError
+    assert len(source.requests) == 6
+
+
+@pytest.mark.parametrize("location", ["file:///etc/passwd", "data:image/png;base64,AAAA", "ftp://h/x", "gopher://h/"])
+async def test_a_redirect_away_from_http_is_refused(source: Source, location: str) -> None:
+    caught = await refusal(source.redirects("/x", location))
+    assert type(caught) is NotSupportedError
+    assert "only http and https are followed" in str(caught)
+
+
+@pytest.mark.parametrize("location", ["http://", "http://[::1", "//", "http://h:99999/"])
+async def test_a_redirect_to_nowhere_is_refused(source: Source, location: str) -> None:
+    assert type(await refusal(source.redirects("/x", location))) is DownloadRefusedError
+
+
+@pytest.mark.parametrize(
+    "url", ["http://", "http:///x", "http://[::1", "http://h:port/", "http://h:99999/", "http://?"]
+)
+async def test_a_malformed_url_is_refused(url: str) -> None:
+    caught = await refusal(url)
+    assert type(caught) is WrongFormatError
+
+
+async def test_download_headers_never_reach_another_origin(source: Source, other_origin: Source) -> None:
+    headers = {"Authorization": "Bearer secret", "X-Token": "secret", "user-agent": "browser"}
+    other_origin.redirects("/away", f"{source.url}/back")
+    source.answers_with("/back", body=BODY)
+    source.redirects("/near", "/far")
+    source.redirects("/far", f"{other_origin.url}/away")
+    await fetch(source.url + "/near", download_headers=headers)
+
+    asked = {request.path: request.headers for request in source.requests + other_origin.requests}
+    assert list(asked) == ["/near", "/far", "/back", "/away"]
+    for path in ("/near", "/far"):
+        assert asked[path]["X-Token"] == "secret"
+        assert asked[path].getall("User-Agent") == ["browser"]
+    for path in ("/away", "/back"):  # not even on the way back: the other origin chose where
+        assert "secret" not in str(asked[path])
+        assert asked[path]["User-Agent"] == "rtp_mm"
+
+
+async def test_credentials_in_the_url_are_sent_and_not_shown(source: Source) -> None:
+    url = source.answers_with("/x", body=BODY).replace("http://", "http://user:secret@")
+    blob = await fetch(url, download_headers={"authorization": "Bearer other"})
+    assert source.requests[0].headers.getall("Authorization") == ["Basic dXNlcjpzZWNyZXQ="]
+    assert "secret" not in blob.source
+
+
+async def test_cookies_do_not_travel_between_items(source: Source) -> None:
+    source.answers_with("/set", body=BODY, headers={"Set-Cookie": "session=secret; Path=/"})
+    source.answers_with("/get", body=BODY)
+    async with Fetcher(load_settings()) as fetcher:
+        for path in ("/set", "/get"):
+            await fetcher.fetch(MultimodalInput(source.url + path), REMOTE)
+    assert "Cookie" not in source.requests[1].headers
+
+
+async def test_the_environments_proxy_is_not_used(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    assert (await fetch(source.answers_with("/x", body=BODY))).data == BODY
+
+
+@pytest.mark.parametrize(("encoding", "compress"), [("gzip", gzip.compress), ("deflate", zlib.compress)])
+async def test_a_compressed_body_is_inflated(source: Source, encoding: str, compress: Any) -> None:
+    blob = await fetch(source.answers_with("/x", body=compress(BODY), headers={"Content-Encoding": encoding}))
+    assert blob.data == BODY
+    assert source.requests[0].headers["Accept-Encoding"] == "identity"
+
+
+async def test_a_gzip_bomb_hits_the_limit(source: Source) -> None:
+    bomb = gzip.compress(b"\0" * 50_000_000)
+    assert len(bomb) < LIMIT
+    caught = await refusal(source.answers_with("/x", body=bomb, headers={"Content-Encoding": "gzip"}))
+    assert str(caught) == "65537 bytes or more, over the limit of 65536 (MM_IMAGE_MAX_FILE_SIZE_KB)"
+
+
+@pytest.mark.parametrize(
+    ("body", "encoding", "error"),
+    [
+        (gzip.compress(BODY)[:-20], "gzip", DownloadFailedError),
+        (BODY, "gzip", WrongFormatError),
+        (BODY, "br", DownloadRefusedError),
+        (BODY, "gzip, gzip", DownloadRefusedError),
+    ],
+)
+async def test_a_body_that_cannot_be_inflated_is_an_error(
+    source: Source, body: bytes, encoding: str, error: type[MMError]
+) -> None:
+    assert type(await refusal(source.answers_with("/x", body=body, headers={"Content-Encoding": encoding}))) is error
+
+
+async def test_one_fetcher_serves_many_at_once_over_few_connections(source: Source) -> None:
+    async with Fetcher(load_settings()) as fetcher:
+        urls = [source.answers_with(f"/{i}", body=str(i).encode()) for i in range(40)]
+        blobs = await asyncio.gather(*(fetcher.fetch(MultimodalInput(url), REMOTE) for url in urls))
+        for url in urls:
+            await fetcher.fetch(MultimodalInput(url), REMOTE)
+    assert [blob.data for blob in blobs] == [str(i).encode() for i in range(40)]
+    assert len({id(request.transport) for request in source.requests}) <= 40
+
+
+@pytest.mark.parametrize("headers", [{"X": "a\r\nY: b"}, {"": "x"}])
+def test_headers_that_http_cannot_carry_stop_the_start(headers: dict[str, str]) -> None:
+    with pytest.raises(StartError, match="DOWNLOAD_HEADERS"):
+        Fetcher(load_settings(download_headers=headers))

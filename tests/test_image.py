@@ -1,0 +1,261 @@
+"""Decoding: every format and mode as the reference sees it, and a clear word for everything else."""
+
+from __future__ import annotations
+
+import io
+import json
+import struct
+import subprocess
+import sys
+import threading
+import zlib
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+from transformers.image_transforms import convert_to_rgb
+
+from rtp_mm.errors import NotSupportedError, WrongFormatError
+from rtp_mm.media.image import FORMATS, ImageHeader, decode, probe
+from rtp_mm.media.sniff import sniff
+from rtp_mm.types import MMUrlType
+
+Photo = NDArray[np.uint8]
+
+
+def encode(image: Image.Image, format: str, **options: Any) -> bytes:
+    file = io.BytesIO()
+    image.save(file, format, **options)
+    return file.getvalue()
+
+
+def pixels(data: bytes, max_pixels: int = 10**8, allow_truncated: bool = False, exif_transpose: bool = False) -> Photo:
+    return decode(data, max_pixels=max_pixels, allow_truncated=allow_truncated, exif_transpose=exif_transpose)
+
+
+@pytest.fixture(scope="session")
+def chelsea(photos: dict[str, Photo]) -> Image.Image:
+    return Image.fromarray(photos["chelsea"])
+
+
+CASES = [
+    *(("PNG", mode) for mode in ("RGB", "RGBA", "P", "L", "LA", "1", "I;16")),
+    *(("JPEG", mode) for mode in ("RGB", "L", "CMYK")),
+    *(("WEBP", mode) for mode in ("RGB", "RGBA")),
+    *(("TIFF", mode) for mode in ("RGB", "RGBA", "CMYK", "LAB", "YCbCr", "I;16", "F")),
+    *((format, "RGB") for format in FORMATS if format not in ("PNG", "JPEG", "WEBP", "TIFF", "GIF", "ICO")),
+    ("GIF", "P"),
+    ("ICO", "RGBA"),
+    ("TGA", "RGBA"),
+    ("QOI", "RGBA"),
+    ("AVIF", "RGBA"),
+    ("PPM", "L"),
+]
+
+
+def in_mode(image: Image.Image, mode: str) -> Image.Image:
+    """The photo with a gradient for alpha, and grey levels of 16 bit where they are asked for."""
+    if mode == "I;16":
+        return Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 3)
+    converted = image.convert("RGB").convert("LAB") if mode == "LAB" else image.convert(mode)
+    if mode in ("RGBA", "LA"):
+        converted.putalpha(Image.linear_gradient("L").resize(image.size))
+    return converted
+
+
+@pytest.mark.parametrize(("format", "mode"), CASES, ids=lambda value: value)
+def test_every_format_and_mode_is_decoded_as_the_reference_does(chelsea: Image.Image, format: str, mode: str) -> None:
+    size = (64, 64) if format == "ICO" else (101, 67)
+    data = encode(in_mode(chelsea.resize(size), mode), format)
+    with Image.open(io.BytesIO(data)) as image:
+        expected = convert_to_rgb(image, return_numpy=True)
+        assert probe(data) == ImageHeader(format, *size, image.mode)
+    np.testing.assert_array_equal(pixels(data), expected)
+    assert sniff(data) is (None if format == "TGA" else MMUrlType.IMAGE)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "P", "L", "1"])
+def test_a_transparent_colour_counts_as_transparent(chelsea: Image.Image, mode: str) -> None:
+    image = chelsea.resize((32, 32)).convert(mode)
+    colour = image.getpixel((5, 5))
+    data = encode(image, "PNG", transparency=colour)
+    np.testing.assert_array_equal(pixels(data)[5, 5], [255, 255, 255])
+
+
+def test_transparency_is_laid_over_white_and_not_dropped() -> None:
+    data = encode(Image.new("RGBA", (4, 4), (200, 100, 50, 0)), "PNG")
+    assert (pixels(data) == 255).all()
+    assert (np.asarray(Image.open(io.BytesIO(data)).convert("RGB")) == [200, 100, 50]).all()  # the other rule differs
+
+
+@pytest.mark.parametrize("format", ["GIF", "PNG", "WEBP", "TIFF", "AVIF"])
+def test_an_animation_is_its_first_frame(format: str) -> None:
+    frames = [Image.new("RGB", (32, 32), colour) for colour in ("red", "lime")]
+    data = encode(frames[0], format, save_all=True, append_images=frames[1:])
+    red, green, blue = pixels(data)[16, 16]
+    assert red > 200
+    assert max(green, blue) < 50
+
+
+def test_exif_orientation_counts_only_when_asked_for(chelsea: Image.Image) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn a quarter clockwise
+    data = encode(chelsea, "JPEG", exif=exif)
+    assert pixels(data).shape == (300, 451, 3)
+    np.testing.assert_array_equal(pixels(data, exif_transpose=True), np.rot90(pixels(data), -1))
+
+
+def test_pixels_over_the_limit_are_refused_from_the_header(photo: bytes) -> None:
+    assert pixels(photo, max_pixels=451 * 300).shape == (300, 451, 3)
+    with pytest.raises(WrongFormatError, match=r"451x300 is 135300 pixels, over the limit of 135299 \(MM_MAX_PIXELS\)"):
+        pixels(photo, max_pixels=451 * 300 - 1)
+    header_only = photo[: photo.index(b"\xff\xda")]  # refused although there is nothing to decode
+    with pytest.raises(WrongFormatError, match="135300 pixels"):
+        pixels(header_only, max_pixels=1000)
+
+
+def png_header(width: int, height: int) -> bytes:
+    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n\0\0\0\x0d" + header + struct.pack(">I", zlib.crc32(header)) + b"\0\0\0\0IDAT"
+
+
+@pytest.mark.parametrize("side", [10_001, 20_000, 2**31 - 1])
+def test_a_decompression_bomb_is_refused(side: int) -> None:
+    with pytest.raises(WrongFormatError, match="pixels"):
+        pixels(png_header(side, side))
+
+
+def test_an_icon_whose_directory_lies_is_refused_after_its_header(chelsea: Image.Image) -> None:
+    data = bytearray(encode(chelsea.resize((200, 200)), "ICO", sizes=[(200, 200)]))
+    data[6:8] = bytes([16, 16])
+    with pytest.raises(WrongFormatError, match="200x200 is 40000 pixels"):
+        pixels(bytes(data), max_pixels=1000)
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "BMP", "TIFF", "QOI"])
+def test_a_truncated_image_is_an_error(chelsea: Image.Image, format: str) -> None:
+    data = encode(chelsea, format)
+    with pytest.raises(WrongFormatError, match=r"broken image|no image"):
+        pixels(data[: len(data) * 2 // 3])
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG"])
+def test_a_truncated_image_is_decoded_as_far_as_it_goes_when_allowed(chelsea: Image.Image, format: str) -> None:
+    data = encode(chelsea, format)
+    partial = pixels(data[: len(data) * 2 // 3], allow_truncated=True)
+    whole = pixels(data)
+    np.testing.assert_array_equal(partial[:100], whole[:100])
+    assert (partial[-20:] != whole[-20:]).any()
+    with pytest.raises(WrongFormatError):  # and the next one is strict again
+        pixels(data[: len(data) * 2 // 3])
+
+
+def test_no_decode_runs_under_the_tolerance_of_another(photo: bytes) -> None:
+    truncated = photo[: len(photo) * 2 // 3]
+    wrong: list[str] = []
+
+    def strict() -> None:
+        for _ in range(20):
+            try:
+                pixels(truncated)
+            except WrongFormatError:
+                continue
+            wrong.append("a strict decode let a truncated image pass")
+
+    def tolerant() -> None:
+        for _ in range(20):
+            try:
+                pixels(truncated, allow_truncated=True)
+            except WrongFormatError:
+                wrong.append("a tolerant decode refused a truncated image")
+
+    threads = [threading.Thread(target=work) for work in (strict, tolerant) * 2]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"\0", b"<!DOCTYPE html><html>", b"%!PS-Adobe-3.0 EPSF-3.0\n", b"\x89PNG\r\n\x1a\n"]
+)
+def test_what_is_no_image_is_told_so(data: bytes) -> None:
+    for read in (pixels, probe):
+        with pytest.raises(WrongFormatError, match="no image in a supported format"):
+            read(data)
+
+
+def mp4(brand: bytes) -> bytes:
+    return b"\0\0\0\x18ftyp" + brand + b"\0\0\2\0isomiso2" + b"\0" * 64
+
+
+@pytest.mark.parametrize(
+    ("data", "mm_type"),
+    [
+        (mp4(b"isom"), MMUrlType.VIDEO),
+        (mp4(b"qt  "), MMUrlType.VIDEO),
+        (mp4(b"M4A "), MMUrlType.AUDIO),
+        (mp4(b"avif"), MMUrlType.IMAGE),
+        (mp4(b"heic"), MMUrlType.IMAGE),
+        (b"\x1a\x45\xdf\xa3" + b"\0" * 60, MMUrlType.VIDEO),
+        (b"RIFF\x24\0\0\0WAVEfmt ", MMUrlType.AUDIO),
+        (b"RIFF\x24\0\0\0AVI LIST", MMUrlType.VIDEO),
+        (b"RIFF\n\n\n\nWEBPVP8 ", MMUrlType.IMAGE),
+        (b"ID3\4\0\0", MMUrlType.AUDIO),
+        (b"\xff\xfb\x90\x64", MMUrlType.AUDIO),
+        (b"fLaC\0\0\0\x22", MMUrlType.AUDIO),
+        (b"FLV\1\5", MMUrlType.VIDEO),
+        ((b"\x47" + b"\0" * 187) * 3, MMUrlType.VIDEO),
+        (b"OggS\0\2" + b"\0" * 22 + b"\x80theora", MMUrlType.VIDEO),
+        (b"OggS\0\2" + b"\0" * 22 + b"\1vorbis", MMUrlType.AUDIO),
+        (b"\xff\xd8\xff\xe0", MMUrlType.IMAGE),
+        (b"", None),
+        (b"hello", None),
+    ],
+    ids=repr,
+)
+def test_containers_are_told_by_their_first_bytes(data: bytes, mm_type: MMUrlType | None) -> None:
+    assert sniff(data) is mm_type
+
+
+@pytest.mark.parametrize(("data", "kind"), [(mp4(b"isom"), "video"), (b"fLaC\0\0\0\x22" + b"\0" * 50, "audio")])
+def test_a_video_in_place_of_an_image_is_named(data: bytes, kind: str) -> None:
+    with pytest.raises(NotSupportedError, match=f"an image is expected here, these bytes are {kind}"):
+        pixels(data)
+
+
+def test_heic_without_its_reader_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    with pytest.raises(NotSupportedError, match=r"pip install 'rtp_mm\[heif\]'"):
+        pixels(mp4(b"heic"))
+
+
+def damage(data: bytes, rng: np.random.Generator) -> bytes:
+    damaged = bytearray(data)
+    for position in rng.integers(0, min(len(data), 400), size=3):
+        damaged[position] = rng.integers(256)
+    return bytes(damaged)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("format", FORMATS)
+def test_damage_gives_an_image_or_one_of_our_errors(chelsea: Image.Image, format: str) -> None:
+    data = encode(chelsea.resize((48, 48)), format)
+    rng = np.random.default_rng(5)
+    refused = 0
+    for _ in range(100):
+        try:
+            pixels(damage(data, rng), max_pixels=10**6)
+        except (WrongFormatError, NotSupportedError):
+            refused += 1
+    assert refused
+
+
+@pytest.mark.parametrize("call", ["rtp_mm.media.image", "rtp_mm.media.fetch", "rtp_mm.preprocess.patches"])
+def test_neither_torch_nor_heif_is_imported(call: str) -> None:
+    code = f"import json, sys, {call}; print(json.dumps([m for m in ('torch', 'pillow_heif') if m in sys.modules]))"
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert json.loads(printed) == []

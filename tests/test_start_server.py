@@ -1,0 +1,193 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import grpc
+import pytest
+from fake_engine import free_start_port
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from rtp_mm.config import Settings
+from rtp_mm.errors import DrainingError, LoadingError, RemoteCallError
+from rtp_mm.server.client import RemoteEngine
+from rtp_mm.start_server import main
+from rtp_mm.types import MMEmbeddingRes
+
+ROOT = Path(__file__).parents[1]
+
+
+class Process:
+    """The fake engine's server in a process of its own."""
+
+    def __init__(self, port: int, *flags: str) -> None:
+        command = [sys.executable, "-m", "tests.fake_engine", "--start_port", str(port), *flags]
+        self.popen = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        self.engine = RemoteEngine(f"127.0.0.1:{port + 1}")
+        self.health_url = f"http://127.0.0.1:{port}/health"
+        self.log: list[str] = []
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.popen.stderr is not None
+        self.log.extend(iter(self.popen.stderr.readline, ""))
+
+    def health(self) -> tuple[int, str]:
+        try:
+            with urllib.request.urlopen(self.health_url) as response:
+                return response.status, json.load(response)["status"]
+        except urllib.error.HTTPError as error:
+            return error.code, json.load(error)["status"]
+        except OSError:
+            return 0, "down"
+
+    def wait_for(self, status: str) -> None:
+        end = time.monotonic() + 60
+        while self.health()[1] != status:
+            assert self.popen.poll() is None, self.log
+            assert time.monotonic() < end, self.log
+            time.sleep(0.02)
+
+    def wait_for_log(self, text: str) -> str:
+        end = time.monotonic() + 60
+        while not (lines := [line for line in self.log if text in line]):
+            assert time.monotonic() < end, self.log
+            time.sleep(0.02)
+        return lines[0]
+
+    def call(self, *urls: str) -> Future[MMEmbeddingRes]:
+        """A call in a thread of its own, once the server is at it."""
+        call = ThreadPoolExecutor(1).submit(self.engine.submit, urls)
+        end = time.monotonic() + 60
+        while not self.engine.worker_status().running:
+            assert time.monotonic() < end, self.log
+        return call
+
+    def exit_status(self) -> int:
+        status = self.popen.wait(60)
+        self._reader.join()
+        return status
+
+
+@contextmanager
+def process(*flags: str) -> Iterator[Process]:
+    server = Process(free_start_port(), *flags)
+    try:
+        yield server
+    finally:
+        server.popen.kill()
+        server.popen.wait()
+        server.engine.close()
+
+
+def test_sigterm_finishes_running_calls_refuses_new_ones_and_ends_with_0() -> None:
+    with process() as server, grpc.insecure_channel(server.engine.address) as channel:
+        server.wait_for("ok")
+        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+        assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
+        running = server.call("slow:1", "img:3")
+        server.popen.send_signal(signal.SIGTERM)
+        assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        assert server.health() == (503, "draining")
+        with pytest.raises(DrainingError):
+            server.engine.submit(["img:1"])
+        assert not running.done()
+        assert [tensor.shape[0] for tensor in running.result(60).embeddings] == [2, 3]
+        assert server.exit_status() == 0
+        assert "draining signal=SIGTERM calls=1" in "".join(server.log)
+        assert "Traceback" not in "".join(server.log)
+
+
+def test_a_drain_ends_in_time_and_cuts_what_is_left() -> None:
+    with process("--mm_drain_timeout_ms", "100") as server:
+        server.wait_for("ok")
+        cut = server.call("slow:600")
+        server.popen.send_signal(signal.SIGINT)
+        assert server.exit_status() == 0
+        assert isinstance(cut.exception(60), RemoteCallError)
+        assert "calls_cut=1" in "".join(server.log)
+
+
+def test_a_second_signal_ends_at_once() -> None:
+    with process() as server:
+        server.wait_for("ok")
+        cut = server.call("slow:600")
+        server.popen.send_signal(signal.SIGTERM)
+        server.wait_for("draining")
+        server.popen.send_signal(signal.SIGTERM)
+        assert server.exit_status() == -signal.SIGTERM
+        assert isinstance(cut.exception(60), RemoteCallError)
+
+
+def test_while_loading_it_answers_503_and_a_signal_still_ends_it() -> None:
+    with process("--model_type", "endless") as server:
+        server.wait_for("loading")
+        with pytest.raises(LoadingError):
+            server.engine.submit(["img:1"])
+        server.popen.send_signal(signal.SIGTERM)
+        assert server.exit_status() == 0
+
+
+def test_the_ready_line_names_what_serves_where() -> None:
+    with process("--mm_bind_address", "127.0.0.1") as server:
+        line = server.wait_for_log(" ready ")
+        port = int(server.health_url.split(":")[2].split("/")[0])
+        assert f"http=127.0.0.1:{port} grpc=127.0.0.1:{port + 1} model=fake dtype=bf16 device=cpu seconds=" in line
+
+
+def test_a_model_that_does_not_load_is_one_line_and_status_1() -> None:
+    with process("--model_type", "broken") as server:
+        assert server.exit_status() == 1
+        assert server.log == ["rtp_mm.start_server: the checkpoint is broken\n"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ([], "CHECKPOINT_PATH is not set"),
+        (["--checkpoint_path", "/nowhere"], "CHECKPOINT_PATH=/nowhere is no folder"),
+        (["--vit_separation", "0"], "rtp_mm.create_engine(vit_separation=0, checkpoint_path=...)"),
+        (["--vit_separation", "2"], "rtp_mm.create_engine(vit_separation=2, remote_vit_server_ip=...)"),
+        (["--vit_separation", "7"], "VIT_SEPARATION"),
+        (["--act_type", "int4"], "ACT_TYPE"),
+        (["--start_port", "70000"], "START_PORT"),
+        (["--no_such_option", "1"], "no_such_option"),
+    ],
+)
+def test_a_wrong_start_is_one_line_and_status_1(
+    arguments: list[str], line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("rtp_mm.start_server: ")
+    assert err.count("\n") == 1
+    assert line in err
+
+
+def test_help_lists_every_option_with_its_meaning(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["--help"])
+    assert caught.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for name, field in Settings.model_fields.items():
+        assert f"--{name}" in text
+        assert " ".join((field.description or "missing").split()[:3]) in text
+
+
+def test_starting_imports_no_torch_before_it_must() -> None:
+    code = "import sys, rtp_mm.start_server as s; s.main([]); assert 'torch' not in sys.modules"
+    environment = {k: v for k, v in os.environ.items() if k != "CHECKPOINT_PATH"}
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)

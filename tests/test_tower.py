@@ -1,0 +1,140 @@
+"""The towers against Hugging Face's on the same checkpoint, and against themselves in other company."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from huggingface import HuggingFace, relative_l2
+from numpy.typing import NDArray
+
+from rtp_mm.config import load_settings
+from rtp_mm.errors import StartError
+from rtp_mm.models.qwen2_vl import Qwen2VL
+from rtp_mm.models.registry import load_model
+from rtp_mm.types import Patches
+from rtp_mm.vit.attention import choose_attention
+from rtp_mm.vit.linear import CPU_GEMMS
+
+Load = Callable[..., Any]
+# Merged tokens 1, 2, 3, 5, 7, then windows whole, cut and both; sides of 28 are one merged cell.
+SIDES = [(28, 28), (56, 28), (28, 84), (140, 28), (28, 196), (112, 112), (112, 224), (140, 252), (308, 196), (420, 308)]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_checkpoint: Path) -> Load:
+    """The tiny checkpoint's `mm_part` in a dtype, loaded once."""
+    loaded: dict[str, Qwen2VL] = {}
+
+    def load(act_type: str = "fp32") -> Any:
+        if act_type not in loaded:
+            model = load_model(load_settings(checkpoint_path=tiny_checkpoint, act_type=act_type, device="cpu"))
+            assert isinstance(model, Qwen2VL)
+            loaded[act_type] = model
+        return loaded[act_type].mm_part
+
+    return load
+
+
+@pytest.fixture(scope="module")
+def peer(tiny_checkpoint: Path) -> HuggingFace:
+    return HuggingFace(tiny_checkpoint)
+
+
+@pytest.fixture(scope="module")
+def images(photos: dict[str, NDArray[np.uint8]]) -> list[NDArray[np.uint8]]:
+    photo = max(photos.values(), key=lambda p: p.shape[0] * p.shape[1])
+    return [np.ascontiguousarray(photo[:height, :width]) for height, width in SIDES]
+
+
+def as_patches(peer: HuggingFace, image: NDArray[np.uint8]) -> Patches:
+    """The peer's own resized bytes, so that only towers are compared; the first of two equal frames."""
+    values, grid = peer.pixels(image, do_rescale=False, do_normalize=False)
+    rows = values.to(torch.uint8).view(len(values), 3, 2, -1)[:, :, 0].reshape(len(values), -1)
+    t, h, w = grid[0].tolist()
+    return Patches(rows.numpy(), (t, h, w))
+
+
+def test_float32_equals_hugging_face(model: Load, peer: HuggingFace, images: list[NDArray[np.uint8]]) -> None:
+    errors = [relative_l2(model().mm_process(as_patches(peer, i))[0], peer.embed(i)) for i in images]
+    assert max(errors) <= 1e-5, errors
+
+
+def test_bf16_is_at_least_as_close_to_float32_as_hugging_face_bf16(
+    model: Load, peer: HuggingFace, tiny_checkpoint: Path, images: list[NDArray[np.uint8]]
+) -> None:
+    peer_bf16 = HuggingFace(tiny_checkpoint, torch.bfloat16)
+    exact = [peer.embed(i) for i in images]
+    ours = [
+        relative_l2(model("bf16").mm_process(as_patches(peer, i))[0], e) for i, e in zip(images, exact, strict=True)
+    ]
+    theirs = [relative_l2(peer_bf16.embed(i), e) for i, e in zip(images, exact, strict=True)]
+    assert np.mean(ours) <= np.mean(theirs)
+    assert all(o <= 1.1 * t for o, t in zip(ours, theirs, strict=True))
+
+
+def test_fp16_keeps_its_own_precision(model: Load, peer: HuggingFace, images: list[NDArray[np.uint8]]) -> None:
+    embedding, _ = model("fp16").mm_process(as_patches(peer, images[-1]))
+    assert embedding.dtype == torch.float16
+    assert relative_l2(embedding, peer.embed(images[-1])) < 1e-3  # fp16 rounds to 2^-11
+
+
+def test_a_clip_equals_hugging_face(model: Load, peer: HuggingFace) -> None:
+    """Both temporal frames kept, several frames in one grid."""
+    t, h, w = 3, 8, 12
+    rows = torch.randint(0, 256, (t * h * w, 3, 2, 14, 14), dtype=torch.uint8)
+    mean = torch.tensor(peer.processor.image_mean).view(1, 3, 1, 1, 1)
+    std = torch.tensor(peer.processor.image_std).view(1, 3, 1, 1, 1)
+    values = ((rows / 255 - mean) / std).flatten(1)
+    with torch.inference_mode():
+        expected = peer.tower(values, grid_thw=torch.tensor([[t, h, w]])).pooler_output
+    embedding, position_ids = model().mm_process(Patches(rows.flatten(1).numpy(), (t, h, w)))
+    assert relative_l2(embedding, expected) <= 1e-5
+    assert position_ids[:, 0].tolist() == [i for i in range(t) for _ in range(h * w // 4)]
+
+
+def test_position_ids_are_the_merged_raster(model: Load, peer: HuggingFace, images: list[NDArray[np.uint8]]) -> None:
+    patches = as_patches(peer, images[-1])
+    t, h, w = patches.grid_thw
+    _, position_ids = model().mm_process(patches)
+    assert position_ids.dtype == torch.int32
+    assert position_ids.tolist() == [[0, row, column] for row in range(h // 2) for column in range(w // 2)]
+
+
+@pytest.mark.parametrize("act_type", ["fp32", "bf16", "fp16"])
+def test_batching_is_invisible(
+    act_type: str, model: Load, peer: HuggingFace, images: list[NDArray[np.uint8]]
+) -> None:
+    """The same image gives the same bits alone, among others, and wherever it stands among them."""
+    items = [as_patches(peer, image) for image in images]
+    clip = Patches(np.random.default_rng(0).integers(0, 256, (2 * 6 * 10, 1176), np.uint8), (2, 6, 10))
+    items.append(clip)
+    part = model(act_type)
+    alone = [part.mm_process(item) for item in items]
+    shuffled = random.Random(0)
+    for _ in range(4):
+        order = shuffled.sample(range(len(items)), shuffled.randint(2, len(items)))
+        together = part.mm_process_batch([items[i] for i in order], [], [])
+        for i, (embedding, position_ids) in zip(order, together, strict=True):
+            assert torch.equal(embedding, alone[i][0]), f"item {i} in {order}"
+            assert torch.equal(position_ids, alone[i][1])
+
+
+def test_rows_of_the_chosen_gemm_do_not_depend_on_the_batch() -> None:
+    """The property that batch invariance stands on, at a real layer's size."""
+    gemm = CPU_GEMMS["onednn"]
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(rows, 3420, generator=generator) for rows in (528, 1280))
+    whole = gemm(x, weight, None)
+    for rows in (16, 32, 48, 112, 256):
+        assert torch.equal(gemm(x[16 : 16 + rows].clone(), weight, None), whole[16 : 16 + rows]), rows
+
+
+def test_a_forced_backend_that_cannot_run_is_refused() -> None:
+    with pytest.raises(StartError, match=r"MM_ATTENTION=flash cannot run .* usable: sdpa"):
+        choose_attention("flash", torch.float32, torch.device("cpu"))
