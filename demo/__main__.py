@@ -21,37 +21,38 @@ import skimage.data
 from PIL import Image
 from rich.console import Console
 
-ROOT = Path(__file__).parent.parent
-OUTPUT = ROOT / "demo_output"
+ROOT = Path(__file__).resolve().parent.parent  # the working directory of all that follows
+OUTPUT = Path("demo_output")
 CHECKPOINT = OUTPUT / "Qwen2.5-VL-3B-random"
 PHOTO = OUTPUT / "chelsea.jpg"
-DEBUG_CLIENT = ROOT / "tests" / "data" / "debug_client.py"
+DEBUG_CLIENT = Path("tests/data/debug_client.py")
 BIN = Path(sys.executable).parent
 START_TIMEOUT_S = 120
 
-console = Console(highlight=False)
+console = Console(highlight=False, soft_wrap=True)
 
 
 def main() -> None:
+    os.chdir(ROOT)
     OUTPUT.mkdir(exist_ok=True)
     step("A checkpoint of Qwen2.5-VL 3B's real shape: config, preprocessor and 1.3 GB of random vision tower")
     if (CHECKPOINT / "config.json").exists():
-        console.print(f"already at {shown(CHECKPOINT)}")
+        console.print(f"already at {CHECKPOINT}")
     else:
         run(BIN / "rtp-mm", "init-checkpoint", CHECKPOINT, "--family", "qwen2_5_vl", "--size", "3b")
 
     step("A photograph: Chelsea the cat, from scikit-image (451 x 300, small enough for a CPU demo)")
     Image.fromarray(skimage.data.chelsea()).save(PHOTO, quality=92)
-    console.print(shown(PHOTO))
+    console.print(str(PHOTO))
 
     port = free_ports()
     with server(port):
         step("RTP-LLM's documented debug client, with only its path and port changed")
         client = OUTPUT / "debug_client.py"
         client.write_text(for_us(DEBUG_CLIENT.read_text(), port + 1))
-        run(sys.executable, "-m", "rtp_mm.compat", client)
-        step("The same photograph again, from the embedding cache; stage times come as trailing metadata")
-        run(BIN / "rtp-mm", "embed", PHOTO, "--server", f"127.0.0.1:{port + 1}")
+        run(sys.executable, "-m", "rtp_mm.compat", client, longest=16)
+        step("The same photograph again, now in the embedding cache; stage times come as trailing metadata")
+        run(BIN / "rtp-mm", "embed", PHOTO, "--type", "image", "--server", f"127.0.0.1:{port + 1}")
 
     step("What the tower saw, with its patches, tokens and attention windows")
     run(BIN / "rtp-mm", "look", PHOTO, "--checkpoint", CHECKPOINT, "--out", OUTPUT / "look.png")
@@ -64,12 +65,18 @@ def step(title: str) -> None:
     console.print(f"\n[bold cyan]{title}[/]")
 
 
-def run(*command: object) -> None:
-    """Shows a command and runs it; the demo ends where one fails."""
+def run(*command: object, longest: int | None = None) -> None:
+    """Shows a command and runs it; of an output over `longest` lines, its ends. The demo stops where one fails."""
     arguments = [str(part) for part in command]
-    console.print(f"[dim]$ {shlex.join(map(shown, arguments))}[/]", soft_wrap=True)
-    if status := subprocess.run(arguments, cwd=ROOT).returncode:
-        sys.exit(f"the demo stops here: exit status {status}")
+    console.print(f"[dim]$ {shlex.join([Path(arguments[0]).name, *arguments[1:]])}[/]")
+    finished = subprocess.run(arguments, stdout=subprocess.PIPE if longest else None, text=True)
+    if longest:
+        lines = finished.stdout.splitlines()
+        cut = len(lines) - longest
+        shown = lines if cut <= 0 else [*lines[: longest // 2], f"... {cut} lines ...", *lines[-(longest // 2) :]]
+        console.print(*shown, sep="\n", markup=False)
+    if finished.returncode:
+        sys.exit(f"the demo stops here: exit status {finished.returncode}")
 
 
 @contextmanager
@@ -83,19 +90,19 @@ def server(port: int) -> Iterator[None]:
         "MODEL_TYPE": "qwen2_5_vl",
         "CHECKPOINT_PATH": str(CHECKPOINT),
     }
-    listing = " ".join(f"{name}={shown(value)}" for name, value in options.items())
-    console.print(f"[dim]$ {listing} python -m rtp_mm.start_server[/]", soft_wrap=True)
+    listing = " ".join(f"{name}={value}" for name, value in options.items())
+    console.print(f"[dim]$ {listing} python -m rtp_mm.start_server[/]")
     log = OUTPUT / "server.log"
     with log.open("w") as file:
         command = [sys.executable, "-m", "rtp_mm.start_server"]
-        process = subprocess.Popen(command, env=os.environ | options, cwd=ROOT, stdout=file, stderr=file)
+        process = subprocess.Popen(command, env=os.environ | options, stdout=file, stderr=file)
     try:
         wait_until_healthy(process, port, log)
         yield
         step("Stopping the server")
         process.send_signal(signal.SIGTERM)
         status = process.wait(timeout=60)
-        console.print(f"SIGTERM: exit status {status}; its log is {shown(log)}")
+        console.print(f"SIGTERM: exit status {status}; its log is {log}")
         if status:
             sys.exit(f"the server ended with status {status}")
     finally:
@@ -141,17 +148,12 @@ def free_ports() -> int:
 
 def for_us(client: str, port: int) -> str:
     """The debug client with our photograph and port in place of its author's."""
-    replacements = {"/mnt/nas1/hf/llava-v1.5-7b/1.jpg": str(PHOTO), "localhost:12346": f"localhost:{port}"}
+    replacements = {"/mnt/nas1/hf/llava-v1.5-7b/1.jpg": str(PHOTO.resolve()), "localhost:12346": f"localhost:{port}"}
     for theirs, ours in replacements.items():
         if theirs not in client:
-            sys.exit(f"{shown(DEBUG_CLIENT)} does not name {theirs}")
+            sys.exit(f"{DEBUG_CLIENT} does not name {theirs}")
         client = client.replace(theirs, ours)
     return client
-
-
-def shown(path: object) -> str:
-    """A path as seen from the project's folder."""
-    return str(path).replace(f"{ROOT}/", "").replace(f"{BIN}/", "")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ class MMError(Exception):
     @property
     def wire_message(self) -> str:
         """`[NAME] text`, cut on a character boundary to `MAX_MESSAGE_BYTES` of UTF-8."""
-        encoded = f"[{self.name}] {self}".encode()
+        encoded = f"[{self.name}] {self}".encode(errors="backslashreplace")  # a path may hold lone surrogates
         if len(encoded) <= MAX_MESSAGE_BYTES:
             return encoded.decode()
         return encoded[: MAX_MESSAGE_BYTES - 3].decode(errors="ignore") + "..."

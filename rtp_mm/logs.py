@@ -8,18 +8,18 @@ import sys
 from datetime import UTC, datetime
 from typing import Any
 
-_LOGGER = "rtp_mm"
 _FIELDS = "rtp_mm_fields"  # attribute of a LogRecord
 
 
 def setup_logs(level: str) -> None:
-    """Sends what `rtp_mm` logs from `level` up to stderr. For the server's process; a library leaves it to its host."""
+    """Sends to stderr what `rtp_mm` logs from `level` up, and the warnings of the libraries below it.
+
+    For the server's process; a library leaves this to its host.
+    """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(KeyValueFormatter())
-    logger = logging.getLogger(_LOGGER)
-    logger.handlers = [handler]
-    logger.setLevel(level)
-    logger.propagate = False
+    logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
+    logging.getLogger("rtp_mm").setLevel(level)
 
 
 def log_event(logger: logging.Logger, event: str, level: int = logging.INFO, **fields: Any) -> None:

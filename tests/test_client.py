@@ -37,6 +37,13 @@ async def test_the_remote_engine_answers_as_the_local_one() -> None:
         assert [set(status.keys) for status in statuses] == [set(), {-3, 1 << 60}]
 
 
+async def test_messages_over_grpcs_default_limit_go_both_ways() -> None:
+    pixels = torch.zeros(1000, 1000, 3, dtype=torch.int32)  # 12 MB; gRPC's own limit is 4 MiB
+    async with serving() as server, remote(server.grpc_address) as engine:
+        answer = await asyncio.to_thread(engine.submit, ["img:1000000"], [MMUrlType.TENSOR], [pixels])
+    assert answer.embeddings[0].shape == (1_000_000, 5)
+
+
 async def test_types_configs_and_tensors_arrive() -> None:
     config = MMPreprocessConfig(width=56, height=84, crop_positions=[0, 0, 0.5, 1])
     pixels = torch.arange(12, dtype=torch.int32).view(2, 2, 3)

@@ -121,12 +121,14 @@ def png_header(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n\0\0\0\x0d" + header + struct.pack(">I", zlib.crc32(header)) + b"\0\0\0\0IDAT"
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("side", [10_001, 20_000, 2**31 - 1])
 def test_a_decompression_bomb_is_refused(side: int) -> None:
     with pytest.raises(WrongFormatError, match="pixels"):
         pixels(png_header(side, side))
 
 
+@pytest.mark.filterwarnings("ignore:Image was not the expected size")
 def test_an_icon_whose_directory_lies_is_refused_after_its_header(chelsea: Image.Image) -> None:
     data = bytearray(encode(chelsea.resize((200, 200)), "ICO", sizes=[(200, 200)]))
     data[6:8] = bytes([16, 16])

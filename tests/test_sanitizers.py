@@ -1,4 +1,4 @@
-"""The algorithm files, which know no torch, under AddressSanitizer and UndefinedBehaviorSanitizer."""
+"""The native code that knows no torch, under AddressSanitizer and UndefinedBehaviorSanitizer."""
 
 from __future__ import annotations
 
@@ -10,23 +10,30 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-FLAGS = ["-std=c++20", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-fsanitize=address,undefined"]
-STRICT = ["-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
+CSRC, CPP = ROOT / "csrc", ROOT / "tests" / "cpp"
+ALGORITHMS = [path for path in sorted((CSRC / "cpu").glob("*.cpp")) if not path.stem.endswith("_op")]
+KERNELS = sorted((CSRC / "cuda").glob("*.cu"))
+FLAGS = ["-std=c++20", "-O1", "-g", "-pthread", "-Wall", "-Wextra", "-Werror"]
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
 
 
 def compile_and_run(folder: Path, *sources: Path) -> subprocess.CompletedProcess[str]:
+    """.cu files are compiled as C++ against `cuda_on_cpu`."""
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
     assert compiler, "the extension was built, so there is a C++ compiler"
     program = folder / "program"
-    includes = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests' / 'cpp'}"]
-    subprocess.run([compiler, *FLAGS, *STRICT, *includes, *map(str, sources), "-o", str(program)], check=True)
-    environment = {key: value for key, value in os.environ.items() if key != "LD_PRELOAD"}
-    return subprocess.run([str(program)], capture_output=True, text=True, env=environment)
+    includes = [f"-I{path}" for path in (CSRC, CPP, CPP / "cuda_on_cpu")]
+    subprocess.run([compiler, *FLAGS, *SANITIZERS, *includes, "-x", "c++", *sources, "-o", program], check=True)
+    return subprocess.run([program], capture_output=True, text=True, check=False)
 
 
 def test_algorithms_are_clean(tmp_path: Path) -> None:
-    algorithms = [path for path in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")) if not path.stem.endswith("_op")]
-    result = compile_and_run(tmp_path, ROOT / "tests" / "cpp" / "test_algorithms.cpp", *algorithms)
+    result = compile_and_run(tmp_path, CPP / "test_algorithms.cpp", *ALGORITHMS)
+    assert result.returncode == 0, result.stderr
+
+
+def test_cuda_kernels_are_clean_and_agree_with_the_cpu(tmp_path: Path) -> None:
+    result = compile_and_run(tmp_path, CPP / "test_cuda_kernels.cpp", *KERNELS, *ALGORITHMS)
     assert result.returncode == 0, result.stderr
 
 

@@ -195,7 +195,7 @@ async def test_a_bug_leaks_neither_text_nor_stack_but_is_found_in_the_log(caplog
     assert "ZeroDivisionError: text of" in KeyValueFormatter().format(record)
 
 
-@pytest.mark.parametrize("character", ["x", "猫", "\n"])
+@pytest.mark.parametrize("character", ["x", "猫", "\n", "\udcff"])
 async def test_a_long_message_is_cut_to_a_kibibyte(monkeypatch: pytest.MonkeyPatch, character: str) -> None:
     def fail(_: FakeEngine, url: str) -> Any:
         raise errors.WrongFormatError(character * 100_000)
@@ -205,7 +205,7 @@ async def test_a_long_message_is_cut_to_a_kibibyte(monkeypatch: pytest.MonkeyPat
         error = await refusal(server.grpc_address, request("img:1"))
     assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert 1020 <= len(error.details().encode()) <= 1024
-    assert error.details().endswith(character + "...")
+    assert error.details().endswith("...")
 
 
 async def test_a_reply_over_the_limit_is_an_error_not_a_broken_call(monkeypatch: pytest.MonkeyPatch) -> None:

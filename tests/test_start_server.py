@@ -16,11 +16,13 @@ from pathlib import Path
 
 import grpc
 import pytest
+import torch
 from fake_engine import free_start_port
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from rtp_mm.config import Settings
-from rtp_mm.errors import DrainingError, LoadingError, RemoteCallError
+from rtp_mm.errors import DownloadRefusedError, DrainingError, LoadingError, RemoteCallError
+from rtp_mm.library import create_engine
 from rtp_mm.server.client import RemoteEngine
 from rtp_mm.start_server import main
 from rtp_mm.types import MMEmbeddingRes
@@ -191,3 +193,34 @@ def test_starting_imports_no_torch_before_it_must() -> None:
     code = "import sys, rtp_mm.start_server as s; s.main([]); assert 'torch' not in sys.modules"
     environment = {k: v for k, v in os.environ.items() if k != "CHECKPOINT_PATH"}
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
+
+
+def test_in_process_and_remote_give_the_same_bits(tiny_qwen2_5_vl: Path, photo_path: Path) -> None:
+    port = free_start_port()
+    environment = os.environ | {
+        "START_PORT": str(port),
+        "VIT_SEPARATION": "1",
+        "ACT_TYPE": "bf16",
+        "MODEL_TYPE": "qwen2_5_vl",
+        "CHECKPOINT_PATH": str(tiny_qwen2_5_vl),
+    }
+    command = [sys.executable, "-m", "rtp_mm.start_server"]
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) as server:
+        try:
+            local = create_engine(checkpoint_path=tiny_qwen2_5_vl)
+            remote = create_engine(vit_separation=2, remote_vit_server_ip=f"localhost:{port + 1}")
+            assert server.stderr is not None
+            assert " ready " in server.stderr.readline()
+            here, there = (engine.submit([str(photo_path)]) for engine in (local, remote))
+            assert torch.equal(here.embeddings[0], there.embeddings[0])
+            assert torch.equal(here.position_ids[0], there.position_ids[0])
+            assert set(there.timings_ms) == {"fetch", "preprocess", "queue", "forward"}
+            with pytest.raises(DownloadRefusedError, match=r"item 1 \(/nowhere\)"):
+                remote.submit([str(photo_path), "/nowhere"])
+            assert torch.equal(remote.submit([str(photo_path)]).embeddings[0], here.embeddings[0])
+            server.send_signal(signal.SIGTERM)
+            assert server.wait(60) == 0
+        finally:
+            server.kill()
+            local.close()
+            remote.close()

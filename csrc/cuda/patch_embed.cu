@@ -78,10 +78,13 @@ __global__ void __launch_bounds__(kSide* kSide) multiply(CudaPatchEmbed<Weight> 
 
 template <class Weight, class Out>
 cudaError_t launch_patch_embed(const CudaPatchEmbed<Weight>& job, Out* out, cudaStream_t stream) {
-  const dim3 tiles(static_cast<unsigned>((job.n + kTile - 1) / kTile),
-                   static_cast<unsigned>((job.d + kTile - 1) / kTile));
-  multiply<<<tiles, dim3(kSide, kSide), 0, stream>>>(job, out);
-  return cudaGetLastError();
+  const unsigned across = static_cast<unsigned>((job.n + kTile - 1) / kTile);
+  const unsigned down = static_cast<unsigned>((job.d + kTile - 1) / kTile);
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(across, down);
+  config.blockDim = dim3(kSide, kSide);
+  config.stream = stream;
+  return cudaLaunchKernelEx(&config, multiply<Weight, Out>, job, out);
 }
 
 #define RTP_MM_INSTANTIATE(Weight)                                                                      \

@@ -23,8 +23,11 @@ __global__ void place_cells(VisionBatch batch, int64_t cells, VisionPositions ou
 cudaError_t launch_vision_positions(const VisionBatch& batch, int64_t cells, const VisionPositions& out,
                                     cudaStream_t stream) {
   const unsigned blocks = static_cast<unsigned>(ceil_div(cells + 1, kThreads));
-  place_cells<<<blocks, kThreads, 0, stream>>>(batch, cells, out);
-  return cudaGetLastError();
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(blocks);
+  config.blockDim = dim3(kThreads);
+  config.stream = stream;
+  return cudaLaunchKernelEx(&config, place_cells, batch, cells, out);
 }
 
 }  // namespace rtp_mm

@@ -22,6 +22,13 @@ app = typer.Typer(
 )
 
 
+class Media(StrEnum):
+    default = "default"
+    image = "image"
+    video = "video"
+    audio = "audio"
+
+
 class Family(StrEnum):
     qwen2_vl = "qwen2_vl"
     qwen2_5_vl = "qwen2_5_vl"
@@ -83,6 +90,7 @@ def embed(
     save: Annotated[
         Path | None, typer.Option(help=".safetensors, or .npz (bf16 as float32 there)", show_default=False)
     ] = None,
+    media: Annotated[Media, typer.Option("--type", help="default: told from the bytes")] = Media.default,
     min_pixels: MinPixels = None,
     max_pixels: MaxPixels = None,
     act_type: Dtype = ActType.bf16,
@@ -90,8 +98,10 @@ def embed(
 ) -> None:
     """Print, or save, the embeddings and position ids of images, from a checkpoint or a running server."""
     from rtp_mm.cli.embed import run
+    from rtp_mm.types import MMUrlType
 
-    run(urls, checkpoint, server, save, min_pixels, max_pixels, act_type.value, device)
+    mm_type = MMUrlType[media.name.upper()]
+    run(urls, checkpoint, server, save, mm_type, min_pixels, max_pixels, act_type.value, device)
 
 
 @app.command()

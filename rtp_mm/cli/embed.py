@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.table import Table
 
 import rtp_mm
 from rtp_mm.errors import StartError
-from rtp_mm.types import MMEmbeddingRes, MMPreprocessConfig
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from rtp_mm.types import MMEmbeddingRes, MMPreprocessConfig, MMUrlType
 
 SUFFIXES = (".safetensors", ".npz")
 
@@ -25,6 +20,7 @@ def run(
     checkpoint: Path | None,
     server: str | None,
     save: Path | None,
+    mm_type: MMUrlType,
     min_pixels: int | None,
     max_pixels: int | None,
     act_type: str,
@@ -46,12 +42,15 @@ def run(
         try:
             status.update("embedding")
             config = MMPreprocessConfig(min_pixels=min_pixels or -1, max_pixels=max_pixels or -1)
-            result = engine.submit([absolute(url) for url in urls], preprocess_configs=[config] * len(urls))
+            count = len(urls)
+            result = engine.submit(
+                [absolute(url) for url in urls], types=[mm_type] * count, preprocess_configs=[config] * count
+            )
         finally:
             engine.close()
     if save is not None:
         _save(save, result)
-    Console().print(_table(urls, result), _timings(result), sep="\n")
+    print(*_lines(urls, result), sep="\n")
 
 
 def absolute(url: str) -> str:
@@ -59,30 +58,18 @@ def absolute(url: str) -> str:
     return url if url.startswith("data:") or "://" in url else os.path.abspath(url)
 
 
-def _table(urls: Sequence[str], result: MMEmbeddingRes) -> Table:
-    table = Table("item", "embedding", "dtype", "mean", "std", "first values", "position ids (t, h, w)")
+def _lines(urls: Sequence[str], result: MMEmbeddingRes) -> Iterator[str]:
     for index, (url, embedding) in enumerate(zip(urls, result.embeddings, strict=True)):
         values = embedding.float()
-        positions = "none" if result.position_ids is None else _span(result.position_ids[index])
-        table.add_row(
-            url if len(url) <= 40 else f"{url[:20]}...{url[-17:]}",
-            " x ".join(map(str, embedding.shape)),
-            str(embedding.dtype).removeprefix("torch."),
-            f"{values.mean():.4f}",
-            f"{values.std():.4f}",
-            " ".join(f"{value:.4f}" for value in values.flatten()[:4].tolist()),
-            positions,
-        )
-    return table
-
-
-def _span(positions: Tensor) -> str:
-    first, last = positions[0].tolist(), positions[-1].tolist()
-    return f"{tuple(first)} ... {tuple(last)}"
-
-
-def _timings(result: MMEmbeddingRes) -> str:
-    return "  ".join(f"{stage} {milliseconds:.1f} ms" for stage, milliseconds in result.timings_ms.items())
+        shape, dtype = list(embedding.shape), str(embedding.dtype).removeprefix("torch.")
+        first = " ".join(f"{value:.4f}" for value in values.flatten()[:4].tolist())
+        yield url if len(url) <= 100 else f"{url[:50]}...{url[-47:]}"
+        yield f"  embedding     {shape} {dtype}, mean {values.mean():.4f}, std {values.std():.4f}, {first} ..."
+        if result.position_ids is not None:
+            positions = result.position_ids[index]
+            ends = f"{positions[0].tolist()} to {positions[-1].tolist()}"
+            yield f"  position ids  {list(positions.shape)} int32, (t, h, w) from {ends}"
+    yield "  ".join(f"{stage} {milliseconds:.1f} ms" for stage, milliseconds in result.timings_ms.items())
 
 
 def _save(path: Path, result: MMEmbeddingRes) -> None:

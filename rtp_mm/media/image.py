@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import struct
 import threading
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
@@ -22,10 +21,11 @@ from rtp_mm.types import MMUrlType
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "ICO", "PPM", "QOI", "TGA")
 _HEIC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx"}
 
-# What Pillow's readers raise for broken files. DecompressionBombWarning is an exception where warnings are errors.
+# What Pillow's readers raise for broken files; RuntimeError is AVIF's. The warning is an exception where warnings are
+# errors.
 _DECODE_ERRORS = (
-    OSError, SyntaxError, ValueError, RuntimeError, struct.error, EOFError, MemoryError, zlib.error, LookupError, TypeError,
-    OverflowError, Image.DecompressionBombError, Image.DecompressionBombWarning,
+    OSError, SyntaxError, ValueError, RuntimeError, LookupError, EOFError, struct.error, MemoryError,
+    Image.DecompressionBombError, Image.DecompressionBombWarning,
 )  # fmt: skip
 
 

@@ -98,7 +98,7 @@ async def open_ports(state: ServerState, settings: Settings) -> AsyncIterator[he
         _check_port(host, port, "HTTP")
         _check_port(host, port + 1, "gRPC")
         await web.TCPSite(runner, host, port).start()
-        server.add_insecure_port(f"[{host}]:{port + 1}" if ":" in host else f"{host}:{port + 1}")
+        server.add_insecure_port(_address(host, port + 1))
         await server.start()
         yield healths
     finally:
@@ -110,8 +110,8 @@ def _log_ready(loaded: Loaded, settings: Settings, seconds: float) -> None:
     log_event(
         _log,
         "ready",
-        http=f"{settings.mm_bind_address}:{settings.start_port}",
-        grpc=f"{settings.mm_bind_address}:{settings.start_port + 1}",
+        http=_address(settings.mm_bind_address, settings.start_port),
+        grpc=_address(settings.mm_bind_address, settings.start_port + 1),
         model=loaded.model,
         dtype=loaded.dtype,
         device=loaded.device,
@@ -135,7 +135,11 @@ def _check_port(host: str, port: int, use: str) -> None:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((host, port))
     except OSError as error:
-        raise StartError(f"cannot listen on {host}:{port} for {use}: {error.strerror}") from None
+        raise StartError(f"cannot listen on {_address(host, port)} for {use}: {error.strerror}") from None
+
+
+def _address(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 async def _set_health(healths: health.aio.HealthServicer, status: int) -> None:

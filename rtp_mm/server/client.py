@@ -138,7 +138,8 @@ class RemoteEngine:
         """Takes no new calls and waits for this engine's own; the server goes on."""
         with self._lock:
             self._is_draining = True
-            running = [_settled(call) for call in self._running]
+            calls = [*self._running]
+        running = [_settled(call) for call in calls]
         if not running:
             return True
         _, pending = await asyncio.wait(running, timeout=timeout_s)
@@ -158,8 +159,12 @@ class RemoteEngine:
                 metadata=((wire.WIRE_METADATA, "items"),),
             )
             self._running.add(call)
-        call.add_done_callback(self._running.discard)
+        call.add_done_callback(self._forget)
         return call
+
+    def _forget(self, call: grpc.Future) -> None:
+        with self._lock:
+            self._running.discard(call)
 
     def _finish(self, call: grpc.Future) -> MMEmbeddingRes:
         """The answer; blocks until it is there."""

@@ -4,33 +4,16 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <random>
 #include <vector>
 
 #include "check.h"
-#include "cpu/float_formats.h"
 #include "cpu/patch_embed.h"
 #include "cpu/patchify.h"
 #include "cpu/vision_positions.h"
+#include "random_data.h"
 
 namespace rtp_mm {
 namespace {
-
-std::mt19937 generator(0);
-
-template <class T>
-std::vector<T> random_bytes(size_t size) {
-  std::vector<T> values(size);
-  for (T& value : values) value = static_cast<T>(generator() & 0xff);
-  return values;
-}
-
-std::vector<float> random_floats(size_t size) {
-  std::normal_distribution<float> normal;
-  std::vector<float> values(size);
-  for (float& value : values) value = normal(generator);
-  return values;
-}
 
 void test_vision_positions(const std::vector<int32_t>& grid_thw, int32_t merge_size, int32_t window) {
   const VisionBatch batch{grid_thw.data(), static_cast<int64_t>(grid_thw.size() / 3), merge_size, window};
@@ -56,10 +39,9 @@ void test_vision_positions(const std::vector<int32_t>& grid_thw, int32_t merge_s
 
 template <class Weight, class Out>
 void test_patch_embed(Isa isa, int64_t n, int64_t k, int64_t d, int64_t terms, int64_t group) {
-  const std::vector<uint8_t> rows = random_bytes<uint8_t>(n * k);
-  std::vector<Weight> weight;
-  for (float value : random_floats(terms * d * k)) weight.push_back(round_to<Weight>(value));
-  const std::vector<float> bias = random_floats(d);
+  const std::vector<uint8_t> rows = random_bytes(n * k);
+  const std::vector<Weight> weight = random_floats<Weight>(terms * d * k);
+  const std::vector<float> bias = random_floats<float>(d);
   std::vector<int32_t> order;
   for (int64_t g = 0; g < n / group; ++g) order.push_back(static_cast<int32_t>(n / group - 1 - g));
   std::vector<float> panels(panel_count(d) * k * kPanelWidth);
@@ -71,6 +53,16 @@ void test_patch_embed(Isa isa, int64_t n, int64_t k, int64_t d, int64_t terms, i
   const int64_t middle = tile_count(job) / 2;
   patch_embed_tiles(job, middle, tile_count(job), out.data());
   patch_embed_tiles(job, 0, middle, out.data());
+
+  // The last row alone has the same bits.
+  PatchEmbed alone = job;
+  alone.rows = rows.data() + (order.back() * group + group - 1) * k;
+  alone.order = nullptr;
+  alone.n = alone.group = 1;
+  std::vector<Out> last(d);
+  patch_embed_tiles(alone, 0, tile_count(alone), last.data());
+  CHECK(std::memcmp(last.data(), out.data() + (n - 1) * d, d * sizeof(Out)) == 0);
+
   for (int64_t i = 0; i < n; ++i) {
     const int64_t row = order[i / group] * group + i % group;
     for (int64_t j = 0; j < d; ++j) {
@@ -89,7 +81,7 @@ void test_patch_embed(Isa isa, int64_t n, int64_t k, int64_t d, int64_t terms, i
 }
 
 void test_patchify(int64_t frames, int64_t height, int64_t width, int64_t patch, int64_t merge, int64_t temporal) {
-  const std::vector<uint8_t> pixels = random_bytes<uint8_t>(frames * height * width * 3);
+  const std::vector<uint8_t> pixels = random_bytes(frames * height * width * 3);
   std::vector<uint8_t> rows(pixels.size());
   patchify({pixels.data(), frames, height, width, patch, merge, temporal}, rows.data());
   // Every byte goes to one place: the place of pixel (f, y, x, c).

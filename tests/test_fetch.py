@@ -1,0 +1,215 @@
+"""Data URLs, raw tensors, schemes, and what of a URL may be shown."""
+
+from __future__ import annotations
+
+import base64
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+import pytest
+import torch
+
+from rtp_mm.config import load_settings
+from rtp_mm.errors import NotSupportedError, WrongFormatError
+from rtp_mm.media.fetch import Fetcher
+from rtp_mm.media.redact import MAX_CHARACTERS, redact
+from rtp_mm.types import LIBRARY_CALLER, Blob, Caller, MMUrlType, MultimodalInput
+
+REMOTE = Caller(peer="ipv4:192.0.2.1:4711", is_local=False)
+BODY = bytes(range(256)) * 5
+
+
+async def fetch(url: str, mm_type: MMUrlType = MMUrlType.IMAGE, tensor: Any = None, **options: Any) -> Blob:
+    async with Fetcher(load_settings(**options)) as fetcher:
+        return await fetcher.fetch(MultimodalInput(url, mm_type, tensor=tensor), REMOTE)
+
+
+def b64(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        f"data:image/png;base64,{b64(BODY)}",
+        f"DATA:;BASE64,{b64(BODY)}",
+        f"data:image/png;name=x;charset=utf-8;base64,{quote(b64(BODY), safe='')}",
+        f"data:application/octet-stream,{quote(BODY)}",
+        f"data:,{quote(BODY, safe='')}",
+    ],
+    ids=lambda url: url[:40],
+)
+async def test_a_data_url_is_its_bytes(url: str) -> None:
+    blob = await fetch(url)
+    assert blob.data == BODY
+    assert f"{len(BODY)} bytes" in blob.source  # told without decoding, and exact
+
+
+async def test_a_large_data_url_is_its_bytes() -> None:
+    assert (await fetch(f"data:;base64,{b64(BODY * 1000)}")).data == BODY * 1000
+
+
+@pytest.mark.parametrize(
+    ("url", "text"),
+    [
+        ("data:image/png;base64", "needs a comma"),
+        ("data:image/png;base64,AAA", "not valid base64"),
+        ("data:image/png;base64,AAAA\nAAAA", "not valid base64"),
+        ("data:image/png;base64,AA==AA==", "not valid base64"),
+        ("data:image/png;base64,AA-_", "not valid base64"),
+        ("data:image/png;base64,AA%C3%BC", "not valid base64"),
+        ("data:image/png;base64,AAA%3", "two hexadecimal digits"),
+        ("data:,100%", "two hexadecimal digits"),
+        ("data:,50%zz", "two hexadecimal digits"),
+        ("data:,grün", "ASCII only"),
+        ("data:;base64,ÄAAA", "ASCII only"),
+        ("data:,", "empty"),
+        ("data:;base64,", "empty"),
+    ],
+)
+async def test_a_malformed_data_url_is_refused(url: str, text: str) -> None:
+    with pytest.raises(WrongFormatError, match=text):
+        await fetch(url)
+
+
+@pytest.mark.parametrize("encode", [lambda data: ";base64," + b64(data), lambda data: "," + quote(data, safe="")])
+async def test_a_data_url_is_sized_before_it_is_decoded(encode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert (await fetch("data:" + encode(b"x" * 1023 + b"\0"), mm_image_max_file_size_kb=1)).nbytes == 1024
+    for decoder in ("binascii.a2b_base64", "unquote_to_bytes", "unquote"):
+        monkeypatch.delattr(f"rtp_mm.media.data_url.{decoder}")
+    with pytest.raises(WrongFormatError, match="1025 bytes or more, over the limit of 1024"):
+        await fetch("data:" + encode(b"x" * 1024 + b"\0"), mm_image_max_file_size_kb=1)
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/key", "ftp://h/x", "javascript://x", "gs://b/k", "HTTPX://h"])
+async def test_another_scheme_is_refused_by_name(url: str) -> None:
+    scheme = url.partition(":")[0].lower()
+    with pytest.raises(NotSupportedError, match=f"scheme '{scheme}'; allowed are http, https, file, data and plain"):
+        await fetch(url)
+
+
+async def test_an_igraph_is_refused_and_a_tensor_needs_no_url() -> None:
+    with pytest.raises(NotSupportedError, match="IGRAPH"):
+        await fetch("http://127.0.0.1/x", MMUrlType.IGRAPH)
+    assert (await fetch("s3://ignored", MMUrlType.TENSOR, np.zeros(5, np.float32))).nbytes == 20
+
+
+async def test_a_tensor_beside_a_url_is_ignored() -> None:
+    with_garbage = await fetch("data:,abc", MMUrlType.IMAGE, object())
+    without = await fetch("data:,abc", MMUrlType.IMAGE)
+    assert with_garbage == without
+
+
+PIXELS = np.arange(2 * 3 * 4 * 3, dtype=np.int32).reshape(2, 3, 4, 3)
+
+
+@pytest.mark.parametrize("kind", [np.asarray, torch.from_numpy])
+@pytest.mark.parametrize("dtype", [np.int32, np.uint8])
+async def test_pixels_become_uint8_frames(kind: Any, dtype: Any) -> None:
+    clip = await fetch("", MMUrlType.TENSOR, kind(PIXELS.astype(dtype)))
+    still = await fetch("", MMUrlType.TENSOR, kind(PIXELS[0].astype(dtype)))
+    assert isinstance(clip.data, np.ndarray)
+    assert isinstance(still.data, np.ndarray)
+    assert clip.data.dtype == still.data.dtype == np.uint8
+    np.testing.assert_array_equal(clip.data, PIXELS)
+    np.testing.assert_array_equal(still.data, PIXELS[:1])
+    assert clip.source == "tensor uint8 [2, 3, 4, 3]"
+
+
+async def test_samples_stay_and_strides_do_not_matter() -> None:
+    samples = np.linspace(-1, 1, 100, dtype=np.float32)
+    blob = await fetch("", MMUrlType.TENSOR, samples[::-2])
+    np.testing.assert_array_equal(blob.data, samples[::-2])
+    assert blob.content_hash == (await fetch("", MMUrlType.TENSOR, samples[::-2].copy())).content_hash
+    turned = await fetch("", MMUrlType.TENSOR, PIXELS.transpose(0, 2, 1, 3))
+    np.testing.assert_array_equal(turned.data, PIXELS.transpose(0, 2, 1, 3))
+
+
+async def test_the_hash_is_of_values_and_shape_not_of_the_dtype_they_came_in() -> None:
+    tensors = [PIXELS, PIXELS.astype(np.uint8), PIXELS.reshape(2, 4, 3, 3), PIXELS + 1, PIXELS[0]]
+    hashes = [(await fetch("", MMUrlType.TENSOR, tensor)).content_hash for tensor in tensors]
+    assert hashes[0] == hashes[1]
+    assert len(set(hashes)) == 4
+    assert all(len(digest) == 32 for digest in hashes)
+
+
+async def test_the_callers_tensor_may_change_afterwards() -> None:
+    pixels = PIXELS.astype(np.uint8)
+    blob = await fetch("", MMUrlType.TENSOR, pixels)
+    pixels[:] = 0
+    np.testing.assert_array_equal(blob.data, PIXELS)
+    assert isinstance(blob.data, np.ndarray)
+    assert not blob.data.flags.writeable
+
+
+@pytest.mark.parametrize(
+    ("tensor", "text"),
+    [
+        (None, "needs a tensor"),
+        (PIXELS + 200, r"0\.\.255, got 200\.\.271"),
+        (PIXELS - 1, r"0\.\.255, got -1\.\.70"),
+        (PIXELS.astype(np.int64), r"got int64 \[2, 3, 4, 3\]"),
+        (PIXELS.astype(np.float32), r"got float32 \[2, 3, 4, 3\]"),
+        (PIXELS[..., :2], r"got int32 \[2, 3, 4, 2\]"),
+        (PIXELS[0, 0], r"got int32 \[4, 3\]"),
+        (PIXELS[:, :0], r"got int32 \[2, 0, 4, 3\]"),
+        (np.zeros(0, np.float32), "got float32"),
+        (np.array([1, np.nan], np.float32), "finite"),
+        (np.zeros((2, 5), np.float32), "got float32"),
+        (torch.zeros(5, dtype=torch.bfloat16), "cannot be read"),
+        (torch.zeros(5, requires_grad=True), "cannot be read"),
+        (torch.zeros(5, device="meta"), "cannot be read"),
+        ("text", "got <U4"),
+        ([[1], [1, 2]], "cannot be read"),
+    ],
+)
+async def test_any_other_tensor_is_refused(tensor: Any, text: str) -> None:
+    with pytest.raises(WrongFormatError, match=text):
+        await fetch("", MMUrlType.TENSOR, tensor)
+
+
+async def test_library_callers_get_what_remote_ones_get() -> None:
+    async with Fetcher(load_settings()) as fetcher:
+        item = MultimodalInput("data:,abc")
+        assert await fetcher.fetch(item, LIBRARY_CALLER) == await fetcher.fetch(item, REMOTE)
+        await fetcher.close()
+        await fetcher.close()
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("http://h/cat.jpg", "http://h/cat.jpg"),
+        ("https://user:secret@h:8443/a/b.png?X-Sig=secret#secret", "https://h:8443/a/b.png?..."),
+        ("https://secret@h#secret", "https://h?..."),
+        ("https://user:sec@ret@h/x", "https://h/x"),
+        ("http://user:sec/ret@h/x", "http://user:?..."),
+        ("http://user:secret@[::1]:80/x", "http://[::1]:80/x"),
+        ("http://user:secret@[::1", "http://?..."),
+        ("https://medium.com/@user/x.png", "https://medium.com/@user/x.png"),
+        ("s3://key:secret@bucket/k?secret", "s3://bucket/k?..."),
+        ("file:///a/b.jpg", "file:///a/b.jpg"),
+        ("/a/b c.jpg", "/a/b c.jpg"),
+        ("", ""),
+        ("data:image/jpeg;base64," + b64(b"\0" * 70568), "data:image/jpeg, 70568 bytes base64"),
+        ("data:,secret", "data:text/plain, 6 bytes"),
+        ("data:secret", "data: URL without a comma, 11 characters"),
+        ("http://h/\r\nX: y\x1b[31m\u202e", r"http://h/\r\nX: y\x1b[31m\u202e"),
+        ("\ud800", r"\ud800"),
+    ],
+    ids=lambda text: repr(text[:30]),
+)
+def test_a_redacted_url_shows_where_but_no_secret(url: str, shown: str) -> None:
+    assert redact(url) == shown
+
+
+@pytest.mark.parametrize("url", ["http://h/" + "a" * 10**6 + "/cat.jpg", "/" + "\0" * 10**6, "http://" + "a@" * 10**6])
+def test_a_redacted_url_is_short(url: str) -> None:
+    assert len(redact(url)) <= MAX_CHARACTERS
+
+
+def test_a_long_path_keeps_both_ends() -> None:
+    shown = redact("https://cdn.example.com/" + "x" * 500 + "/cat.jpg")
+    assert shown.startswith("https://cdn.example.com/xxx")
+    assert shown.endswith("xxx/cat.jpg")
