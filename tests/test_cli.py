@@ -19,10 +19,7 @@ from rtp_mm.cli import app, main
 from rtp_mm.cli.compare import Comparison, Run, Task, compare, table
 from rtp_mm.cli.look import SCALE, draw, rebuild
 from rtp_mm.cli.options import markdown_table
-from rtp_mm.config import Settings
 from rtp_mm.types import MMEmbeddingRes, Patches
-
-README = Path(__file__).parent.parent / "README.md"
 
 
 def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
@@ -185,11 +182,6 @@ def test_draw_marks_windows_only_where_there_are_any() -> None:
     assert tuple(with_windows[5, 112 * SCALE]) == (255, 210, 0)
     assert tuple(without[5, 112 * SCALE]) != (255, 210, 0)
     assert without[5, 28 * SCALE].sum() > without[5, 14 * SCALE].sum() > without[5, 7 * SCALE].sum() == 0
-
-
-def test_readme_lists_every_option_as_it_is() -> None:
-    assert markdown_table() in README.read_text(), "paste the output of: rtp-mm options --markdown"
-    assert all(f"`{name.upper()}`" in markdown_table() for name in Settings.model_fields)
 
 
 def test_options_are_shown(capsys: pytest.CaptureFixture[str]) -> None:

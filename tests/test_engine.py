@@ -113,9 +113,7 @@ def test_every_bad_item_is_named_and_the_good_ones_stay_cached(
 def test_both_faces_answer_the_same_from_any_loop(engine: MMProcessEngine, data_urls: list[str]) -> None:
     inputs = [MultimodalInput(url) for url in data_urls]
     awaited = asyncio.run(engine.embed(inputs))
-    assert all(
-        torch.equal(a, b) for a, b in zip(awaited.embeddings, engine.submit(data_urls).embeddings, strict=True)
-    )
+    assert all(torch.equal(a, b) for a, b in zip(awaited.embeddings, engine.submit(data_urls).embeddings, strict=True))
 
 
 def test_configs_may_be_lists_of_values(engine: MMProcessEngine, photo_path: Path) -> None:

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CSRC, CPP = ROOT / "csrc", ROOT / "tests" / "cpp"
 ALGORITHMS = [path for path in sorted((CSRC / "cpu").glob("*.cpp")) if not path.stem.endswith("_op")]
 KERNELS = sorted((CSRC / "cuda").glob("*.cu"))
-FLAGS = ["-std=c++20", "-O1", "-g", "-pthread", "-Wall", "-Wextra", "-Werror"]
+FLAGS = ["-std=c++20", "-g", "-pthread", "-Wall", "-Wextra", "-Werror"]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
 
 

@@ -56,9 +56,7 @@ def test_it_answers_in_process(checkpoint: Path, urls: list[str], photos: dict[s
     engine.close()
 
 
-def test_its_own_interface_answers_too(
-    checkpoint: Path, urls: list[str], photos: dict[str, NDArray[np.uint8]]
-) -> None:
+def test_its_own_interface_answers_too(checkpoint: Path, urls: list[str], photos: dict[str, NDArray[np.uint8]]) -> None:
     """`mm_embedding`, as an engine of RTP-LLM's would call it."""
     from rtp_mm import compat
     from rtp_mm.models.registry import load_model

@@ -100,16 +100,14 @@ def test_a_clip_equals_hugging_face(model: Load, peer: HuggingFace) -> None:
 
 def test_position_ids_are_the_merged_raster(model: Load, peer: HuggingFace, images: list[NDArray[np.uint8]]) -> None:
     patches = as_patches(peer, images[-1])
-    t, h, w = patches.grid_thw
+    _, h, w = patches.grid_thw
     _, position_ids = model().mm_process(patches)
     assert position_ids.dtype == torch.int32
     assert position_ids.tolist() == [[0, row, column] for row in range(h // 2) for column in range(w // 2)]
 
 
 @pytest.mark.parametrize("act_type", ["fp32", "bf16", "fp16"])
-def test_batching_is_invisible(
-    act_type: str, model: Load, peer: HuggingFace, images: list[NDArray[np.uint8]]
-) -> None:
+def test_batching_is_invisible(act_type: str, model: Load, peer: HuggingFace, images: list[NDArray[np.uint8]]) -> None:
     """The same image gives the same bits alone, among others, and wherever it stands among them."""
     items = [as_patches(peer, image) for image in images]
     clip = Patches(np.random.default_rng(0).integers(0, 256, (2 * 6 * 10, 1176), np.uint8), (2, 6, 10))

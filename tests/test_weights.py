@@ -118,8 +118,9 @@ def test_a_folder_without_weights_says_what_was_expected(tmp_path: Path) -> None
 
 def test_shards_without_the_tower_are_not_opened(rewrite: Rewrite) -> None:
     folder = rewrite(lambda tensors: tensors)
-    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
-    names = {name: "model-00001-of-00002.safetensors" for name in load_file(folder / "model-00001-of-00002.safetensors")}
+    first = "model-00001-of-00002.safetensors"
+    (folder / "model.safetensors").rename(folder / first)
+    names = dict.fromkeys(load_file(folder / first), first)
     names["model.layers.0.mlp.up_proj.weight"] = "model-00002-of-00002.safetensors"  # there is no such file
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
     load(folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -16,6 +17,8 @@ from rtp_mm.engine.caches import Embedded
 from rtp_mm.errors import MMError, ProcessError
 from rtp_mm.models.multimodal_common import Embedding, MultiModalEmbeddingInterface, as_embedding
 from rtp_mm.types import MMPreprocessConfig, MMUrlType
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True, eq=False)
@@ -139,8 +142,8 @@ def _own_host_copy(tensor: Any, dtype: torch.dtype) -> Any:
 
 
 def _as_mm_error(error: BaseException) -> MMError:
+    """Callers get the error's type; its text and stack, which may hold secrets, stay in the log."""
     if isinstance(error, MMError):
         return error
-    failure = ProcessError(f"the forward failed with {type(error).__name__}")
-    failure.__cause__ = error
-    return failure
+    _log.error("the forward failed", exc_info=error)
+    return ProcessError(f"the forward failed with {type(error).__name__}")

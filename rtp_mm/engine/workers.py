@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 from rtp_mm.errors import MMError, ProcessError
 from rtp_mm.models.multimodal_common import MultiModalEmbeddingInterface
 from rtp_mm.types import Blob, MMPreprocessConfig, MMUrlType
+
+_log = logging.getLogger(__name__)
 
 
 class PreprocessWorkers:
@@ -29,7 +32,8 @@ class PreprocessWorkers:
             work.cancel()  # where the caller left before it began, it never runs
         error = work.exception()
         if error is not None and not isinstance(error, MMError):
-            raise ProcessError(f"preprocessing failed with {type(error).__name__}") from error
+            _log.error("preprocessing of %s failed", blob.source, exc_info=error)
+            raise ProcessError(f"preprocessing failed with {type(error).__name__}")
         return work.result()
 
     def close(self) -> None:

@@ -104,7 +104,8 @@ def _named_errors(data: bytes) -> Iterator[None]:
             raise NotSupportedError(f"an image is expected here, these bytes are {mm_type.name.lower()}") from None
         raise WrongFormatError(f"no image in a supported format ({', '.join(FORMATS)})") from None
     except _DECODE_ERRORS as error:
-        raise WrongFormatError(f"broken image: {str(error) or type(error).__name__}") from None
+        text = " ".join(str(error).split())  # on one line
+        raise WrongFormatError(f"broken image: {text or type(error).__name__}") from None
 
 
 class _TruncationSwitch:

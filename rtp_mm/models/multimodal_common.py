@@ -122,7 +122,8 @@ class ImageEmbeddingInterface(MultiModalEmbeddingInterface):
         return Image.fromarray(pixels)
 
     def mm_process(self, mm_input: Any, **kwargs: Any) -> Tensor | Embedding:
-        return self.image_embedding([mm_input])[0]
+        embedding: Tensor | Embedding = self.image_embedding([mm_input])[0]
+        return embedding
 
     def image_embedding(self, images: list[Image.Image]) -> Any:
         """RGB images to their embeddings, in order: a tensor [images, tokens, hidden] or a list of [tokens, hidden]."""

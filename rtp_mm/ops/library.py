@@ -23,7 +23,7 @@ def _load(path: Path, remedy: str) -> None:
     if not path.is_file():
         raise ImportError(f"{path} is not built: {remedy}")
     try:
-        torch.ops.load_library(path)  # type: ignore[no-untyped-call]
+        torch.ops.load_library(path)
     except OSError as error:
         raise ImportError(f"{path} does not load with torch {torch.__version__}: {error}; {remedy}") from error
 

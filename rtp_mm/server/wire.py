@@ -203,4 +203,4 @@ def _split(message: Any, rows: list[int]) -> list[Tensor]:
     tensor = trans_tensor(message)
     if min(rows, default=0) < 0 or sum(rows) != tensor.shape[0]:
         raise WrongFormatError(f"split_size {rows} does not cover {tensor.shape[0]} rows")
-    return list(tensor.split(rows))  # type: ignore[no-untyped-call]
+    return list(tensor.split(rows))

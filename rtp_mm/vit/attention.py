@@ -9,6 +9,7 @@ import importlib.util
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,7 +64,7 @@ def torch_varlen(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
     """torch.nn.attention.varlen (2.10+): CUDA, 16-bit."""
     from torch.nn.attention.varlen import varlen_attn
 
-    out = varlen_attn(q, k, v, segments.cu, segments.cu, segments.max_length, segments.max_length)
+    out: Any = varlen_attn(q, k, v, segments.cu, segments.cu, segments.max_length, segments.max_length)
     return _zero_padding(out, segments)
 
 

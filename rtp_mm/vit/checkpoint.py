@@ -39,9 +39,10 @@ class Checkpoint:
         path = self._file_of[name]
         try:
             file = self._open(path)
-            return file[name] if isinstance(file, Mapping) else file.get_tensor(name)
+            tensor: Tensor = file[name] if isinstance(file, Mapping) else file.get_tensor(name)
         except (KeyError, SafetensorError) as error:
             raise StartError(f"{path.name} does not hold {name}, which the index says it does: {error}") from None
+        return tensor
 
     def _read_index(self) -> dict[str, Path]:
         for index in INDEXES:

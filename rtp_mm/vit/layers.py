@@ -59,7 +59,8 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor, segments: Segments, rotary: RotaryTable) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self._heads, -1)).unbind(1)
         attended = self._attention(rotate(q, rotary), rotate(k, rotary), v, segments)
-        return self.proj(attended.flatten(1))  # type: ignore[no-any-return]  # nn.Module.__call__ is untyped
+        out: Tensor = self.proj(attended.flatten(1))
+        return out
 
 
 class Mlp(nn.Module):
@@ -72,7 +73,8 @@ class Mlp(nn.Module):
         self._activation = ACTIVATIONS[activation]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self._activation(self.fc1(x)))  # type: ignore[no-any-return]
+        out: Tensor = self.fc2(self._activation(self.fc1(x)))
+        return out
 
 
 class GatedMlp(nn.Module):
@@ -86,7 +88,8 @@ class GatedMlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        return self.down_proj(self._activation(gate) * up)  # type: ignore[no-any-return]
+        out: Tensor = self.down_proj(self._activation(gate) * up)
+        return out
 
 
 class Block(nn.Module):
@@ -103,8 +106,10 @@ class Block(nn.Module):
         self._dtype = dtype
 
     def forward(self, x: Tensor, segments: Segments, rotary: RotaryTable) -> Tensor:
-        x = x + self.attn(self.norm1(x).to(self._dtype), segments, rotary)
-        return x + self.mlp(self.norm2(x).to(self._dtype))
+        attended: Tensor = self.attn(self.norm1(x).to(self._dtype), segments, rotary)
+        x = x + attended
+        transformed: Tensor = self.mlp(self.norm2(x).to(self._dtype))
+        return x + transformed
 
 
 class PatchMerger(nn.Module):
@@ -127,4 +132,5 @@ class PatchMerger(nn.Module):
         self._dtype = dtype
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.mlp(self.ln_q(x).to(self._dtype).view(-1, self._cell))  # type: ignore[no-any-return]
+        tokens: Tensor = self.mlp(self.ln_q(x).to(self._dtype).view(-1, self._cell))
+        return tokens

@@ -22,7 +22,8 @@ def onednn_gemm(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
     `F.linear` in float32 goes to MKL instead, which picks its algorithm, and with it the bits, by the batch's size.
     """
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return out
 
 
 # In order of preference on a CPU; on CUDA it is F.linear.

@@ -14,22 +14,30 @@ CENTRE = (
 )
 
 
+class Projection(nn.Module):
+    """The published weight [dim, C, T, P, P] of a convolution whose kernel is its stride."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(shape, dtype=torch.float32), requires_grad=False)
+
+
 class PatchEmbed(nn.Module):
     """uint8 patch rows [N, C * T * P * P] -> [N, dim] float32, T = 1 (still) or `temporal` (clip).
 
-    With x a byte, W((x / 255 - mean) / std) + b = W'(x - 128) + b', where W' = W / (255 std) and
-    b' = b + sum W ((128 / 255 - mean) / std), both folded in float64 and kept as exactly as the device multiplies:
-    float32 on a CPU, two 16-bit terms (high + low) on CUDA. A still image stands for `temporal` equal frames, so its
-    W' is the sum over frames.
+    With x a byte, W((x / 255 - mean) / std) = W'(x - 128) + b, where W' = W / (255 std) and
+    b = sum W ((128 / 255 - mean) / std), both folded in float64 and kept as exactly as the device multiplies: float32
+    on a CPU, two 16-bit terms (high + low) on CUDA. A still image stands for `temporal` equal frames, so its W' is the
+    sum over frames.
     """
 
-    def __init__(self, dim: int, channels: int, temporal: int, patch: int, bias: bool = False) -> None:
+    bias: Tensor  # [dim] float32
+    still_weight: Tensor  # [terms, dim, C * P * P]
+    clip_weight: Tensor  # [terms, dim, C * T * P * P]
+
+    def __init__(self, dim: int, channels: int, temporal: int, patch: int) -> None:
         super().__init__()
-        self.proj = nn.Module()
-        shape = (dim, channels, temporal, patch, patch)
-        self.proj.weight = nn.Parameter(torch.empty(shape, dtype=torch.float32), requires_grad=False)
-        if bias:
-            self.proj.bias = nn.Parameter(torch.empty(dim, dtype=torch.float32), requires_grad=False)
+        self.proj = Projection(dim, channels, temporal, patch, patch)
 
     def fold(self, mean: Sequence[float], std: Sequence[float], term_dtype: torch.dtype) -> None:
         """Replaces the published weight by the folded ones; once, after loading.
@@ -42,8 +50,6 @@ class PatchEmbed(nn.Module):
         mean_ = torch.tensor(mean, dtype=torch.float64, device=device).view(per_channel)
         std_ = torch.tensor(std, dtype=torch.float64, device=device).view(per_channel)
         offset = (weight * ((CENTRE / 255 - mean_) / std_)).flatten(1).sum(1)
-        if hasattr(self.proj, "bias"):
-            offset = offset + self.proj.bias.double()
         scaled = weight / (255 * std_)
         # fp16 has few exponent bits: a power of two brings the largest weight near 1 and is undone after the sum.
         self._scale = 2.0 ** int(torch.frexp(scaled.abs().max()).exponent) if term_dtype == torch.float16 else 1.0

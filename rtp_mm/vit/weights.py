@@ -65,7 +65,7 @@ def load_weights(model: object, plan: WeightPlan, checkpoint: Checkpoint, device
         tensors = {prefix + source: checkpoint.tensor(prefix + source) for source in sources}
         for source, tensor in zip(sources, tensors.values(), strict=True):
             fingerprint.update(source.encode())
-            fingerprint.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+            fingerprint.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
         _assign(owner, leaf, _joined(tensors, getattr(owner, leaf), device))
     return str(fingerprint.hexdigest())
 

@@ -47,13 +47,15 @@ template <class Weight, class Out>
 void test_patch_embed(int64_t n, int64_t k, int64_t d, int64_t terms, int64_t group) {
   const std::vector<uint8_t> rows = random_bytes(n * k);
   const std::vector<Weight> weight = random_floats<Weight>(terms * d * k);
+  std::vector<float> wide;
+  for (Weight value : weight) wide.push_back(to_float(value));
   const std::vector<float> bias = random_floats<float>(d);
   std::vector<int32_t> order;
   for (int64_t g = 0; g < n / group; ++g) order.push_back(static_cast<int32_t>(n / group - 1 - g));
 
   std::vector<float> panels(panel_count(d) * k * kPanelWidth), cpu(n * d);
   for (int64_t panel = 0; panel < panel_count(d); ++panel) {
-    pack_panel(weight.data(), terms, d, k, panel, panels.data() + panel * k * kPanelWidth);
+    pack_panel(wide.data(), terms, d, k, panel, panels.data() + panel * k * kPanelWidth);
   }
   const PatchEmbed job{rows.data(), panels.data(), bias.data(), order.data(), 0.25f, n, k, d, group, best_isa()};
   patch_embed_tiles(job, 0, tile_count(job), cpu.data());

@@ -1,0 +1,72 @@
+"""Options: flags over environment over defaults, and one line that says what is wrong."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from rtp_mm.config import Settings, load_settings
+from rtp_mm.errors import StartError
+
+
+@pytest.fixture(autouse=True)
+def _no_options_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in Settings.model_fields:
+        monkeypatch.delenv(name.upper(), raising=False)
+
+
+def test_flags_win_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("START_PORT", "1000")
+    monkeypatch.setenv("ACT_TYPE", "fp16")
+    settings = load_settings(["--start_port", "2000"])
+    assert (settings.start_port, settings.act_type) == (2000, "fp16")
+    assert load_settings([]).start_port == 1000
+
+
+def test_headers_are_a_json_object(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DOWNLOAD_HEADERS", '{"X-Key": "a,b"}')
+    assert load_settings().download_headers == {"X-Key": "a,b"}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("START_PORT", "abc"),
+        ("START_PORT", "65535"),
+        ("START_PORT", "0"),
+        ("ACT_TYPE", "int8"),
+        ("VIT_SEPARATION", "3"),
+        ("USE_LOCAL_PREPROCESS", "0"),
+        ("MM_TIMEOUT_MS", "-1"),
+        ("MM_LOCAL_MEDIA", "maybe"),
+        ("DOWNLOAD_HEADERS", "{"),
+    ],
+)
+def test_a_wrong_value_is_one_line_that_names_it(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(StartError) as caught:
+        load_settings([])
+    assert name.lower() in str(caught.value).lower()
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_flag_is_named() -> None:
+    with pytest.raises(StartError, match=r"--start_prot.*--help"):
+        load_settings(["--start_prot", "1"])
+
+
+def test_help_lists_every_option_with_its_meaning() -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "rtp_mm.start_server", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"COLUMNS": "300"},
+    )
+    for name, field in Settings.model_fields.items():
+        assert f"--{name}" in run.stdout
+        assert field.description
+        assert field.description in run.stdout, name

@@ -1,0 +1,80 @@
+"""What a family makes of a `config.json`, and which class serves which checkpoint."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rtp_mm.config import load_settings
+from rtp_mm.errors import StartError
+from rtp_mm.models.qwen2_5_vl import Qwen2_5VL
+from rtp_mm.models.qwen2_vl import Qwen2VL
+from rtp_mm.models.registry import load_model
+from rtp_mm.vit.tower import window_lengths
+
+
+def test_a_resaved_qwen2_vl_without_defaults_is_the_7b() -> None:
+    """A real fine-tune's `vision_config` holds three keys; the rest are class defaults."""
+    config = Qwen2VL.tower_config({"in_chans": 3, "model_type": "qwen2_vl", "spatial_patch_size": 14})
+    assert (config.depth, config.hidden_size, config.head_dim) == (32, 1280, 80)
+    assert (config.intermediate_size, config.out_hidden_size) == (5120, 3584)
+    assert (config.activation, config.window) == ("quick_gelu", 0)
+
+
+def test_hidden_size_means_the_language_model_in_one_family_and_the_tower_in_the_other() -> None:
+    qwen2 = Qwen2VL.tower_config({"embed_dim": 1280, "hidden_size": 1536})
+    qwen2_5 = Qwen2_5VL.tower_config({"hidden_size": 1280, "out_hidden_size": 2048})
+    assert (qwen2.hidden_size, qwen2.out_hidden_size) == (1280, 1536)
+    assert (qwen2_5.hidden_size, qwen2_5.out_hidden_size) == (1280, 2048)
+
+
+def test_a_window_is_counted_in_merged_cells() -> None:
+    config = Qwen2_5VL.tower_config({})
+    assert config.window == 4
+    assert config.full_attention_blocks == {7, 15, 23, 31}
+    assert window_lengths([(1, 20, 12)], merge=2, window=4) == [64, 32, 64, 32, 32, 16]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}))
+    return tmp_path
+
+
+def test_an_unknown_model_says_what_is_known(folder: Path) -> None:
+    with pytest.raises(StartError, match=r"'llama'.*known: qwen2_5_vl, qwen2_vl.*MM_MODEL_MODULE"):
+        load_model(load_settings(checkpoint_path=folder))
+
+
+def test_an_unknown_model_type_says_what_is_known(folder: Path) -> None:
+    with pytest.raises(StartError, match=r"MODEL_TYPE=llava is unknown; known: qwen2_5_vl, qwen2_vl"):
+        load_model(load_settings(checkpoint_path=folder, model_type="llava"))
+
+
+def test_a_folder_without_config_says_what_was_expected(tmp_path: Path) -> None:
+    with pytest.raises(StartError, match=r"config\.json is missing: CHECKPOINT_PATH must be a model's folder"):
+        load_model(load_settings(checkpoint_path=tmp_path))
+
+
+def test_no_folder_is_said_to_be_none(tmp_path: Path) -> None:
+    with pytest.raises(StartError, match="is no folder"):
+        load_model(load_settings(checkpoint_path=tmp_path / "absent"))
+
+
+@pytest.mark.parametrize("device", ["tpu9", "cuda:99"])
+def test_a_device_that_is_not_there_is_named(device: str, tiny_qwen2_vl: Path) -> None:
+    with pytest.raises(StartError, match=f"DEVICE={device}"):
+        load_model(load_settings(checkpoint_path=tiny_qwen2_vl, device=device))
+
+
+@pytest.mark.parametrize("module", ["no_such_module_anywhere", "/no/such/file.py"])
+def test_a_third_party_module_that_is_not_there_is_named(module: str, tiny_qwen2_vl: Path) -> None:
+    with pytest.raises(StartError, match=f"MM_MODEL_MODULE={module}"):
+        load_model(load_settings(checkpoint_path=tiny_qwen2_vl, mm_model_module=module))
+
+
+def test_a_model_type_may_force_a_family(tiny_qwen2_vl: Path) -> None:
+    with pytest.raises(StartError, match="lacks"):
+        load_model(load_settings(checkpoint_path=tiny_qwen2_vl, model_type="qwen2_5_vl", device="cpu"))

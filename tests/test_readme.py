@@ -1,0 +1,40 @@
+"""What the README says works as it stands there."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import rtp_mm
+from rtp_mm.cli.options import markdown_table
+from rtp_mm.config import Settings
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+
+
+def test_every_option_is_listed_as_it_is() -> None:
+    assert markdown_table() in README, "paste the output of: rtp-mm options --markdown"
+    assert all(f"`{name.upper()}`" in markdown_table() for name in Settings.model_fields)
+
+
+def test_the_example_model_is_served(tmp_path: Path, photo_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = tmp_path / "my_model.py"
+    module.write_text(next(code for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "MyModel" in code))
+    config = {"model_type": "my", "architectures": ["MyModelForConditionalGeneration"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    weight, bias = torch.eye(8, 3), torch.full((8,), 0.5)
+    save_file({"vision.weight": weight, "vision.bias": bias}, tmp_path / "model.safetensors")
+
+    engine = rtp_mm.create_engine(
+        vit_separation=0, checkpoint_path=tmp_path, mm_model_module=str(module), act_type="fp32", device="cpu"
+    )
+    embedding = engine.submit([str(photo_path)]).embeddings[0]
+    engine.close()
+    assert embedding.shape == (16, 8)
+    assert torch.equal(embedding[:, 3:], torch.full((16, 5), 0.5))
+    assert embedding[:, :3].min() >= 0.5
