@@ -47,12 +47,13 @@ def main() -> None:
 
     port = free_ports()
     with server(port):
-        step("RTP-LLM's documented debug client, with only its path and port changed")
+        step("The photograph to embeddings over gRPC; stage times come as trailing metadata")
+        run(BIN / "rtp-mm", "embed", PHOTO, "--type", "image", "--server", f"127.0.0.1:{port + 1}")
+
+        step("RTP-LLM's documented debug client, only its path and port changed; the answer is cached by now")
         client = OUTPUT / "debug_client.py"
         client.write_text(for_us(DEBUG_CLIENT.read_text(), port + 1))
         run(sys.executable, "-m", "rtp_mm.compat", client, longest=16)
-        step("The same photograph again, now in the embedding cache; stage times come as trailing metadata")
-        run(BIN / "rtp-mm", "embed", PHOTO, "--type", "image", "--server", f"127.0.0.1:{port + 1}")
 
     step("What the tower saw, with its patches, tokens and attention windows")
     run(BIN / "rtp-mm", "look", PHOTO, "--checkpoint", CHECKPOINT, "--out", OUTPUT / "look.png")

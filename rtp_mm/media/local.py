@@ -64,8 +64,9 @@ class LocalFiles:
         """Raises `NotSupportedError` if this caller may not read this path, whether or not it is there."""
         if not self._is_allowed:
             raise NotSupportedError("local files are off (MM_LOCAL_MEDIA=0)")
-        self._check_inside(os.path.realpath(path))
-        if not self._inside and not caller.is_local:
+        if self._inside:
+            self._check_inside(os.path.realpath(path))
+        elif not caller.is_local:
             raise NotSupportedError("local files are for callers on this machine only (MM_ALLOWED_LOCAL_MEDIA_PATH)")
 
     def read(self, path: str, limit: SizeLimit) -> bytes:
