@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 import rtp_mm
+from benchmarks.readme import rendered
 from rtp_mm.cli.options import markdown_table
 from rtp_mm.config import Settings
 
@@ -38,3 +39,7 @@ def test_the_example_model_is_served(tmp_path: Path, photo_path: Path, monkeypat
     assert embedding.shape == (16, 8)
     assert torch.equal(embedding[:, 3:], torch.full((16, 5), 0.5))
     assert embedding[:, :3].min() >= 0.5
+
+
+def test_measured_tables_are_those_of_the_committed_results() -> None:
+    assert rendered(README) == README, "run python -m benchmarks.readme"
