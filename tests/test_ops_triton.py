@@ -1,4 +1,4 @@
-"""The Triton kernels against plain PyTorch, in the interpreter and on a GPU, and compiled for one that need not be here.
+"""The Triton kernels against plain PyTorch, interpreted and on a GPU, and compiled for a GPU that need not be here.
 
 The interpreter must be chosen before triton is imported, so both run in processes of their own.
 """

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import require
 from huggingface import HuggingFace, relative_l2
 from numpy.typing import NDArray
 
@@ -26,14 +27,16 @@ Load = Callable[..., Any]
 SIDES = [(28, 28), (56, 28), (28, 84), (140, 28), (28, 196), (112, 112), (112, 224), (140, 252), (308, 196), (420, 308)]
 
 
-@pytest.fixture(scope="module")
-def model(tiny_checkpoint: Path) -> Load:
+@pytest.fixture(scope="module", params=["cpu", "cuda"])
+def model(request: pytest.FixtureRequest, tiny_checkpoint: Path) -> Load:
     """The tiny checkpoint's `mm_part` in a dtype, loaded once."""
+    if request.param == "cuda":
+        require("cuda")
     loaded: dict[str, Qwen2VL] = {}
 
     def load(act_type: str = "fp32") -> Any:
         if act_type not in loaded:
-            model = load_model(load_settings(checkpoint_path=tiny_checkpoint, act_type=act_type, device="cpu"))
+            model = load_model(load_settings(checkpoint_path=tiny_checkpoint, act_type=act_type, device=request.param))
             assert isinstance(model, Qwen2VL)
             loaded[act_type] = model
         return loaded[act_type].mm_part
