@@ -6,6 +6,7 @@ Backends are a table; `choose_attention` picks one per tower and dtype, and a se
 from __future__ import annotations
 
 import importlib.util
+import inspect
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -64,7 +65,9 @@ def torch_varlen(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
     """torch.nn.attention.varlen (2.10+): CUDA, 16-bit."""
     from torch.nn.attention.varlen import varlen_attn
 
-    out: Any = varlen_attn(q, k, v, segments.cu, segments.cu, segments.max_length, segments.max_length)
+    # Where it can split the keys (torch after 2.11), it must not: by how much would depend on the rest of the batch.
+    whole: dict[str, Any] = {"num_splits": 1} if "num_splits" in inspect.signature(varlen_attn).parameters else {}
+    out: Any = varlen_attn(q, k, v, segments.cu, segments.cu, segments.max_length, segments.max_length, **whole)
     return _zero_padding(out, segments)
 
 
