@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, ValidationError
+from pydantic import AfterValidator, BeforeValidator, DirectoryPath, Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 from rtp_mm.errors import StartError
@@ -17,6 +17,8 @@ from rtp_mm.errors import StartError
 Port = Annotated[int, Field(ge=1, le=65534)]  # gRPC listens on the next one
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
+PILLOW_MAX_PIXELS = 178956970  # beyond this Pillow itself takes an image for a bomb
+SECRETS = {"download_headers"}  # options whose values no message repeats
 
 
 def _digit(value: Any) -> Any:
@@ -24,11 +26,23 @@ def _digit(value: Any) -> Any:
     return int(value) if isinstance(value, str) and value.isdecimal() else value
 
 
+def _as_headers(headers: dict[str, str]) -> dict[str, str]:
+    for name, value in headers.items():
+        if not name or any(character in name + value for character in "\r\n\0"):
+            raise ValueError(f"{name!r} is empty or spans lines")
+    return headers
+
+
 class Settings(BaseSettings):
     """All options, validated. Flags win over environment variables, these over the defaults."""
 
     model_config = SettingsConfigDict(
-        frozen=True, extra="ignore", cli_prog_name="rtp_mm.start_server", cli_hide_none_type=True, cli_avoid_json=True
+        frozen=True,
+        extra="ignore",
+        env_ignore_empty=True,  # an empty path would mean the working directory
+        cli_prog_name="rtp_mm.start_server",
+        cli_hide_none_type=True,
+        cli_avoid_json=True,
     )
 
     # What to serve, and where.
@@ -52,7 +66,7 @@ class Settings(BaseSettings):
     )
 
     # Fetch.
-    download_headers: dict[str, str] = Field(
+    download_headers: Annotated[dict[str, str], AfterValidator(_as_headers)] = Field(
         default_factory=dict, description="JSON object of HTTP headers for downloads"
     )
     mm_image_max_file_size_kb: Positive = Field(65536, description="largest image file, KiB")
@@ -60,14 +74,19 @@ class Settings(BaseSettings):
     mm_fetch_timeout_ms: Positive = Field(30000, description="connect, and longest silence of a source, ms")
     mm_max_redirects: NonNegative = Field(5, description="redirects followed per download")
     mm_local_media: bool = Field(True, description="0: no local files for anybody")
-    mm_allowed_local_media_path: Path | None = Field(
+    mm_allowed_local_media_path: DirectoryPath | None = Field(
         None, description="folder that every caller may name files in; without it only local callers may, anywhere"
     )
 
     # Decode and preprocess.
-    mm_max_pixels: Positive = Field(178956970, description="largest decoded image, pixels")
+    mm_max_pixels: Annotated[int, Field(gt=0, le=PILLOW_MAX_PIXELS)] = Field(
+        PILLOW_MAX_PIXELS, description="largest decoded image, pixels"
+    )
     mm_allow_truncated_images: bool = Field(False, description="1: a truncated image is decoded as far as it goes")
     mm_exif_transpose: bool = Field(False, description="1: turn images as their EXIF orientation says")
+    mm_resize_order: Literal["auto", "pillow-12.1", "pillow-12.2", "pillow-13.0"] = Field(
+        "auto", description="whose rule decides the first pass of a resize; auto: the installed Pillow's"
+    )
     mm_preprocess_max_workers: Positive = Field(
         default_factory=lambda: len(os.sched_getaffinity(0)), description="preprocess workers; default: one a core"
     )
@@ -79,7 +98,7 @@ class Settings(BaseSettings):
     mm_timeout_ms: Positive = Field(120000, description="longest time for one request, ms")
     mm_max_queue_size: Positive = Field(1024, description="requests in the server at once; more are refused at once")
     vit_max_batch_patches: Positive = Field(16384, description="patches in one forward; a larger image goes alone")
-    mm_attention: Literal["auto", "flash", "torch", "sdpa"] = Field(
+    mm_attention: Literal["auto", "flash", "torch", "packed", "sdpa"] = Field(
         "auto", description="attention backend of the tower"
     )
     mm_embedding_cache_mb: NonNegative = Field(1024, description="embedding cache, MiB of host memory; 0: none")
@@ -105,5 +124,6 @@ def load_settings(arguments: list[str] | None = None, **overrides: Any) -> Setti
 
 
 def _describe(error: Any) -> str:
-    option = ".".join(str(part) for part in error["loc"]).upper()
-    return f"{option}={error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
+    name, *_ = map(str, error["loc"])
+    value = "" if name in SECRETS else f"={error['input']!r}"
+    return f"{name.upper()}{value}: {error['msg'][0].lower()}{error['msg'][1:]}"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import os
 import sys
 from typing import TYPE_CHECKING
 
@@ -32,9 +34,12 @@ def run(settings: Settings, load_engine: LoadEngine) -> int:
 
     setup_logs(settings.log_level)
     try:
-        asyncio.run(serve(settings, load_engine))
+        is_drained = asyncio.run(serve(settings, load_engine))
     except StartError as error:
         return _failed(error)
+    if not is_drained:  # a forward that outlives the drain would hold the interpreter's exit until it ends
+        logging.shutdown()
+        os._exit(0)
     return 0
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,24 +68,21 @@ class MMPreprocessConfig:
     crop_positions: list[float] = field(default_factory=list)
     mm_timeout_ms: int = -1
 
+    INTEGERS: ClassVar = ("width", "height", "min_pixels", "max_pixels", "fps", "min_frames", "max_frames")
+
     def options(self) -> PreprocessOptions:
         """The one edge where 0 and -1 become `None`. Raises `WrongFormatError` for a crop that is none."""
 
-        def unset_to_none(value: int) -> int | None:
-            return value if value > 0 else None
+        values = {name: value if (value := getattr(self, name)) > 0 else None for name in self.INTEGERS}
+        if None in (values["width"], values["height"]):  # they count only together
+            values |= {"width": None, "height": None}
+        return PreprocessOptions(**values, crop=_crop_box(self.crop_positions))
 
-        width, height = unset_to_none(self.width), unset_to_none(self.height)
-        both_sides = width is not None and height is not None  # they count only together
-        return PreprocessOptions(
-            width=width if both_sides else None,
-            height=height if both_sides else None,
-            min_pixels=unset_to_none(self.min_pixels),
-            max_pixels=unset_to_none(self.max_pixels),
-            fps=unset_to_none(self.fps),
-            min_frames=unset_to_none(self.min_frames),
-            max_frames=unset_to_none(self.max_frames),
-            crop=_crop_box(self.crop_positions),
-        )
+    @classmethod
+    def from_options(cls, options: PreprocessOptions) -> MMPreprocessConfig:
+        """The public form again, for code that expects it: unset is -1."""
+        values = {name: -1 if (value := getattr(options, name)) is None else value for name in cls.INTEGERS}
+        return cls(**values, crop_positions=list(options.crop or ()))
 
     @property
     def timeout_ms(self) -> int | None:

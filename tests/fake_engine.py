@@ -22,7 +22,7 @@ from typing import Any
 
 from rtp_mm import errors
 from rtp_mm.config import Settings, load_settings
-from rtp_mm.engine.interface import as_inputs
+from rtp_mm.engine.interface import as_inputs, time_limit_s
 from rtp_mm.server.app import open_ports
 from rtp_mm.server.state import Loaded, ServerState
 from rtp_mm.start_server import run
@@ -44,6 +44,7 @@ class FakeEngine:
     async def embed(
         self, inputs: Sequence[MultimodalInput], *, caller: Caller = LIBRARY_CALLER, timeout_s: float | None = None
     ) -> MMEmbeddingRes:
+        timeout_s = time_limit_s(inputs, timeout_s, load_settings())
         self.asked.append(([*inputs], caller, timeout_s))
         self.running += 1
         try:
@@ -86,11 +87,11 @@ class FakeEngine:
     def cache_status(self, *, with_keys: bool = False) -> CacheStatus:
         return CacheStatus(100, 200, version=9, keys=(-3, 1 << 60) if with_keys else ())
 
-    async def drain(self, timeout_s: float) -> bool:
-        return True
-
     def close(self) -> None:
         self.is_closed = True
+
+    async def aclose(self) -> None:
+        self.close()
 
 
 def failure(name: str) -> Exception:

@@ -113,16 +113,27 @@ async def test_one_engine_serves_many_threads_and_loops() -> None:
         assert await asyncio.to_thread(ask_all) == [[rows, rows] for rows in range(40)]
 
 
-async def test_draining_waits_for_running_calls_and_refuses_new_ones() -> None:
-    async with serving() as server, remote(server.grpc_address) as engine:
-        running = asyncio.create_task(engine.embed([MultimodalInput("slow:0.3")]))
-        await until(lambda: server.engine.running == 1)
-        assert not await engine.drain(0.01)
-        with pytest.raises(errors.DrainingError):
+async def test_a_closed_engine_says_so() -> None:
+    async with serving() as server:
+        engine = RemoteEngine(server.grpc_address)
+        engine.close()
+        with pytest.raises(errors.DrainingError, match="closed"):
             await engine.embed([MultimodalInput("img:1")])
-        assert await engine.drain(30)
-        assert (await running).embeddings[0].shape == (2, 5)
-        assert await engine.drain(0)
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        MultimodalInput("\ud800"),
+        MultimodalInput("x", config=MMPreprocessConfig(width=2**40, height=1)),
+        MultimodalInput("", MMUrlType.TENSOR, tensor="pixels"),
+    ],
+)
+def test_what_the_wire_cannot_carry_is_named(item: MultimodalInput) -> None:
+    engine = RemoteEngine("127.0.0.1:1")
+    with pytest.raises(errors.BadItemsError, match="item 0"):
+        engine._start([item], None)
+    engine.close()
 
 
 # --- servers that are not ours

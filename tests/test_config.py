@@ -43,6 +43,9 @@ def test_headers_are_a_json_object(monkeypatch: pytest.MonkeyPatch) -> None:
         ("MM_TIMEOUT_MS", "-1"),
         ("MM_LOCAL_MEDIA", "maybe"),
         ("DOWNLOAD_HEADERS", "{"),
+        ("DOWNLOAD_HEADERS", '{"X": "a\\nb"}'),
+        ("MM_ALLOWED_LOCAL_MEDIA_PATH", "/no/such/folder"),
+        ("MM_MAX_PIXELS", "178956971"),
     ],
 )
 def test_a_wrong_value_is_one_line_that_names_it(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,3 +73,20 @@ def test_help_lists_every_option_with_its_meaning() -> None:
         assert f"--{name}" in run.stdout
         assert field.description
         assert field.description in run.stdout, name
+
+
+def test_an_empty_variable_is_unset(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty folder would otherwise be the working directory, open to every caller."""
+    for name in ("MM_ALLOWED_LOCAL_MEDIA_PATH", "CHECKPOINT_PATH", "MODEL_TYPE", "MM_MODEL_MODULE"):
+        monkeypatch.setenv(name, "")
+    settings = load_settings([])
+    assert settings.mm_allowed_local_media_path is None
+    assert settings.checkpoint_path is None
+    assert load_settings(["--mm_allowed_local_media_path", ""]).mm_allowed_local_media_path is None
+
+
+def test_a_wrong_header_does_not_print_the_right_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DOWNLOAD_HEADERS", '{"Authorization": "sekrit", "X": ["a"]}')
+    with pytest.raises(StartError, match="DOWNLOAD_HEADERS") as caught:
+        load_settings([])
+    assert "sekrit" not in str(caught.value)

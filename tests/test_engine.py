@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import concurrent.futures
 import io
+import itertools
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +21,7 @@ from PIL import Image
 
 from rtp_mm.config import load_settings
 from rtp_mm.engine.process_engine import MMProcessEngine
-from rtp_mm.errors import BadItemsError, DeadlineError, ProcessError, QueueFullError
+from rtp_mm.errors import BadItemsError, DeadlineError, DrainingError, ProcessError, QueueFullError
 from rtp_mm.models.registry import load_model
 from rtp_mm.types import MMPreprocessConfig, MMUrlType, MultimodalInput
 
@@ -210,3 +213,88 @@ def test_close_ends_all_threads(tiny_qwen2_5_vl: Path, data_urls: list[str]) -> 
     for thread in started:
         thread.join(10)
     assert not ours() - before
+
+
+def test_closing_ends_what_runs_and_refuses_what_comes(tiny_qwen2_5_vl: Path, data_urls: list[str]) -> None:
+    engine = new_engine(tiny_qwen2_5_vl)
+    release = threading.Event()
+    forward = engine._mm_part.mm_process_batch
+    engine._mm_part.mm_process_batch = lambda *args: (release.wait(30), forward(*args))[1]  # type: ignore[method-assign]
+    with concurrent.futures.ThreadPoolExecutor(4) as callers:
+        calls = [callers.submit(engine.submit, [url]) for url in data_urls]
+        while engine.worker_status().running < len(data_urls):
+            time.sleep(0.001)
+        engine.close()
+        for call in calls:
+            with pytest.raises(DrainingError, match="closed"):
+                call.result(30)
+    release.set()
+    with pytest.raises(DrainingError, match="closed"):
+        engine.submit(data_urls)
+    with pytest.raises(DrainingError, match="closed"):
+        asyncio.run(engine.embed([MultimodalInput(data_urls[0])]))
+
+
+def test_a_caller_who_writes_into_an_answer_does_not_change_the_cache(
+    engine: MMProcessEngine, data_urls: list[str]
+) -> None:
+    first = engine.submit(data_urls)
+    kept = [embedding.clone() for embedding in first.embeddings]
+    for embedding in first.embeddings:
+        embedding.zero_()
+    assert all(torch.equal(a, b) for a, b in zip(engine.submit(data_urls).embeddings, kept, strict=True))
+
+
+def test_an_items_own_time_counts_in_the_library_too(
+    engine: MMProcessEngine, data_urls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release = threading.Event()
+    forward = engine._mm_part.mm_process_batch
+    monkeypatch.setattr(engine._mm_part, "mm_process_batch", lambda *args: (release.wait(30), forward(*args))[1])
+    with pytest.raises(DeadlineError, match=r"within 0\.040 s"):
+        engine.submit(data_urls[:1], preprocess_configs=[MMPreprocessConfig(mm_timeout_ms=40)])
+    release.set()
+
+
+@pytest.mark.parametrize("answers", [[], [torch.ones(1, 48)] * 5])
+def test_a_model_that_answers_too_few_or_too_many_fails_its_batch_alone(
+    answers: list[torch.Tensor], engine: MMProcessEngine, data_urls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._mm_part, "mm_process_batch", lambda *_: answers)
+        with pytest.raises(BadItemsError, match=rf"answered 1 items with {len(answers)} embeddings"):
+            engine.submit(data_urls[:1])
+    assert len(engine.submit(data_urls).embeddings) == len(data_urls)
+
+
+def test_a_cost_that_cannot_be_told_fails_its_item_alone(
+    engine: MMProcessEngine, data_urls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def patches(_: Any) -> int:
+        raise ZeroDivisionError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._mm_part, "patches", patches)
+        with pytest.raises(BadItemsError, match="preprocessing failed with ZeroDivisionError"):
+            engine.submit(data_urls[:1])
+    assert len(engine.submit(data_urls).embeddings) == len(data_urls)
+
+
+@pytest.mark.parametrize(
+    ("position_ids", "text"),
+    [
+        (lambda i: torch.zeros(3, 3) if i else None, "for some items and none for others"),
+        (lambda i: torch.zeros(4 + i, 3), "3 tokens have 4 position ids"),
+    ],
+)
+def test_position_ids_that_do_not_fit_are_an_error(
+    position_ids: Any, text: str, engine: MMProcessEngine, data_urls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counter = itertools.count()
+    monkeypatch.setattr(
+        engine._mm_part,
+        "mm_process_batch",
+        lambda items, *_: [(torch.ones(3, 48), position_ids(next(counter))) for _ in items],
+    )
+    with pytest.raises((BadItemsError, ProcessError), match=text):
+        engine.submit(data_urls)

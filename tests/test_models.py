@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from rtp_mm.config import load_settings
 from rtp_mm.errors import StartError
@@ -78,3 +80,34 @@ def test_a_third_party_module_that_is_not_there_is_named(module: str, tiny_qwen2
 def test_a_model_type_may_force_a_family(tiny_qwen2_vl: Path) -> None:
     with pytest.raises(StartError, match="lacks"):
         load_model(load_settings(checkpoint_path=tiny_qwen2_vl, model_type="qwen2_5_vl", device="cpu"))
+
+
+@pytest.mark.parametrize(
+    ("vision", "text"),
+    [
+        ({"depth": None}, "depth must be a positive integer, got None"),
+        ({"num_heads": 0}, "num_heads must be a positive integer, got 0"),
+        ({"num_heads": 3}, "1280 channels cannot be 3 heads"),
+        ({"patch_size": 0}, "patch_size must be a positive integer"),
+        ({"window_size": -112}, "window must not be negative"),
+    ],
+)
+def test_a_tower_that_cannot_be_is_refused(vision: dict[str, object], text: str) -> None:
+    with pytest.raises(StartError, match=text):
+        Qwen2_5VL.tower_config(vision)
+
+
+@pytest.mark.parametrize("config", [{"vision_config": [1]}, {"text_config": "x"}, {"rope_scaling": "yarn"}])
+def test_a_nested_value_that_is_no_object_is_named(config: dict[str, object], tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2_vl", **config}))
+    with pytest.raises(StartError, match=f"{next(iter(config))} must be an object"):
+        load_model(load_settings(checkpoint_path=tmp_path))
+
+
+def test_a_tower_of_nan_does_not_start(tiny_qwen2_vl: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_qwen2_vl, tmp_path / "nan")
+    tensors = load_file(tmp_path / "nan" / "model.safetensors")
+    tensors["visual.blocks.1.attn.proj.bias"][3] = float("nan")
+    save_file(tensors, tmp_path / "nan" / "model.safetensors")
+    with pytest.raises(StartError, match="NaN or infinite values of a grey image"):
+        load_model(load_settings(checkpoint_path=tmp_path / "nan", device="cpu"))

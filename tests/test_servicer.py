@@ -20,6 +20,7 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 
 from rtp_mm import errors
 from rtp_mm.config import load_settings
+from rtp_mm.engine.interface import time_limit_s
 from rtp_mm.errors import StartError
 from rtp_mm.logs import KeyValueFormatter
 from rtp_mm.server import servicer, wire
@@ -34,7 +35,7 @@ from rtp_mm.server.proto import (
     TensorPB,
     method_path,
 )
-from rtp_mm.server.servicer import caller_of, time_limit_s
+from rtp_mm.server.servicer import caller_of
 from rtp_mm.server.state import Loaded, Phase, ServerState
 from rtp_mm.server.tensors import trans_tensor
 from rtp_mm.types import MMPreprocessConfig, MultimodalInput

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,8 +17,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rtp_mm.config import load_settings
+from rtp_mm.engine.process_engine import MMProcessEngine
 from rtp_mm.library import load_engine
+from rtp_mm.models.gpt_init_model_parameters import GptInitModelParameters
+from rtp_mm.models.multimodal_common import MultiModalEmbeddingInterface
+from rtp_mm.models.multimodal_mixin import BaseVitWeights, MultimodalMixin
+from rtp_mm.models.registry import register_model
 from rtp_mm.server.client import RemoteEngine
+from rtp_mm.types import MMPreprocessConfig
 
 MODEL = Path(__file__).parent / "data" / "third_party_model.py"
 WEIGHT = torch.arange(12, dtype=torch.float32).view(4, 3) / 8
@@ -78,3 +86,68 @@ def test_it_is_served(checkpoint: Path, urls: list[str], photos: dict[str, NDArr
             torch.testing.assert_close(embedding, expected(photo))
         engine.close()
         assert server.terminate() == 0
+
+
+class Odd(MultiModalEmbeddingInterface):
+    """Calls no `super().__init__`, and is no module."""
+
+    def __init__(self, config: GptInitModelParameters) -> None:
+        self.shared = torch.nn.Parameter(torch.zeros(4, 3))
+        self.layers = [torch.nn.Linear(3, 4)]
+        self.layers[0].weight = self.shared
+        self.seen: list[MMPreprocessConfig] = []
+
+    def _mm_preprocess(self, data: Any, **kwargs: Any) -> MMPreprocessConfig:
+        self.seen.append(kwargs["configs"])
+        return kwargs["configs"]
+
+    def mm_process(self, mm_input: Any, **kwargs: Any) -> Tensor:
+        tokens = self.layers[0](torch.ones(2, 5, 3, dtype=self._data_type))
+        assert not tokens.requires_grad
+        return tokens
+
+
+class OddWeights(BaseVitWeights):
+    def _set_weight_prefix(self) -> None:
+        self._ckpt_prefix = "vision."
+        self._ft_prefix = "self.mm_part.layers.0."
+
+
+class OddModel(MultimodalMixin):
+    def __init__(self, config: GptInitModelParameters) -> None:
+        pass
+
+    def _init_multimodal(self, config: GptInitModelParameters) -> None:
+        self.mm_part = Odd(config)
+        config.mm_related_params.vit_weights = OddWeights({"layer": self.mm_part.layers[0]})
+
+
+@pytest.fixture
+def odd_engine(checkpoint: Path) -> Iterator[MMProcessEngine]:
+    register_model("odd", OddModel)
+    settings = load_settings(checkpoint_path=checkpoint, model_type="odd", act_type="fp32", device="cpu")
+    engine = load_engine(settings).engine
+    assert isinstance(engine, MMProcessEngine)
+    yield engine
+    engine.close()
+
+
+def test_a_part_that_calls_no_super_has_the_servers_dtype_and_shares_its_weights(
+    odd_engine: MMProcessEngine, urls: list[str]
+) -> None:
+    """A tensor that is shared with another attribute is filled in place; [2, 5, 4] is ten tokens."""
+    part = odd_engine._mm_part
+    assert isinstance(part, Odd)
+    assert part._data_type == torch.float32
+    assert torch.equal(part.shared, WEIGHT)
+    assert torch.equal(odd_engine.submit(urls[:1]).embeddings[0], (WEIGHT.sum(1) + BIAS).expand(10, 4))
+
+
+def test_a_part_sees_of_a_config_what_the_cache_key_says(odd_engine: MMProcessEngine, urls: list[str]) -> None:
+    """A width without a height is no option, so two of them are one request."""
+    configs = [MMPreprocessConfig(width=w, fps=3, crop_positions=[0, 0, 0.5, 1], mm_timeout_ms=60000) for w in (1, 2)]
+    for config in configs:
+        odd_engine.submit(urls[:1], preprocess_configs=[config])
+    part = odd_engine._mm_part
+    assert isinstance(part, Odd)
+    assert part.seen == [MMPreprocessConfig(fps=3, crop_positions=[0, 0, 0.5, 1])]

@@ -20,7 +20,7 @@ from rtp_mm.models.gpt_init_model_parameters import GptInitModelParameters
 from rtp_mm.models.registry import load_model
 from rtp_mm.types import Patches
 from rtp_mm.vit.checkpoint import Checkpoint
-from rtp_mm.vit.weights import find_prefix
+from rtp_mm.vit.weights import WeightPlan, find_prefix
 
 Rewrite = Callable[[Callable[[dict[str, Tensor]], dict[str, Tensor]]], Path]
 
@@ -135,7 +135,21 @@ def test_shards_without_the_tower_are_not_opened(rewrite: Rewrite) -> None:
     ],
 )
 def test_the_prefix_is_the_one_that_has_everything(names: set[str], found: str) -> None:
-    assert find_prefix(frozenset(names), ["a.w", "b.w"], "visual.") == found
+    plan = WeightPlan({"a": ("a.w",), "b": ("b.w",)}, "visual.", is_owner=True)
+    assert find_prefix(frozenset(names), plan) == found
+
+
+def test_a_plan_that_owns_nothing_takes_its_own_prefix_alone() -> None:
+    plan = WeightPlan({"a": ("weight",)}, "vision.projector.", is_owner=False)
+    with pytest.raises(StartError, match=r"lacks vision\.projector\.weight"):
+        find_prefix(frozenset({"visual.projector.weight"}), plan)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_quantised_weights_are_refused(dtype: torch.dtype, rewrite: Rewrite) -> None:
+    name = "visual.blocks.0.attn.proj.weight"
+    with pytest.raises(StartError, match=f"{name} is {dtype}: quantised"):
+        load(rewrite(lambda tensors: {**tensors, name: tensors[name].to(dtype)}))
 
 
 def test_what_transformers_saves_loads_as_it_is(tiny_checkpoint: Path, tmp_path: Path) -> None:

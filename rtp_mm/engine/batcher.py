@@ -12,8 +12,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from rtp_mm.engine.caches import Embedded
+from rtp_mm.engine.workers import Prepared
 from rtp_mm.errors import MMError, ProcessError
 from rtp_mm.models.multimodal_common import Embedding, MultiModalEmbeddingInterface, as_embedding
 from rtp_mm.types import MMPreprocessConfig, MMUrlType
@@ -26,6 +28,7 @@ class Work:
     """A prepared input on its way through the device."""
 
     prepared: Any
+    patches: int | None  # `None`: goes alone
     mm_type: MMUrlType
     config: MMPreprocessConfig
     answer: asyncio.Future[Embedded]
@@ -54,13 +57,13 @@ class Batcher:
         return len(self._queue)
 
     async def run(
-        self, prepared: Any, mm_type: MMUrlType, config: MMPreprocessConfig
+        self, prepared: Prepared, mm_type: MMUrlType, config: MMPreprocessConfig
     ) -> tuple[Embedded, dict[str, float]]:
         """The embedding on the host, and milliseconds in the queue and in the forward.
 
         Work whose caller is cancelled before its forward begins is dropped. Raises `ProcessError`.
         """
-        work = Work(prepared, mm_type, config, asyncio.get_running_loop().create_future())
+        work = Work(prepared.value, prepared.patches, mm_type, config, asyncio.get_running_loop().create_future())
         self._queue.append(work)
         if self._feeder is None or self._feeder.done():
             self._feeder = asyncio.create_task(self._feed())
@@ -68,7 +71,12 @@ class Batcher:
 
     async def _feed(self) -> None:
         while batch := self._take():
-            await self._forward(batch)
+            try:
+                await self._forward(batch)
+            finally:  # whatever happened: nobody waits for an answer that cannot come
+                for work in batch:
+                    if not work.answer.done():
+                        work.answer.set_exception(ProcessError("the engine stopped before the forward ended"))
 
     def _take(self) -> list[Work]:
         """The oldest work, and what follows it as far as the budget goes."""
@@ -76,7 +84,7 @@ class Batcher:
         patches = 0
         while self._queue:
             work = self._queue[0]
-            cost = self._max_patches if (own := self._mm_part.patches(work.prepared)) is None else own
+            cost = self._max_patches if work.patches is None else work.patches
             if batch and patches + cost > self._max_patches:
                 break
             self._queue.popleft()
@@ -94,7 +102,8 @@ class Batcher:
         error = step.exception()
         if error is not None and len(batch) > 1:
             for work in batch:
-                await self._forward([work])
+                if not work.answer.done():
+                    await self._forward([work])
             return
         for i, work in enumerate(batch):
             work.timings_ms = {"queue": (started - work.queued_at) * 1e3, "forward": self.step_latency_ms}
@@ -109,34 +118,42 @@ class Batcher:
 
     def _process(self, batch: Sequence[Work]) -> list[Embedded | MMError]:
         """On the device thread."""
-        results = self._mm_part.mm_process_batch(
-            [work.prepared for work in batch], [work.mm_type for work in batch], [work.config for work in batch]
-        )
-        return _to_host([as_embedding(result) for result in results], self._dtype)
+        with torch.inference_mode():
+            results = self._mm_part.mm_process_batch(
+                [work.prepared for work in batch], [work.mm_type for work in batch], [work.config for work in batch]
+            )
+            if len(results) != len(batch):
+                raise ProcessError(f"the model answered {len(batch)} items with {len(results)} embeddings")
+            return _to_host([as_embedding(result) for result in results], self._dtype)
 
     def close(self) -> None:
         self._device_thread.shutdown(wait=False, cancel_futures=True)
 
 
 def _to_host(results: Sequence[Embedding], dtype: torch.dtype) -> list[Embedded | MMError]:
-    """Each answer in host memory of its own, so that keeping one does not keep its whole batch; NaN is an error."""
-    copies: list[Embedding] = []
-    for embedding, position_ids in results:
-        rows = embedding.reshape(-1, embedding.shape[-1])
-        copies.append((_own_host_copy(rows, dtype), _own_host_copy(position_ids, torch.int32)))
+    """Each answer in host memory of its own, so that keeping one does not keep its whole batch; see `_checked`."""
+    copies = [
+        Embedded(
+            _own_host_copy(embedding.reshape(-1, embedding.shape[-1]), dtype),
+            None if position_ids is None else _own_host_copy(position_ids.reshape(-1, 3), torch.int32),
+        )
+        for embedding, position_ids in results
+    ]
     if torch.cuda.is_available():
         torch.cuda.current_stream().synchronize()  # the one wait: all copies above were asynchronous
-    return [
-        Embedded(embedding, position_ids)
-        if torch.isfinite(embedding).all()
-        else ProcessError("the embedding holds NaN or infinite values")
-        for embedding, position_ids in copies
-    ]
+    return [_checked(copy) for copy in copies]
 
 
-def _own_host_copy(tensor: Any, dtype: torch.dtype) -> Any:
-    if tensor is None:
-        return None
+def _checked(item: Embedded) -> Embedded | MMError:
+    """The item, or what is wrong with it: NaN never leaves, and every token has its position."""
+    if not torch.isfinite(item.embedding).all():
+        return ProcessError("the embedding holds NaN or infinite values")
+    if item.position_ids is not None and len(item.position_ids) != len(item.embedding):
+        return ProcessError(f"{len(item.embedding)} tokens have {len(item.position_ids)} position ids")
+    return item
+
+
+def _own_host_copy(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     host = torch.empty(tensor.shape, dtype=dtype, pin_memory=tensor.is_cuda)
     return host.copy_(tensor, non_blocking=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cachetools import LRUCache
@@ -28,6 +29,10 @@ class Embedded(NamedTuple):
     embedding: Tensor
     position_ids: Tensor | None
 
+    def copy(self) -> Embedded:
+        """For a caller who may write into it."""
+        return Embedded(self.embedding.clone(), None if self.position_ids is None else self.position_ids.clone())
+
     @property
     def nbytes(self) -> int:
         return self.embedding.nbytes + (self.position_ids.nbytes if self.position_ids is not None else 0)
@@ -38,7 +43,7 @@ class EmbeddingCache:
 
     def __init__(self, budget_bytes: int) -> None:
         self._items: LRUCache[CacheKey, Embedded] = LRUCache(budget_bytes, getsizeof=lambda item: item.nbytes)
-        self.version = 0  # of the set of keys
+        self.version = time.time_ns()  # of the set of keys; no process's first is another's last
 
     def get(self, key: CacheKey) -> Embedded | None:
         found: Embedded | None = self._items.get(key)

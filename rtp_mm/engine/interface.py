@@ -4,9 +4,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
+from rtp_mm.config import Settings
 from rtp_mm.types import (
     LIBRARY_CALLER,
     CacheStatus,
@@ -30,7 +31,8 @@ class Engine(Protocol):
     ) -> MMEmbeddingRes:
         """Embeddings of all items, in their order; callable from any event loop. Cancelling drops the work.
 
-        Raises `BadItemsError` that names each bad item, `QueueFullError`, `DeadlineError`, `ProcessError`.
+        `timeout_s` is what the caller grants; see `time_limit_s`. Raises `BadItemsError` that names each bad item,
+        `QueueFullError`, `DeadlineError`, `ProcessError`, and `DrainingError` once the engine is closed.
         """
 
     def submit(
@@ -49,7 +51,10 @@ class Engine(Protocol):
         """Live figures of the embedding cache."""
 
     def close(self) -> None:
-        """Stops threads and closes connections; idempotent."""
+        """Ends what runs, stops threads and closes connections; idempotent. Not for the engine's own event loop."""
+
+    async def aclose(self) -> None:
+        """The same for any event loop."""
 
 
 def as_inputs(
@@ -72,3 +77,14 @@ def as_inputs(
         MultimodalInput(url, MMUrlType(mm_type), config, tensor)
         for url, mm_type, config, tensor in zip(urls, types, configs, tensors, strict=True)
     ]
+
+
+def time_limit_s(inputs: Iterable[MultimodalInput], remaining_s: float | None, settings: Settings) -> float:
+    """Seconds for the whole request: the smallest of what the caller grants, MM_TIMEOUT_MS, and the largest
+    `mm_timeout_ms` among the items (each item grants the request its own time; the slowest counts).
+    """
+    limits_ms = [settings.mm_timeout_ms]
+    if granted := [item.config.timeout_ms for item in inputs if item.config.timeout_ms is not None]:
+        limits_ms.append(max(granted))
+    limit_s = min(limits_ms) / 1e3
+    return limit_s if remaining_s is None else min(limit_s, max(remaining_s, 0.0))

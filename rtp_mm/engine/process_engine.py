@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import threading
 import time
 from collections.abc import Coroutine, Sequence
@@ -11,9 +12,17 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from rtp_mm.config import Settings, load_settings
 from rtp_mm.engine.batcher import Batcher
 from rtp_mm.engine.caches import CacheKey, Embedded, EmbeddingCache
-from rtp_mm.engine.interface import as_inputs
+from rtp_mm.engine.interface import as_inputs, time_limit_s
 from rtp_mm.engine.workers import PreprocessWorkers
-from rtp_mm.errors import BadItemsError, DeadlineError, ItemFailure, MMError, QueueFullError
+from rtp_mm.errors import (
+    BadItemsError,
+    DeadlineError,
+    DrainingError,
+    ItemFailure,
+    MMError,
+    ProcessError,
+    QueueFullError,
+)
 from rtp_mm.media.fetch import Fetcher
 from rtp_mm.media.redact import redact
 from rtp_mm.models.multimodal_common import ACT_DTYPES
@@ -23,6 +32,7 @@ from rtp_mm.types import (
     CacheStatus,
     Caller,
     MMEmbeddingRes,
+    MMPreprocessConfig,
     MMUrlType,
     MultimodalInput,
     WorkerStatus,
@@ -32,6 +42,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 T = TypeVar("T")
+MIN_RETRY_AFTER_MS = 100  # before any forward has shown how long one takes
 Timings = dict[str, float]
 
 
@@ -49,21 +60,26 @@ class MMProcessEngine:
     ) -> None:
         self._settings = settings = settings or model.config.settings or load_settings()
         self._mm_part = mm_part = model.mm_part
+        self._data_type = model.config.data_type
         self._tower_key = (
             model.weights_fingerprint,
-            settings.act_type,
+            self._data_type,
             str(mm_part._device),
             str(getattr(getattr(mm_part, "visual", None), "attention_backend", "")),
         )
         self._cache = EmbeddingCache(settings.mm_embedding_cache_mb << 20)
         self._workers = PreprocessWorkers(mm_part, settings.mm_preprocess_max_workers)
-        self._batcher = Batcher(mm_part, ACT_DTYPES[settings.act_type], settings.vit_max_batch_patches)
-        self._fetcher: Fetcher | None = None  # made on the loop
-        self._running = 0  # requests
+        self._batcher = Batcher(mm_part, ACT_DTYPES[self._data_type], settings.vit_max_batch_patches)
+        self._fetcher = Fetcher(settings)
+        self._requests: set[asyncio.Future[Any]] = set()  # the work of each running request
         self._finished = 0
+        self._gate = threading.Lock()  # between closing and handing work to the loop
         self._is_closed = False
-        self._owns_loop = loop is None
-        self._loop = loop or _start_loop()
+        self._thread: _LoopThread | None = None
+        if loop is None:
+            self._thread = _LoopThread()
+            loop = self._thread.loop
+        self._loop = loop
 
     # --- the interface
 
@@ -85,14 +101,14 @@ class MMProcessEngine:
     def worker_status(self) -> WorkerStatus:
         cache = self._cache.status()
         return WorkerStatus(
-            available_concurrency=max(0, self._settings.mm_max_queue_size - self._running),
+            available_concurrency=max(0, self._settings.mm_max_queue_size - len(self._requests)),
             waiting=self._batcher.waiting,
-            running=self._running,
+            running=len(self._requests),
             step_latency_ms=self._batcher.step_latency_ms,
             iterations=self._batcher.iterations,
             finished_version=self._finished,
-            is_alive=True,
-            precision=self._settings.act_type,
+            is_alive=not self._is_closed,
+            precision=self._data_type,
             cache_available_bytes=cache.available_bytes,
             cache_total_bytes=cache.total_bytes,
             max_batch_tokens=self._settings.vit_max_batch_patches,
@@ -105,16 +121,29 @@ class MMProcessEngine:
         return self._cache.status(with_keys=with_keys) if _is_running(self._loop) else self._call(status())
 
     def close(self) -> None:
-        if self._is_closed:
-            return
-        self._is_closed = True
-        self._workers.close()
-        self._batcher.close()
-        if self._owns_loop:
-            self._call(self._close_fetcher())
-            self._loop.call_soon_threadsafe(self._loop.stop)
-        elif self._fetcher is not None:
-            self._loop.create_task(self._close_fetcher())
+        if _is_running(self._loop):
+            raise RuntimeError(
+                "a synchronous close on the engine's own event loop would wait for itself; await aclose()"
+            )
+        if (shutdown := self._begin_closing()) is not None:
+            shutdown.result()
+            if self._thread is not None:
+                self._thread.stop()
+
+    async def aclose(self) -> None:
+        if _is_running(self._loop):
+            if (shutdown := self._begin_closing()) is not None:
+                await asyncio.wrap_future(shutdown)
+        else:
+            await asyncio.to_thread(self.close)
+
+    def _begin_closing(self) -> concurrent.futures.Future[None] | None:
+        """From here on nothing is handed to the loop, so the shutdown is the last. `None` where it began before."""
+        with self._gate:
+            if self._is_closed:
+                return None
+            self._is_closed = True
+            return asyncio.run_coroutine_threadsafe(self._shut_down(), self._loop)
 
     # --- on the loop
 
@@ -122,28 +151,33 @@ class MMProcessEngine:
         self, inputs: Sequence[MultimodalInput], caller: Caller, timeout_s: float | None
     ) -> MMEmbeddingRes:
         self._admit()
+        limit_s = time_limit_s(inputs, timeout_s, self._settings)
+        work = asyncio.gather(*(self._embed_item(item, caller) for item in inputs), return_exceptions=True)
+        self._requests.add(work)
         try:
-            async with asyncio.timeout(timeout_s):
-                outcomes = await asyncio.gather(
-                    *(self._embed_item(item, caller) for item in inputs), return_exceptions=True
-                )
+            async with asyncio.timeout(limit_s):
+                outcomes = await work
         except TimeoutError:
-            raise DeadlineError(f"no answer within {timeout_s:.3f} s") from None
+            raise DeadlineError(f"no answer within {limit_s:.3f} s") from None
+        except asyncio.CancelledError:
+            if self._is_closed:
+                raise _closed() from None
+            raise
         finally:
-            self._running -= 1
+            self._requests.discard(work)
             self._finished += 1
-        return _as_response(inputs, outcomes)
+        return _as_response(inputs, outcomes, is_own=caller is not LIBRARY_CALLER)
 
     def _admit(self) -> None:
-        if self._running >= self._settings.mm_max_queue_size:
-            retry_after_ms = max(1, round(self._batcher.step_latency_ms))
-            raise QueueFullError(f"{self._running} requests are waiting or running (MM_MAX_QUEUE_SIZE)", retry_after_ms)
-        self._running += 1
+        if len(self._requests) >= self._settings.mm_max_queue_size:
+            retry_after_ms = max(MIN_RETRY_AFTER_MS, round(self._batcher.step_latency_ms))
+            raise QueueFullError(
+                f"{len(self._requests)} requests are waiting or running (MM_MAX_QUEUE_SIZE)", retry_after_ms
+            )
 
     async def _embed_item(self, item: MultimodalInput, caller: Caller) -> tuple[Embedded, Timings]:
         options = item.config.options()
-        if self._fetcher is None:
-            self._fetcher = Fetcher(self._settings)
+        config = MMPreprocessConfig.from_options(options)  # what the key says and no more
         self._fetcher.check_access(item, caller)
         timings: Timings = {}
         with _Stopwatch(timings, "fetch"):
@@ -153,33 +187,53 @@ class MMProcessEngine:
         if (cached := self._cache.get(key)) is not None:
             return cached, timings
         with _Stopwatch(timings, "preprocess"):
-            prepared = await self._workers.prepare(blob, item.mm_type, item.config)
-        embedded, device_timings = await self._batcher.run(prepared, item.mm_type, item.config)
+            prepared = await self._workers.prepare(blob, item.mm_type, config)
+        embedded, device_timings = await self._batcher.run(prepared, item.mm_type, config)
         self._cache.put(key, embedded)
         return embedded, timings | device_timings
 
-    async def _close_fetcher(self) -> None:
-        if self._fetcher is not None:
-            await self._fetcher.close()
+    async def _shut_down(self) -> None:
+        """Ends all requests, then what they used."""
+        requests = [*self._requests]
+        for work in requests:
+            work.cancel()
+        await asyncio.gather(*requests, return_exceptions=True)
+        self._workers.close()
+        self._batcher.close()
+        await self._fetcher.close()
 
     # --- between loops and threads
 
     async def _on_loop(self, work: Coroutine[Any, Any, T]) -> T:
-        if _is_running(self._loop):
+        if _is_running(self._loop) and not self._is_closed:
             return await work
-        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self._loop))
+        return await asyncio.wrap_future(self._hand_over(work))
 
     def _call(self, work: Coroutine[Any, Any, T]) -> T:
         if _is_running(self._loop):
             work.close()
             raise RuntimeError("a synchronous call on the engine's own event loop would wait for itself; await embed()")
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+        return self._hand_over(work).result()
+
+    def _hand_over(self, work: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
+        with self._gate:
+            if self._is_closed:
+                work.close()
+                raise _closed()
+            return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+
+def _closed() -> DrainingError:
+    return DrainingError("the engine is closed")
 
 
 def _as_response(
-    inputs: Sequence[MultimodalInput], outcomes: Sequence[tuple[Embedded, Timings] | BaseException]
+    inputs: Sequence[MultimodalInput], outcomes: Sequence[tuple[Embedded, Timings] | BaseException], *, is_own: bool
 ) -> MMEmbeddingRes:
-    """All items' answers, or `BadItemsError` that names every bad one; a bug is raised as it is."""
+    """All items' answers, or `BadItemsError` that names every bad one; a bug is raised as it is.
+
+    `is_own`: the answer is ours to read; a library's caller, who may write into it, gets copies of what is cached.
+    """
     failures = []
     answers: list[tuple[Embedded, Timings]] = []
     for index, (item, outcome) in enumerate(zip(inputs, outcomes, strict=True)):
@@ -195,8 +249,11 @@ def _as_response(
     for _, item_timings in answers:
         for stage, milliseconds in item_timings.items():
             timings[stage] = max(milliseconds, timings.get(stage, 0.0))
-    position_ids = [embedded.position_ids for embedded, _ in answers if embedded.position_ids is not None]
-    return MMEmbeddingRes([embedded.embedding for embedded, _ in answers], position_ids or None, None, timings)
+    items = [embedded if is_own else embedded.copy() for embedded, _ in answers]
+    position_ids = [item.position_ids for item in items if item.position_ids is not None]
+    if position_ids and len(position_ids) < len(items):
+        raise ProcessError("the model gave position ids for some items and none for others")
+    return MMEmbeddingRes([item.embedding for item in items], position_ids or None, None, timings)
 
 
 class _Stopwatch:
@@ -220,14 +277,18 @@ def _is_running(loop: asyncio.AbstractEventLoop) -> bool:
         return False
 
 
-def _start_loop() -> asyncio.AbstractEventLoop:
-    loop = asyncio.new_event_loop()
-    threading.Thread(target=_run_loop, args=(loop,), name="rtp_mm-engine", daemon=True).start()
-    return loop
+class _LoopThread:
+    """An event loop that runs on a thread of its own."""
 
+    def __init__(self) -> None:
+        self.loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run, name="rtp_mm-engine", daemon=True)
+        self._thread.start()
 
-def _run_loop(loop: asyncio.AbstractEventLoop) -> None:
-    try:
-        loop.run_forever()
-    finally:
-        loop.close()
+    def _run(self) -> None:
+        with asyncio.Runner(loop_factory=lambda: self.loop) as runner:
+            runner.get_loop().run_forever()
+
+    def stop(self) -> None:
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join()

@@ -23,13 +23,19 @@ def redact(url: str) -> str:
 
     A data URL is told by type and size: `data:image/jpeg, 70568 bytes base64`.
     """
+    url = url.strip()
     if url[:5].lower() == "data:":
         text = _describe_data(url)
     elif match := _URL.fullmatch(url):
         text = "{scheme}://{host}{port}{path}".format(**match.groupdict()) + ("?..." if match["rest"] else "")
     else:
-        text = url
+        text = _after_userinfo(url.partition("?")[0]) + ("?..." if "?" in url else "")
     return _shorten(_escape(_shorten(text)))  # shortened first too: a hostile URL has megabytes
+
+
+def _after_userinfo(text: str) -> str:
+    """A path, or what looks like a URL without being one (`//user:password@host`), which shows no more than a URL."""
+    return text if "@" not in text else "..." + text[text.rindex("@") :]
 
 
 def _describe_data(url: str) -> str:

@@ -80,7 +80,7 @@ class MultiModalEmbeddingInterface:
         """The CPU-bound half: `preprocessor` where there is one, else `_mm_preprocess` with a stream of its own."""
         if self.preprocessor is not None:
             return self.preprocessor(blob, mm_type, configs.options())
-        data = BytesIO(blob.data) if isinstance(blob.data, bytes) else torch.from_numpy(blob.data)
+        data = BytesIO(blob.data) if isinstance(blob.data, bytes) else torch.from_numpy(blob.data.copy())
         return self._mm_preprocess(data, mm_type=mm_type, configs=configs)
 
     def _mm_preprocess(self, data: Any, **kwargs: Any) -> Any:

@@ -108,6 +108,8 @@ class MultimodalMixin:
         try:
             with torch.device(device):
                 self._init_multimodal(config)
+            # Also where a third party's __init__ does not call ours.
+            self.mm_part.data_type, self.mm_part.settings = config.data_type, config.settings
         finally:
             torch.set_default_dtype(default_dtype)
 

@@ -32,7 +32,7 @@ class Qwen2_5VL(Qwen2VL):  # the family's name
             norm="rms",
             activation=vision.get("hidden_act", "silu"),
             is_gated=True,
-            window=vision.get("window_size", 112) // patch // merge,
+            window=vision.get("window_size", 112) // (patch * merge) if patch and merge else 0,
             full_attention_blocks=frozenset(vision.get("fullatt_block_indexes", (7, 15, 23, 31))),
         )
 

@@ -9,10 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from rtp_mm.config import Settings, load_settings
+from rtp_mm.errors import StartError
 from rtp_mm.models.gpt_init_model_parameters import GptInitModelParameters
 from rtp_mm.models.multimodal_common import Embedding, MultiModalEmbeddingInterface
 from rtp_mm.models.multimodal_mixin import MultimodalMixin, TowerWeights
@@ -88,7 +90,14 @@ class Qwen2VL(MultimodalMixin):
         config.mm_related_params.vit_weights = TowerWeights(self.mm_part.visual)
 
     def on_weights_loaded(self) -> None:
-        self.mm_part.visual.prepare(self.mm_part.processor.image_mean, self.mm_part.processor.image_std)
+        """Folds the processor's normalisation into the tower, and sees that an image comes out of it."""
+        tower, processor = self.mm_part.visual, self.mm_part.processor
+        tower.prepare(processor.image_mean, processor.image_std)
+        side = processor.merge_size
+        grey = np.full((side**2, 3 * processor.patch_size**2), 128, np.uint8)
+        [(embedding, _)] = tower([Patches(grey, (1, side, side))])
+        if not torch.isfinite(embedding).all():
+            raise StartError(f"the tower in {self.config.ckpt_path} makes NaN or infinite values of a grey image")
 
 
 register_model("qwen2_vl", Qwen2VL, ["Qwen2VLForConditionalGeneration"])

@@ -49,6 +49,7 @@ def load_model(settings: Settings) -> MultimodalMixin:
     config.data_type = settings.act_type
     config.settings = settings
     model = cls(config)
+    model.config = config  # also where a third party's __init__ does not call ours
     model.init_multimodal(config, device)
     model.load_mm_weight(folder, device)
     return model
@@ -60,6 +61,8 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
     except RuntimeError:
         raise StartError(f"DEVICE={name} is no device; use auto, cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise StartError(f"DEVICE={name} is not supported; use auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise StartError(f"DEVICE={name}: this torch sees {torch.cuda.device_count()} CUDA devices")
     return device
@@ -68,7 +71,8 @@ def choose_device(name: str) -> torch.device:
 def _class_for(folder: Path, model_type: str | None) -> type[MultimodalMixin]:
     if model_type is None:
         config = read_json(folder / "config.json")
-        named = [config.get("model_type"), *(_types_by_architecture.get(a) for a in config.get("architectures") or ())]
+        architectures = map(str, config.get("architectures") or ())
+        named = [str(config.get("model_type")), *(_types_by_architecture.get(a) for a in architectures)]
         model_type = next((name for name in named if name in _classes), None)
         if model_type is None:
             raise StartError(

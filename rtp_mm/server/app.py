@@ -49,8 +49,8 @@ GRPC_OPTIONS = (
 )
 
 
-async def serve(settings: Settings, load_engine: LoadEngine) -> None:
-    """Serves until SIGTERM or SIGINT, then drains; a second signal ends the process at once.
+async def serve(settings: Settings, load_engine: LoadEngine) -> bool:
+    """Serves until SIGTERM or SIGINT, then drains; a second signal ends the process at once. Whether all calls ended.
 
     Binds both ports first and answers 503 or `LoadingError` there while `load_engine` runs in a thread.
     Raises `StartError` for a taken port or a model that does not load.
@@ -58,6 +58,7 @@ async def serve(settings: Settings, load_engine: LoadEngine) -> None:
     started = time.perf_counter()
     state = ServerState()
     stopped = _stop_signal()
+    is_drained = False
     try:
         async with open_ports(state, settings) as healths:
             loading = _in_thread(load_engine, settings)
@@ -72,12 +73,14 @@ async def serve(settings: Settings, load_engine: LoadEngine) -> None:
             log_event(_log, "draining", signal=name, calls=state.calls)
             state.phase = Phase.DRAINING
             await healths.enter_graceful_shutdown()
-            if not await state.drained(settings.mm_drain_timeout_ms / 1e3):
+            is_drained = await state.drained(settings.mm_drain_timeout_ms / 1e3)
+            if not is_drained:
                 log_event(_log, "drain timed out", logging.WARNING, calls_cut=state.calls)
     finally:
         if state.loaded is not None:
-            state.loaded.engine.close()
+            await state.loaded.engine.aclose()
     log_event(_log, "stopped", seconds=time.perf_counter() - started)
+    return is_drained
 
 
 @asynccontextmanager

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import re
-import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 
 from rtp_mm.config import Settings, load_settings
-from rtp_mm.engine.interface import as_inputs
+from rtp_mm.engine.interface import as_inputs, time_limit_s
 from rtp_mm.errors import (
     DeadlineError,
     DownloadFailedError,
@@ -76,16 +75,13 @@ class RemoteEngine:
 
     def __init__(self, address: str, settings: Settings | None = None) -> None:
         self.address = server_address(address)
-        self._timeout_s = (settings or load_settings()).mm_timeout_ms / 1e3
+        self._settings = settings or load_settings()
         # The sync channel's calls are futures that any thread or event loop can wait for, so one channel serves all.
         self._channel = grpc.insecure_channel(self.address, options=_OPTIONS)
         self._stub = MultimodalRpcServiceStub(self._channel)
         self._embed_call = self._channel.unary_unary(
             method_path("RemoteMultimodalEmbedding"), request_serializer=MultimodalInputsPB.SerializeToString
         )
-        self._lock = threading.Lock()
-        self._running: set[grpc.Future] = set()
-        self._is_draining = False
 
     async def embed(
         self, inputs: Sequence[MultimodalInput], *, caller: Caller = LIBRARY_CALLER, timeout_s: float | None = None
@@ -134,37 +130,19 @@ class RemoteEngine:
             keys=tuple(status.cache_keys),
         )
 
-    async def drain(self, timeout_s: float) -> bool:
-        """Takes no new calls and waits for this engine's own; the server goes on."""
-        with self._lock:
-            self._is_draining = True
-            calls = [*self._running]
-        running = [_settled(call) for call in calls]
-        if not running:
-            return True
-        _, pending = await asyncio.wait(running, timeout=timeout_s)
-        return not pending
-
     def close(self) -> None:
         self._channel.close()
 
-    def _start(self, inputs: Sequence[MultimodalInput], timeout_s: float | None) -> grpc.Future:
-        request = wire.write_inputs(inputs)
-        with self._lock:
-            if self._is_draining:
-                raise DrainingError("this engine takes no new calls")
-            call = self._embed_call.future(
-                request,
-                timeout=self._timeout_s if timeout_s is None else timeout_s,
-                metadata=((wire.WIRE_METADATA, "items"),),
-            )
-            self._running.add(call)
-        call.add_done_callback(self._forget)
-        return call
+    async def aclose(self) -> None:
+        await asyncio.to_thread(self.close)
 
-    def _forget(self, call: grpc.Future) -> None:
-        with self._lock:
-            self._running.discard(call)
+    def _start(self, inputs: Sequence[MultimodalInput], timeout_s: float | None) -> grpc.Future:
+        limit_s = time_limit_s(inputs, timeout_s, self._settings)
+        metadata = ((wire.WIRE_METADATA, "items"),)
+        try:
+            return self._embed_call.future(wire.write_inputs(inputs), timeout=limit_s, metadata=metadata)
+        except ValueError:  # what grpc says of a closed channel
+            raise DrainingError("the engine is closed") from None
 
     def _finish(self, call: grpc.Future) -> MMEmbeddingRes:
         """The answer; blocks until it is there."""

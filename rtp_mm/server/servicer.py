@@ -7,7 +7,7 @@ import ipaddress
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,7 +21,7 @@ from rtp_mm.logs import log_event
 from rtp_mm.server import wire
 from rtp_mm.server.proto import CacheStatusPB, MultimodalRpcServiceServicer, WorkerStatusPB
 from rtp_mm.server.state import Phase, ServerState
-from rtp_mm.types import Caller, MMEmbeddingRes, MultimodalInput
+from rtp_mm.types import Caller, MMEmbeddingRes
 
 REQUEST_ID_METADATA = "rtp-mm-request-id"
 _access = logging.getLogger("rtp_mm.access")
@@ -78,8 +78,7 @@ class MultimodalServicer(MultimodalRpcServiceServicer):
         context.add_done_callback(lambda _: self._state.leave())  # runs once the reply is sent, or the caller gone
         form = wire.choose_form(request, context.invocation_metadata() or (), self._settings)
         inputs = wire.read_inputs(request)
-        timeout_s = time_limit_s(inputs, context.time_remaining(), self._settings)
-        result = await engine.embed(inputs, caller=call.caller, timeout_s=timeout_s)
+        result = await engine.embed(inputs, caller=call.caller, timeout_s=context.time_remaining())
         call.finished(result)
         return wire.write_result(result, form)
 
@@ -163,17 +162,6 @@ def _log_access(call: Call, failure: MMError | None, status: str) -> None:
         **stages,
         error=failure.wire_message if failure else None,
     )
-
-
-def time_limit_s(inputs: Iterable[MultimodalInput], remaining_s: float | None, settings: Settings) -> float:
-    """Seconds for the whole request: the smallest of the call's deadline, MM_TIMEOUT_MS, and the largest
-    `mm_timeout_ms` among the items (each item grants the request its own time; the slowest counts).
-    """
-    limits_ms = [settings.mm_timeout_ms]
-    if granted := [item.config.timeout_ms for item in inputs if item.config.timeout_ms is not None]:
-        limits_ms.append(max(granted))
-    limit_s = min(limits_ms) / 1e3
-    return limit_s if remaining_s is None else min(limit_s, max(remaining_s, 0.0))
 
 
 def caller_of(peer: str) -> Caller:

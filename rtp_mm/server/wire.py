@@ -71,19 +71,31 @@ def _read_input(item: Any) -> MultimodalInput:
     return MultimodalInput(item.multimodal_url, mm_type, MMPreprocessConfig(**config), tensor)
 
 
-def write_inputs(inputs: Iterable[MultimodalInput]) -> Any:
-    """Inputs -> `MultimodalInputsPB`, the client's side."""
-    return MultimodalInputsPB(multimodal_inputs=[_write_input(item) for item in inputs])
+def write_inputs(inputs: Sequence[MultimodalInput]) -> Any:
+    """Inputs -> `MultimodalInputsPB`, the client's side. Raises `BadItemsError` for what the wire cannot carry."""
+    messages, failures = [], []
+    for index, item in enumerate(inputs):
+        try:
+            messages.append(_write_input(item))
+        except WrongFormatError as error:
+            failures.append(ItemFailure(index, redact(item.url), error))
+    if failures:
+        raise BadItemsError(failures)
+    return MultimodalInputsPB(multimodal_inputs=messages)
 
 
 def _write_input(item: MultimodalInput) -> Any:
-    message = MultimodalInputPB(
-        multimodal_url=item.url,
-        multimodal_type=item.mm_type,
-        mm_preprocess_config=MMPreprocessConfigPB(**{name: getattr(item.config, name) for name in _CONFIG_FIELDS}),
-    )
-    if item.mm_type is MMUrlType.TENSOR:
-        message.multimodal_tensor.CopyFrom(trans_from_array(np.asarray(item.tensor)))
+    try:
+        message = MultimodalInputPB(
+            multimodal_url=item.url,
+            multimodal_type=item.mm_type,
+            mm_preprocess_config=MMPreprocessConfigPB(**{name: getattr(item.config, name) for name in _CONFIG_FIELDS}),
+        )
+        tensor = np.asarray(item.tensor) if item.mm_type is MMUrlType.TENSOR else None
+    except (ValueError, TypeError, RuntimeError) as error:  # no UTF-8, over 32 bits, no integer; bfloat16, on a device
+        raise WrongFormatError(f"cannot be sent: {error}") from None
+    if tensor is not None:
+        message.multimodal_tensor.CopyFrom(trans_from_array(tensor))
     return message
 
 

@@ -50,9 +50,9 @@ class Checkpoint:
             if path.exists():
                 try:
                     weight_map: dict[str, str] = json.loads(path.read_bytes())["weight_map"]
-                except (ValueError, KeyError) as error:
+                    return {name: self.folder / file for name, file in weight_map.items()}
+                except (ValueError, KeyError, TypeError, AttributeError) as error:
                     raise StartError(f"{path} is no index of a checkpoint: {error!r}") from None
-                return {name: self.folder / file for name, file in weight_map.items()}
         return {}
 
     def _read_headers(self) -> dict[str, Path]:
@@ -75,4 +75,7 @@ class Checkpoint:
 def _open_file(path: Path) -> Any:
     if path.suffix == ".safetensors":
         return safe_open(path, framework="pt")
-    return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    if not isinstance(tensors, Mapping):
+        raise StartError(f"{path} must hold tensors by name, got {type(tensors).__name__}")
+    return tensors

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rtp_mm import ops
+from rtp_mm.errors import StartError
 from rtp_mm.types import Patches
 from rtp_mm.vit.attention import VARLEN_ATTENTION, Segments, choose_attention
 from rtp_mm.vit.layers import Block, GatedMlp, LayerNorm, Mlp, PatchMerger, RMSNorm, SelfAttention
-from rtp_mm.vit.linear import ROW_MULTIPLE, Linear, Scratch, choose_gemm, compute_dtype
+from rtp_mm.vit.linear import Linear, choose_gemm, compute_dtype
 from rtp_mm.vit.patch_embed import PatchEmbed
 from rtp_mm.vit.rope import rotary_table
 
@@ -44,6 +45,23 @@ class TowerConfig:
     is_gated: bool
     window: int = 0  # side of an attention window in merged cells; 0: none
     full_attention_blocks: frozenset[int] = frozenset()  # the blocks that attend per frame where there are windows
+
+    POSITIVE: ClassVar = (
+        *("depth", "hidden_size", "num_heads", "intermediate_size", "out_hidden_size"),
+        *("patch_size", "spatial_merge_size", "temporal_patch_size", "in_channels"),
+    )
+
+    def __post_init__(self) -> None:
+        """Raises `StartError` for what no tower can be."""
+        for name in self.POSITIVE:
+            if type(value := getattr(self, name)) is not int or value < 1:
+                raise StartError(f"vision_config: {name} must be a positive integer, got {value!r}")
+        if type(self.window) is not int or self.window < 0:
+            raise StartError(f"vision_config: the attention window must not be negative, got {self.window!r}")
+        if self.hidden_size % self.num_heads or self.head_dim % 4:
+            raise StartError(
+                f"vision_config: {self.hidden_size} channels cannot be {self.num_heads} heads of a multiple of 4"
+            )
 
     @property
     def head_dim(self) -> int:
@@ -80,7 +98,9 @@ class VisionTower(nn.Module):
         self.device = device
         self.compute_dtype = compute_dtype(dtype, device)
         self.attention_backend = choose_attention(attention, self.compute_dtype, device)
-        linear = partial(Linear, dtype=dtype, gemm=choose_gemm(device), scratch=Scratch())
+        gemm = choose_gemm(device, self.compute_dtype)
+        self._row_multiple = gemm.row_multiple * config.spatial_merge_size**2  # for the merger's rows too
+        linear = partial(Linear, dtype=dtype, gemm=gemm)
         norm = LayerNorm if config.norm == "layer" else RMSNorm
         mlp = GatedMlp if config.is_gated else Mlp
         dim = config.hidden_size
@@ -101,9 +121,13 @@ class VisionTower(nn.Module):
             )
 
     def prepare(self, image_mean: Sequence[float], image_std: Sequence[float]) -> None:
-        """Folds the processor's normalisation into the patch embedding; once, after the weights are loaded."""
+        """Folds the processor's normalisation into the patch embedding and packs the GEMMs' weights; once, after
+        loading."""
         is_cpu = self.device.type == "cpu"
         self.patch_embed.fold(image_mean, image_std, torch.float32 if is_cpu else self.dtype)
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.prepare()
 
     @torch.inference_mode()
     def forward(self, items: Sequence[Patches]) -> list[tuple[Tensor, Tensor]]:
@@ -120,10 +144,10 @@ class VisionTower(nn.Module):
 
         x = self._embed_rows([item.rows for item in packed], positions.window_order if window else None)
         patches = x.shape[0]
-        # Rows up to a multiple that keeps every GEMM's rows independent, the merger's (merge^2 to one) included.
-        # They belong to no segment, stay finite, and are cut off at the end.
-        padding = -patches % (ROW_MULTIPLE * merge**2)
-        x = F.pad(x, (0, 0, 0, padding))
+        # Rows up to a multiple that keeps every GEMM's rows independent: of no segment, finite, cut off at the end.
+        padding = -patches % self._row_multiple
+        if padding:
+            x = F.pad(x, (0, 0, 0, padding))
 
         rope_hw = positions.rope_hw
         if window:

@@ -14,6 +14,7 @@ from rtp_mm.vit.checkpoint import Checkpoint
 
 # Buffers that some versions saved; a tower computes them.
 IGNORED_SUFFIXES = (".inv_freq", ".position_ids")
+FLOATS = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
 LISTED = 5  # names in an error; the rest are counted
 
 
@@ -36,15 +37,19 @@ class WeightPlan:
         return [name for sources in self.sources.values() for name in sources]
 
 
-def find_prefix(names: frozenset[str], wanted: Sequence[str], declared: str) -> str:
-    """The prefix under which `names` has all of `wanted`: the declared one, else the shortest that is anywhere.
+def find_prefix(names: frozenset[str], plan: WeightPlan) -> str:
+    """The prefix under which `names` has all that the plan wants: the declared one, else, for a plan that owns its
+    prefix, the shortest that is anywhere.
 
     Saves of one family differ in it: `visual.`, `model.visual.`, `thinker.visual.`. Raises `StartError`, naming what
     is missing under the prefix that has most.
     """
-    candidates = {declared} | {name.removesuffix(wanted[0]) for name in names if name.endswith(wanted[0])}
+    wanted = plan.names
+    candidates = {plan.prefix}
+    if plan.is_owner:
+        candidates |= {name.removesuffix(wanted[0]) for name in names if name.endswith(wanted[0])}
     missing = {prefix: [w for w in wanted if prefix + w not in names] for prefix in candidates}
-    best = min(candidates, key=lambda prefix: (len(missing[prefix]), prefix != declared, len(prefix), prefix))
+    best = min(candidates, key=lambda prefix: (len(missing[prefix]), prefix != plan.prefix, len(prefix), prefix))
     if missing[best]:
         raise StartError(f"the checkpoint lacks {_listing(best + name for name in missing[best])}")
     return best
@@ -56,7 +61,7 @@ def load_weights(model: object, plan: WeightPlan, checkpoint: Checkpoint, device
     Returns a fingerprint (hex) of the bytes as they stand in the checkpoint. Raises `StartError` that names missing,
     extra and misshapen tensors.
     """
-    prefix = find_prefix(checkpoint.names, plan.names, plan.prefix)
+    prefix = find_prefix(checkpoint.names, plan)
     if plan.is_owner:
         _refuse_extra(checkpoint.names, prefix, plan.names)
     fingerprint = blake3(max_threads=blake3.AUTO)
@@ -66,7 +71,7 @@ def load_weights(model: object, plan: WeightPlan, checkpoint: Checkpoint, device
         for source, tensor in zip(sources, tensors.values(), strict=True):
             fingerprint.update(source.encode())
             fingerprint.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        _assign(owner, leaf, _joined(tensors, getattr(owner, leaf), device))
+        _fill(owner, leaf, tensors, device)
     return str(fingerprint.hexdigest())
 
 
@@ -79,25 +84,35 @@ def _resolve(model: object, path: str) -> tuple[object, str]:
     return owner, leaf
 
 
-def _joined(tensors: Mapping[str, Tensor], target: Tensor, device: torch.device) -> Tensor:
-    """The tensors one after another, in the dtype and shape of `target`, in memory of their own."""
-    parts = list(tensors.values())
-    rows = [part.shape[0] if part.ndim else 1 for part in parts]
-    shape = parts[0].shape if len(parts) == 1 else torch.Size((sum(rows), *parts[0].shape[1:]))
-    if shape != target.shape or any(part.shape[1:] != parts[0].shape[1:] for part in parts):
-        came = ", ".join(f"{name} {list(part.shape)}" for name, part in tensors.items())
-        raise StartError(f"misshapen: {came}, but the configuration asks for {list(target.shape)}")
-    value = torch.empty(shape, dtype=target.dtype, device=device)
-    for part, place in zip(parts, value.split(rows) if value.ndim else [value], strict=True):
+def _fill(owner: object, leaf: str, tensors: Mapping[str, Tensor], device: torch.device) -> None:
+    """Writes the tensors, one after another, into what stands at `owner.leaf`, in its dtype and shape.
+
+    In place, so that whatever shares the parameter sees it; one on the meta device is replaced by a real one.
+    """
+    target: Tensor = getattr(owner, leaf)
+    _check(target, tensors)
+    value = torch.empty_like(target, device=device) if target.is_meta else target.data
+    rows = [part.shape[0] if part.ndim else 1 for part in tensors.values()]
+    for part, place in zip(tensors.values(), value.split(rows) if value.ndim else [value], strict=True):
         place.copy_(part)
     if target.dtype == torch.float16 and not torch.isfinite(value).all():
         raise StartError(f"{', '.join(tensors)}: too large for fp16; use ACT_TYPE=bf16 or fp32")
-    return value
+    if target.is_meta:
+        is_parameter = isinstance(target, nn.Parameter)
+        setattr(owner, leaf, nn.Parameter(value, requires_grad=False) if is_parameter else value)
 
 
-def _assign(owner: object, leaf: str, value: Tensor) -> None:
-    is_parameter = isinstance(getattr(owner, leaf), nn.Parameter)
-    setattr(owner, leaf, nn.Parameter(value, requires_grad=False) if is_parameter else value)
+def _check(target: Tensor, tensors: Mapping[str, Tensor]) -> None:
+    """Raises `StartError` for tensors that have another shape together, or hold no plain floating-point numbers."""
+    parts = list(tensors.values())
+    rows = sum(part.shape[0] for part in parts if part.ndim)
+    shape = parts[0].shape if len(parts) == 1 else torch.Size((rows, *parts[0].shape[1:]))
+    if shape != target.shape or any(part.shape[1:] != parts[0].shape[1:] for part in parts):
+        came = ", ".join(f"{name} {list(part.shape)}" for name, part in tensors.items())
+        raise StartError(f"misshapen: {came}, but the configuration asks for {list(target.shape)}")
+    for name, part in tensors.items():
+        if target.is_floating_point() and part.dtype not in FLOATS:
+            raise StartError(f"{name} is {part.dtype}: quantised checkpoints are not supported")
 
 
 def _refuse_extra(names: frozenset[str], prefix: str, wanted: Sequence[str]) -> None:
