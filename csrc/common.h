@@ -26,6 +26,10 @@ void check(bool condition, const Parts&... parts) {
   throw std::runtime_error(message.str());
 }
 
+inline bool is_float(ScalarType dtype) {
+  return dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
+}
+
 inline const char* dtype_name(ScalarType dtype) {
   switch (dtype) {
     case ScalarType::Byte:

@@ -4,64 +4,116 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
-#include "cpu/patchify.h"
+#include "cpu/resize.h"
 
 namespace py = pybind11;
 
 namespace rtp_mm {
 namespace {
 
-std::string describe(const py::array& array) {
-  std::string text = py::str(py::tuple(array.attr("shape"))).cast<std::string>();
-  text += " " + py::str(array.dtype()).cast<std::string>();
-  return array.flags() & py::array::c_style ? text : text + " not contiguous";
-}
+constexpr std::array kLevels = {std::pair{"portable", ResizeLevel::kPortable}, std::pair{"avx2", ResizeLevel::kAvx2},
+                                std::pair{"avx512_vnni", ResizeLevel::kAvx512Vnni}};
+
+constexpr std::array kFilters = {
+    std::pair{"nearest", ResizeFilter::kNearest},   std::pair{"box", ResizeFilter::kBox},
+    std::pair{"bilinear", ResizeFilter::kBilinear}, std::pair{"hamming", ResizeFilter::kHamming},
+    std::pair{"bicubic", ResizeFilter::kBicubic},   std::pair{"lanczos", ResizeFilter::kLanczos}};
+
+constexpr std::array kIsVerticalFirst = {std::pair{"horizontal", false}, std::pair{"vertical", true}};
 
 void check(bool condition, const std::string& message) {
-  if (!condition) throw py::value_error(message);
+  if (!condition) throw py::value_error("resize_patchify: " + message);
 }
 
-bool is_contiguous_bytes(const py::array& array) {
-  return py::isinstance<py::array_t<uint8_t>>(array) && (array.flags() & py::array::c_style);
+std::string text(const py::handle& value) { return py::str(value).cast<std::string>(); }
+
+std::string describe(const py::array& array) {
+  std::string description = text(py::tuple(array.attr("shape"))) + " " + text(array.dtype());
+  if (!(array.flags() & py::array::c_style)) description += " with strides " + text(py::tuple(array.attr("strides")));
+  return description;
 }
 
-py::array patchify_array(const py::array& frames, int64_t patch, int64_t merge, int64_t temporal,
-                         const std::optional<py::array>& out) {
-  check(is_contiguous_bytes(frames) && frames.ndim() == 4 && frames.shape(3) == 3,
-        "patchify: frames must be contiguous [F, H, W, 3] uint8, got " + describe(frames));
-  check(patch > 0 && merge > 0 && temporal > 0,
-        "patchify: patch_size, merge_size and temporal_patch_size must be positive");
-  const Patchify job{static_cast<const uint8_t*>(frames.data()),
-                     frames.shape(0),
-                     frames.shape(1),
-                     frames.shape(2),
-                     patch,
-                     merge,
-                     temporal};
-  check(job.frames % temporal == 0, "patchify: F must be divisible by temporal_patch_size " + std::to_string(temporal) +
-                                        ", got " + describe(frames));
-  check(job.height % patch == 0 && job.width % patch == 0 && job.height / patch % merge == 0 &&
-            job.width / patch % merge == 0,
-        "patchify: H and W must be divisible by patch_size * merge_size = " + std::to_string(patch) + " * " +
-            std::to_string(merge) + ", got " + describe(frames));
-  const std::vector<py::ssize_t> shape{job.frames / temporal * (job.height / patch) * (job.width / patch),
-                                       3 * temporal * patch * patch};
+// The value of a name in one of the tables above.
+template <class Table>
+auto lookup(const Table& table, const char* what, const std::string& name) {
+  std::string names;
+  for (const auto& [known, value] : table) {
+    if (name == known) return value;
+    names += names.empty() ? "" : ", ";
+    names += known;
+  }
+  throw py::value_error("resize_patchify: " + std::string(what) + " must be one of " + names + ", got " + name);
+}
+
+std::vector<std::string> resize_levels() {
+  std::vector<std::string> names;
+  for (const auto& [name, level] : kLevels) {
+    if (level <= best_resize_level()) names.emplace_back(name);
+  }
+  return names;
+}
+
+ResizeLevel level_of(const std::optional<std::string>& name) {
+  if (!name) return best_resize_level();
+  const ResizeLevel level = lookup(kLevels, "level", *name);
+  check(level <= best_resize_level(), "this CPU lacks level " + *name);
+  return level;
+}
+
+PixelView view_of(const py::array& image) {
+  check(py::isinstance<py::array_t<uint8_t>>(image) && image.ndim() == 3 && image.shape(2) == 3 && image.size() > 0,
+        "image must be [H, W, 3] uint8 and not empty, got " + describe(image));
+  PixelView view{static_cast<const uint8_t*>(image.data()), image.shape(0), image.shape(1), image.strides(0),
+                 image.strides(1)};
+  if (view.width == 1) view.pixel_stride = 3;  // the stride of a single element says nothing
+  const int64_t row_bytes = (view.width - 1) * view.pixel_stride + 3;
+  if (view.height == 1) view.row_stride = row_bytes;
+  check(image.strides(2) == 1 && (view.pixel_stride == 3 || view.pixel_stride == 4) && view.row_stride >= row_bytes,
+        "image must have strides (>= row, 3 or 4, 1), got " + describe(image));
+  return view;
+}
+
+py::array resize_patchify_array(const py::array& image, int64_t height, int64_t width, int64_t patch, int64_t merge,
+                                const std::string& order, const std::string& filter, int64_t temporal, int64_t slot,
+                                const std::optional<std::string>& level, const std::optional<py::array>& out) {
+  const PixelView view = view_of(image);
+  check(patch > 0 && merge > 0,
+        "patch_size and merge_size must be positive, got " + std::to_string(patch) + " and " + std::to_string(merge));
+  check(height > 0 && width > 0 && height % patch == 0 && width % patch == 0 && height / patch % merge == 0 &&
+            width / patch % merge == 0,
+        "height and width must be multiples of patch_size * merge_size = " + std::to_string(patch) + " * " +
+            std::to_string(merge) + ", got " + std::to_string(height) + " and " + std::to_string(width));
+  check(0 <= slot && slot < temporal,
+        "slot must be within temporal_patch_size " + std::to_string(temporal) + ", got " + std::to_string(slot));
+  check(temporal == 1 || out, "frames of one clip go into one array: out must be given");
+  const std::vector<py::ssize_t> shape{height / patch * (width / patch), 3 * temporal * patch * patch};
   if (out) {
-    check(is_contiguous_bytes(*out) && out->writeable() && out->ndim() == 2 && out->shape(0) == shape[0] &&
-              out->shape(1) == shape[1],
-          "patchify: out must be writeable contiguous [" + std::to_string(shape[0]) + ", " + std::to_string(shape[1]) +
+    check(py::isinstance<py::array_t<uint8_t>>(*out) && (out->flags() & py::array::c_style) && out->writeable() &&
+              out->ndim() == 2 && out->shape(0) == shape[0] && out->shape(1) == shape[1],
+          "out must be writeable contiguous [" + std::to_string(shape[0]) + ", " + std::to_string(shape[1]) +
               "] uint8, got " + describe(*out));
   }
+  const ResizePatchify job{height,
+                           width,
+                           patch,
+                           merge,
+                           temporal,
+                           slot,
+                           lookup(kFilters, "filter", filter),
+                           lookup(kIsVerticalFirst, "order", order),
+                           level_of(level)};
   py::array rows = out ? *out : py::array(py::dtype::of<uint8_t>(), shape);
   uint8_t* pointer = static_cast<uint8_t*>(rows.mutable_data());
   {
     py::gil_scoped_release release;
-    patchify(job, pointer);
+    resize_patchify(view, job, pointer);
   }
   return rows;
 }
@@ -71,7 +123,10 @@ py::array patchify_array(const py::array& frames, int64_t patch, int64_t merge, 
 
 PYBIND11_MODULE(_core, m) {
   m.doc() = "Preprocessing on the CPU without torch.";
-  m.def("patchify", &rtp_mm::patchify_array, py::arg("frames"), py::arg("patch_size"), py::arg("merge_size"),
-        py::arg("temporal_patch_size"), py::arg("out") = py::none(),
-        "[F, H, W, 3] uint8 -> [F/T * H/P * W/P, 3 * T * P * P] uint8 in merge-block order, columns (c, t, y, x).");
+  m.def("resize_patchify", &rtp_mm::resize_patchify_array, py::arg("image"), py::arg("height"), py::arg("width"),
+        py::arg("patch_size"), py::arg("merge_size"), py::kw_only(), py::arg("order") = "horizontal",
+        py::arg("filter") = "bicubic", py::arg("temporal_patch_size") = 1, py::arg("slot") = 0,
+        py::arg("level") = py::none(), py::arg("out") = py::none(),
+        "[H, W, 3] uint8 -> [height/P * width/P, 3 * T * P * P] uint8: Pillow's resize, cut into patch rows.");
+  m.def("resize_levels", &rtp_mm::resize_levels, "Instruction sets that this CPU can run, slowest first.");
 }

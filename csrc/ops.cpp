@@ -9,4 +9,8 @@ STABLE_TORCH_LIBRARY(rtp_mm, m) {
   m.def(
       "patch_embed(Tensor rows, Tensor weight, Tensor bias, float scale, Tensor? order, ScalarType out_dtype) -> "
       "Tensor");
+  m.def("pack_linear(Tensor weight, int parts) -> Tensor");
+  m.def("packed_linear(Tensor x, Tensor packed, Tensor bias, str activation) -> Tensor");
+  m.def("packed_linear_add_(Tensor(a!) out, Tensor x, Tensor packed, Tensor bias) -> ()");
+  m.def("packed_attention(Tensor qkv, Tensor cos, Tensor sin, Tensor cu_seqlens) -> Tensor");
 }

@@ -8,10 +8,6 @@
 
 namespace rtp_mm {
 
-inline bool is_float(ScalarType dtype) {
-  return dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
-}
-
 // The rows of an order's group; 1 without an order.
 inline int64_t check_patch_embed(const Tensor& rows, const Tensor& weight, const Tensor& bias,
                                  const std::optional<Tensor>& order, ScalarType out_dtype) {

@@ -1,21 +1,36 @@
 """Preprocessing on the CPU without torch (csrc/core_module.cpp)."""
 
+from typing import Literal
+
 import numpy as np
 from numpy.typing import NDArray
 
-def patchify(
-    frames: NDArray[np.uint8],
+def resize_patchify(
+    image: NDArray[np.uint8],
+    height: int,
+    width: int,
     patch_size: int,
     merge_size: int,
-    temporal_patch_size: int,
+    *,
+    order: Literal["horizontal", "vertical"] = "horizontal",
+    filter: Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"] = "bicubic",
+    temporal_patch_size: int = 1,
+    slot: int = 0,
+    level: str | None = None,
     out: NDArray[np.uint8] | None = None,
 ) -> NDArray[np.uint8]:
-    """Cuts frames into patch rows and releases the GIL meanwhile.
+    """Pillow's 8-bit resize to `height` x `width`, byte for byte, cut into patch rows; releases the GIL meanwhile.
 
-    frames: [F, H, W, 3] contiguous, F divisible by `temporal_patch_size` T (1 for a still image), H and W by
-            `patch_size * merge_size`.
-    out:    [F/T * H/P * W/P, 3 * T * P * P] contiguous, written and returned; a new array if left out.
+    image:  [H, W, 3] with any row stride, 3 or 4 bytes from pixel to pixel: a crop is a view.
+    order:  the pass that goes first; each rounds to bytes. A pass that changes no size changes nothing.
+    slot:   which of the `temporal_patch_size` T frames of a patch the image is; only its columns are written. A still
+            image is 0 of 1.
+    level:  one of `resize_levels()`; the last and fastest if left out. All give the same bytes.
+    out:    [height/P * width/P, 3 * T * P * P] contiguous, written and returned; a new array if left out.
 
-    Rows are in merge-block order, (frame group, block row, block column, row in block, column in block), columns
-    (channel, frame, y, x). Raises `ValueError` that says what came.
+    Rows are in merge-block order, (block row, block column, row in block, column in block), columns (channel, frame,
+    y, x). Raises `ValueError` that says what came.
     """
+
+def resize_levels() -> list[str]:
+    """The instruction sets that this CPU can run, slowest first."""

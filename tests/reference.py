@@ -72,3 +72,35 @@ def patchify(
     blocks = frames.reshape(f // t, t, height // (p * m), m, p, width // (p * m), m, p, channels)
     #                         0     1          2           3  4         5          6  7     8
     return blocks.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7).reshape(-1, channels * t * p * p)
+
+
+def packed_linear(x: Tensor, weight: Tensor, bias: Tensor, activation: str) -> Tensor:
+    """[M, N], or [M, N / 2] for a gate, in float64."""
+    y = x.double() @ weight.double().T + bias.double()
+    if activation == "silu_gate":
+        gate, up = y.chunk(2, dim=1)
+        return gate / (1 + (-gate).exp()) * up
+    if activation == "gelu":
+        return y * 0.5 * torch.special.erfc(-y / 2**0.5)
+    return y / (1 + (-1.702 * y).exp()) if activation == "quick_gelu" else y
+
+
+def packed_attention(qkv: Tensor, cos: Tensor, sin: Tensor, lengths: Sequence[int]) -> Tensor:
+    """[N, heads, dim] float64: segment by segment and head by head, the whole score matrix at once."""
+    half = qkv.shape[-1] // 2
+    q, k, v = qkv.double().unbind(1)
+    cos, sin = cos.double()[:, None], sin.double()[:, None]
+
+    def rotate(x: Tensor) -> Tensor:
+        return torch.cat((x[..., :half] * cos - x[..., half:] * sin, x[..., half:] * cos + x[..., :half] * sin), -1)
+
+    q, k = rotate(q), rotate(k)
+    out = torch.zeros_like(v)
+    start = 0
+    for length in lengths:
+        rows = slice(start, start + length)
+        for head in range(v.shape[1]):
+            scores = q[rows, head] @ k[rows, head].T / (2 * half) ** 0.5
+            out[rows, head] = scores.softmax(-1) @ v[rows, head]
+        start += length
+    return out

@@ -135,6 +135,17 @@ def test_another_filter_or_order_would_be_seen(photos: dict[str, NDArray[np.uint
         assert (wrong != ours).mean() > 0.1
 
 
+@pytest.mark.parametrize("rule", ["pillow-12.1", "pillow-12.2", "pillow-13.0"])
+def test_a_rule_of_the_pass_order_can_be_fixed(photos: dict[str, NDArray[np.uint8]], rule: str) -> None:
+    image = Image.fromarray(photos["chelsea"])  # 451 x 300, shrinks in height only: 448 x 280 is asked for
+    options = PreprocessOptions(width=448, height=280)
+    ours = ImagePreprocessor.from_config(PUBLISHED, load_settings(mm_resize_order=rule))(
+        blob(encode(image)), MMUrlType.IMAGE, options
+    )
+    between = (451, 280) if rule == "pillow-13.0" else (448, 300)
+    assert_equal(ours, reference(image.resize(between, 3).resize((448, 280), 3)))
+
+
 def test_crop_comes_before_sizing(photos: dict[str, NDArray[np.uint8]]) -> None:
     image = Image.fromarray(photos["rocket"])  # 640 x 427
     options = PreprocessOptions(crop=CropBox(0.25, 0.5, 0.75, 1))
@@ -212,11 +223,12 @@ def test_every_rule_is_in_the_cache_key(monkeypatch: pytest.MonkeyPatch) -> None
             ("mm_exif_transpose", True),
             ("mm_allow_truncated_images", True),
             ("mm_max_pixels", 10**6),
+            ("mm_resize_order", "pillow-12.2"),
         ]
     ]
     keys = {p.cache_key for p in (PREPROCESS, *variants)}
     monkeypatch.setattr("PIL.__version__", "0")
-    assert len(keys | {PREPROCESS.cache_key}) == 5
+    assert len(keys | {PREPROCESS.cache_key}) == 6
 
 
 OLD = {"min_pixels": 3136, "max_pixels": 1003520, "patch_size": 14, "temporal_patch_size": 2, "merge_size": 2}

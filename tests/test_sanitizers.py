@@ -32,6 +32,12 @@ def test_algorithms_are_clean(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
 
 
+def test_the_resize_stays_within_its_memory(tmp_path: Path) -> None:
+    sources = [path for path in ALGORITHMS if path.stem.startswith(("resize", "patch_rows"))]
+    result = compile_and_run(tmp_path, CPP / "test_resize.cpp", *sources)
+    assert result.returncode == 0, result.stderr
+
+
 def test_cuda_kernels_are_clean_and_agree_with_the_cpu(tmp_path: Path) -> None:
     result = compile_and_run(tmp_path, CPP / "test_cuda_kernels.cpp", *KERNELS, *ALGORITHMS)
     assert result.returncode == 0, result.stderr

@@ -20,7 +20,7 @@ from rtp_mm.models.qwen2_vl import Qwen2VL
 from rtp_mm.models.registry import load_model
 from rtp_mm.types import Patches
 from rtp_mm.vit.attention import choose_attention
-from rtp_mm.vit.linear import CPU_GEMMS
+from rtp_mm.vit.linear import Gemm, PackedGemm, PlainGemm, onednn_product
 
 Load = Callable[..., Any]
 # Merged tokens 1, 2, 3, 5, 7, then windows whole, cut and both; sides of 28 are one merged cell.
@@ -126,16 +126,18 @@ def test_batching_is_invisible(act_type: str, model: Load, peer: HuggingFace, im
             assert torch.equal(position_ids, alone[i][1])
 
 
-def test_rows_of_the_chosen_gemm_do_not_depend_on_the_batch() -> None:
+@pytest.mark.parametrize("gemm", [PackedGemm(), PlainGemm(onednn_product)], ids=["packed", "onednn"])
+def test_rows_of_the_chosen_gemm_do_not_depend_on_the_batch(gemm: Gemm) -> None:
     """The property that batch invariance stands on, at a real layer's size."""
-    gemm = CPU_GEMMS["onednn"]
     generator = torch.Generator().manual_seed(0)
     x, weight = (torch.randn(rows, 3420, generator=generator) for rows in (528, 1280))
-    whole = gemm(x, weight, None)
-    for rows in (16, 32, 48, 112, 256):
-        assert torch.equal(gemm(x[16 : 16 + rows].clone(), weight, None), whole[16 : 16 + rows]), rows
+    packed, bias = gemm.pack(weight, "none"), torch.zeros(1280)
+    whole = gemm.linear(x, packed, bias, "none")
+    for rows in (1, 2, 3, 7, 16):
+        rows *= gemm.row_multiple
+        assert torch.equal(gemm.linear(x[16 : 16 + rows].clone(), packed, bias, "none"), whole[16 : 16 + rows]), rows
 
 
 def test_a_forced_backend_that_cannot_run_is_refused() -> None:
-    with pytest.raises(StartError, match=r"MM_ATTENTION=flash cannot run .* usable: sdpa"):
+    with pytest.raises(StartError, match=r"MM_ATTENTION=flash cannot run .* usable: packed, sdpa"):
         choose_attention("flash", torch.float32, torch.device("cpu"))

@@ -2,12 +2,9 @@
 
 #include <cstdint>
 
+#include "cpu/isa.h"
+
 namespace rtp_mm {
-
-// Instruction sets that the GEMM is written for, each one a superset of those before.
-enum class Isa { kPortable, kAvx2, kAvx512 };
-
-Isa best_isa();  // of this CPU
 
 // out[i] = scale * sum_k (rows[r(i), k] - 128) * weight[:, k] + bias, in float32, rounded once.
 struct PatchEmbed {

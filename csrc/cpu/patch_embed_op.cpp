@@ -1,24 +1,11 @@
 #include <memory>
 
-#include "cpu/float_formats.h"
+#include "cpu/float_types.h"
 #include "cpu/patch_embed.h"
 #include "patch_embed_door.h"
 
 namespace rtp_mm {
 namespace {
-
-// Calls f with a null pointer of the element type that stands for `dtype`.
-template <class F>
-void with_float_type(ScalarType dtype, const F& f) {
-  switch (dtype) {
-    case ScalarType::BFloat16:
-      return f(static_cast<BFloat16*>(nullptr));
-    case ScalarType::Half:
-      return f(static_cast<Float16*>(nullptr));
-    default:
-      return f(static_cast<float*>(nullptr));
-  }
-}
 
 Tensor patch_embed_cpu(const Tensor& rows, const Tensor& weight, const Tensor& bias, double scale,
                        const std::optional<Tensor>& order, ScalarType out_dtype) {

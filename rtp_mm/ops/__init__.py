@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
+from rtp_mm.ops.packed_attention import packed_attention
+from rtp_mm.ops.packed_linear import pack_linear, packed_linear, packed_linear_add_
 from rtp_mm.ops.patch_embed import patch_embed
 from rtp_mm.ops.positions import VisionPositions, vision_positions
 
-__all__ = ["VisionPositions", "patch_embed", "vision_positions"]
+__all__ = [
+    "VisionPositions",
+    "pack_linear",
+    "packed_attention",
+    "packed_linear",
+    "packed_linear_add_",
+    "patch_embed",
+    "vision_positions",
+]

@@ -7,7 +7,6 @@ from dataclasses import astuple, dataclass
 import numpy as np
 import PIL
 from numpy.typing import NDArray
-from PIL import Image
 
 from rtp_mm import _core
 from rtp_mm.config import Settings
@@ -15,6 +14,7 @@ from rtp_mm.errors import NotSupportedError, WrongFormatError
 from rtp_mm.media.image import check_pixels, decode
 from rtp_mm.media.sniff import sniff
 from rtp_mm.preprocess.image_config import ImageProcessorConfig
+from rtp_mm.preprocess.resize_order import ResizeRule, installed_rule, resize_order
 from rtp_mm.preprocess.sizes import crop_pixels, smart_resize
 from rtp_mm.types import Blob, MMUrlType, Patches, PreprocessOptions
 
@@ -36,10 +36,12 @@ class ImagePreprocessor:
     max_image_pixels: int  # of an image as it comes, and of one as a request asks for it
     allow_truncated: bool
     exif_transpose: bool
+    resize_rule: ResizeRule
 
     @classmethod
     def from_config(cls, config: ImageProcessorConfig, settings: Settings) -> ImagePreprocessor:
         """The checkpoint's rules with the server's limits."""
+        rule = settings.mm_resize_order
         return cls(
             patch_size=config.patch_size,
             merge_size=config.merge_size,
@@ -49,11 +51,12 @@ class ImagePreprocessor:
             max_image_pixels=settings.mm_max_pixels,
             allow_truncated=settings.mm_allow_truncated_images,
             exif_transpose=settings.mm_exif_transpose,
+            resize_rule=installed_rule() if rule == "auto" else rule,
         )
 
     @property
     def cache_key(self) -> tuple[object, ...]:
-        """All else that decides the bytes; Pillow's releases differ in decode and resize."""
+        """All else that decides the bytes; Pillow's releases differ in what they decode to."""
         return ("pillow", PIL.__version__, *astuple(self))
 
     def __call__(self, blob: Blob, mm_type: MMUrlType, options: PreprocessOptions) -> Patches:
@@ -67,8 +70,8 @@ class ImagePreprocessor:
             top, left, bottom, right = crop_pixels(image.shape[0], image.shape[1], options.crop)
             image = image[top:bottom, left:right]
         height, width = self._target_size(image.shape[0], image.shape[1], options)
-        image = _resize(image, height, width)
-        rows = _core.patchify(image[None], self.patch_size, self.merge_size, 1)
+        order = resize_order(image.shape[0], image.shape[1], height, width, self.resize_rule)
+        rows = _core.resize_patchify(image, height, width, self.patch_size, self.merge_size, order=order)
         return Patches(rows, (1, height // self.patch_size, width // self.patch_size))
 
     def _image(self, blob: Blob, mm_type: MMUrlType) -> NDArray[np.uint8]:
@@ -105,10 +108,3 @@ class ImagePreprocessor:
         height, width = smart_resize(options.height or height, options.width or width, factor, min_pixels, max_pixels)
         check_pixels(width, height, self.max_image_pixels)
         return height, width
-
-
-def _resize(image: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
-    """Pillow's bicubic on [H, W, 3], contiguous."""
-    if image.shape[:2] == (height, width):
-        return np.ascontiguousarray(image)
-    return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))

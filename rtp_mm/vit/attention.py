@@ -16,9 +16,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from rtp_mm import ops
 from rtp_mm.errors import StartError
+from rtp_mm.vit.rope import RotaryTable, rotate
 
-Attention = Callable[[Tensor, Tensor, Tensor, "Segments"], Tensor]
+# qkv [N, 3, heads, head_dim], not rotated yet -> [N, heads, head_dim]; rows past the last segment are padding and give
+# zeros. qkv may be overwritten.
+Attention = Callable[[Tensor, RotaryTable, "Segments"], Tensor]
 HALF = (torch.bfloat16, torch.float16)
 
 
@@ -50,8 +54,14 @@ class Segments:
         return cls(cu, max(lengths), groups)
 
 
-def sdpa(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
+def _rotated(qkv: Tensor, rotary: RotaryTable) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = qkv.unbind(1)
+    return rotate(q, rotary), rotate(k, rotary), v
+
+
+def sdpa(qkv: Tensor, rotary: RotaryTable, segments: Segments) -> Tensor:
     """torch's scaled_dot_product_attention, one call for all segments of one length. Any device, any dtype."""
+    q, k, v = _rotated(qkv, rotary)
     out = torch.zeros_like(q)
     for length, rows in segments.groups:
         # [N, heads, dim] -> [segments, heads, length, dim]
@@ -61,20 +71,27 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
     return out
 
 
-def torch_varlen(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
+def packed(qkv: Tensor, rotary: RotaryTable, segments: Segments) -> Tensor:
+    """Our own: CPU, float32."""
+    return ops.packed_attention(qkv, rotary.cos.squeeze(1), rotary.sin.squeeze(1), segments.cu)
+
+
+def torch_varlen(qkv: Tensor, rotary: RotaryTable, segments: Segments) -> Tensor:
     """torch.nn.attention.varlen (2.10+): CUDA, 16-bit."""
     from torch.nn.attention.varlen import varlen_attn
 
     # Where it can split the keys (torch after 2.11), it must not: by how much would depend on the rest of the batch.
     whole: dict[str, Any] = {"num_splits": 1} if "num_splits" in inspect.signature(varlen_attn).parameters else {}
+    q, k, v = _rotated(qkv, rotary)
     out: Any = varlen_attn(q, k, v, segments.cu, segments.cu, segments.max_length, segments.max_length, **whole)
     return _zero_padding(out, segments)
 
 
-def flash(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
+def flash(qkv: Tensor, rotary: RotaryTable, segments: Segments) -> Tensor:
     """The flash-attn package: CUDA, 16-bit."""
     from flash_attn import flash_attn_varlen_func
 
+    q, k, v = _rotated(qkv, rotary)
     longest = segments.max_length
     out: Tensor = flash_attn_varlen_func(q, k, v, segments.cu, segments.cu, longest, longest)
     return _zero_padding(out, segments)
@@ -86,14 +103,16 @@ def _zero_padding(out: Tensor, segments: Segments) -> Tensor:
     return out.masked_fill_(is_padding[:, None, None], 0)
 
 
-# In order of preference. q, k, v: [N, heads, head_dim]; rows past the last segment are padding and give zeros.
-VARLEN_ATTENTION: dict[str, Attention] = {"flash": flash, "torch": torch_varlen, "sdpa": sdpa}
+# In order of preference.
+VARLEN_ATTENTION: dict[str, Attention] = {"flash": flash, "torch": torch_varlen, "packed": packed, "sdpa": sdpa}
 
 
 def is_usable(name: str, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether the backend takes this dtype on this device and is installed."""
     if name == "sdpa":
         return True
+    if name == "packed":
+        return device.type == "cpu" and dtype == torch.float32
     if device.type != "cuda" or dtype not in HALF:
         return False
     return name == "torch" or importlib.util.find_spec("flash_attn") is not None

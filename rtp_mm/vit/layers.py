@@ -10,17 +10,9 @@ from torch.nn import functional as F
 
 from rtp_mm.vit.attention import Attention, Segments
 from rtp_mm.vit.linear import Linear
-from rtp_mm.vit.rope import RotaryTable, rotate
+from rtp_mm.vit.rope import RotaryTable
 
 NORM_EPS = 1e-6  # in the code of every family so far, never in a config file
-
-
-def quick_gelu(x: Tensor) -> Tensor:
-    """x * sigmoid(1.702 x): the GELU that CLIP was trained with."""
-    return x * torch.sigmoid(1.702 * x)
-
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu, "quick_gelu": quick_gelu}
 
 
 class LayerNorm(nn.Module):
@@ -49,54 +41,50 @@ class RMSNorm(nn.Module):
 class SelfAttention(nn.Module):
     """Rows attend within their segment; q, k and v come from one GEMM."""
 
-    def __init__(self, linear: Callable[[int, int], Linear], dim: int, heads: int, attention: Attention) -> None:
+    def __init__(self, linear: Callable[..., Linear], dim: int, heads: int, attention: Attention) -> None:
         super().__init__()
         self.qkv = linear(dim, 3 * dim)
         self.proj = linear(dim, dim)
         self._heads = heads
         self._attention = attention
 
-    def forward(self, x: Tensor, segments: Segments, rotary: RotaryTable) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self._heads, -1)).unbind(1)
-        attended = self._attention(rotate(q, rotary), rotate(k, rotary), v, segments)
-        out: Tensor = self.proj(attended.flatten(1))
-        return out
+    def forward(self, residual: Tensor, x: Tensor, segments: Segments, rotary: RotaryTable) -> Tensor:
+        """residual + proj(attention(x))."""
+        qkv = self.qkv(x).unflatten(-1, (3, self._heads, -1))
+        return self.proj.add_to(residual, self._attention(qkv, rotary, segments).flatten(1))
 
 
 class Mlp(nn.Module):
-    """down(act(up(x)))."""
+    """fc2(act(fc1(x)))."""
 
-    def __init__(self, linear: Callable[[int, int], Linear], dim: int, hidden: int, activation: str) -> None:
+    def __init__(self, linear: Callable[..., Linear], dim: int, hidden: int, activation: str) -> None:
         super().__init__()
-        self.fc1 = linear(dim, hidden)
+        self.fc1 = linear(dim, hidden, activation=activation)
         self.fc2 = linear(hidden, dim)
-        self._activation = ACTIVATIONS[activation]
 
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.fc2(self._activation(self.fc1(x)))
-        return out
+    def forward(self, residual: Tensor, x: Tensor) -> Tensor:
+        """residual + mlp(x)."""
+        return self.fc2.add_to(residual, self.fc1(x))
 
 
 class GatedMlp(nn.Module):
     """down(act(gate(x)) * up(x)); gate and up are one GEMM."""
 
-    def __init__(self, linear: Callable[[int, int], Linear], dim: int, hidden: int, activation: str) -> None:
+    def __init__(self, linear: Callable[..., Linear], dim: int, hidden: int, activation: str) -> None:
         super().__init__()
-        self.gate_up_proj = linear(dim, 2 * hidden)
+        self.gate_up_proj = linear(dim, 2 * hidden, activation=f"{activation}_gate")
         self.down_proj = linear(hidden, dim)
-        self._activation = ACTIVATIONS[activation]
 
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        out: Tensor = self.down_proj(self._activation(gate) * up)
-        return out
+    def forward(self, residual: Tensor, x: Tensor) -> Tensor:
+        """residual + mlp(x)."""
+        return self.down_proj.add_to(residual, self.gate_up_proj(x))
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block over the float32 residual stream [N, dim]."""
+    """A pre-norm transformer block over the float32 residual stream [N, dim], which it may overwrite."""
 
     def __init__(
-        self, norm: Callable[[int], nn.Module], attn: SelfAttention, mlp: nn.Module, dim: int, dtype: torch.dtype
+        self, norm: Callable[[int], nn.Module], attn: SelfAttention, mlp: Mlp | GatedMlp, dim: int, dtype: torch.dtype
     ) -> None:
         super().__init__()
         self.norm1 = norm(dim)
@@ -106,10 +94,9 @@ class Block(nn.Module):
         self._dtype = dtype
 
     def forward(self, x: Tensor, segments: Segments, rotary: RotaryTable) -> Tensor:
-        attended: Tensor = self.attn(self.norm1(x).to(self._dtype), segments, rotary)
-        x = x + attended
-        transformed: Tensor = self.mlp(self.norm2(x).to(self._dtype))
-        return x + transformed
+        x = self.attn(x, self.norm1(x).to(self._dtype), segments, rotary)
+        out: Tensor = self.mlp(x, self.norm2(x).to(self._dtype))
+        return out
 
 
 class PatchMerger(nn.Module):
@@ -117,7 +104,7 @@ class PatchMerger(nn.Module):
 
     def __init__(
         self,
-        linear: Callable[[int, int], Linear],
+        linear: Callable[..., Linear],
         norm: Callable[[int], nn.Module],
         dim: int,
         merge: int,
@@ -127,7 +114,8 @@ class PatchMerger(nn.Module):
         super().__init__()
         cell = dim * merge**2
         self.ln_q = norm(dim)
-        self.mlp = nn.Sequential(linear(cell, cell), nn.GELU(), linear(cell, out))
+        # In the checkpoint's numbering the GELU, which is fused, stands between.
+        self.mlp = nn.Sequential(linear(cell, cell, activation="gelu"), nn.Identity(), linear(cell, out))
         self._cell = cell
         self._dtype = dtype
 

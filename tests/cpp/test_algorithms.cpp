@@ -7,8 +7,9 @@
 #include <vector>
 
 #include "check.h"
+#include "cpu/packed_attention.h"
+#include "cpu/packed_linear.h"
 #include "cpu/patch_embed.h"
-#include "cpu/patchify.h"
 #include "cpu/vision_positions.h"
 #include "random_data.h"
 
@@ -80,20 +81,94 @@ void test_patch_embed(Isa isa, int64_t n, int64_t k, int64_t d, int64_t terms, i
   }
 }
 
-void test_patchify(int64_t frames, int64_t height, int64_t width, int64_t patch, int64_t merge, int64_t temporal) {
-  const std::vector<uint8_t> pixels = random_bytes(frames * height * width * 3);
-  std::vector<uint8_t> rows(pixels.size());
-  patchify({pixels.data(), frames, height, width, patch, merge, temporal}, rows.data());
-  // Every byte goes to one place: the place of pixel (f, y, x, c).
-  const int64_t block = patch * merge, row_bytes = 3 * temporal * patch * patch;
-  for (int64_t f = 0; f < frames; ++f) {
-    for (int64_t y = 0; y < height; ++y) {
-      for (int64_t x = 0; x < width; ++x) {
-        const int64_t blocks = (f / temporal * (height / block) + y / block) * (width / block) + x / block;
-        const int64_t row = (blocks * merge + y % block / patch) * merge + x % block / patch;
-        for (int64_t c = 0; c < 3; ++c) {
-          const int64_t column = ((c * temporal + f % temporal) * patch + y % patch) * patch + x % patch;
-          CHECK(rows[row * row_bytes + column] == pixels[((f * height + y) * width + x) * 3 + c]);
+template <class Weight>
+void test_packed_linear(Isa isa, Activation activation, bool is_added, int64_t m, int64_t k, int64_t width) {
+  const PanelLayout layout{width, activation == Activation::kSiluGate ? 2 : 1};
+  const std::vector<float> x = random_floats<float>(m * k), bias = random_floats<float>(layout.parts * width);
+  const std::vector<Weight> weight = random_floats<Weight>(layout.parts * width * k);
+  std::vector<Weight> panels(layout.panels() * k * kLinearPanel);
+  for (int64_t panel = 0; panel < layout.panels(); ++panel) {
+    pack_linear_panel(weight.data(), layout, k, panel, panels.data() + panel * k * kLinearPanel);
+  }
+  const std::vector<float> residual = random_floats<float>(m * width);
+  std::vector<float> out = residual;
+  const PackedLinear<Weight> job{x.data(), panels.data(), bias.data(), out.data(), m,
+                                 k,        layout,        activation,  is_added,   isa};
+  const int64_t middle = job.tiles() / 2;
+  job.run(middle, job.tiles());
+  job.run(0, middle);
+
+  // The last row alone has the same bits.
+  std::vector<float> last(residual.end() - width, residual.end());
+  PackedLinear<Weight> alone = job;
+  alone.x = x.data() + (m - 1) * k, alone.out = last.data(), alone.m = 1;
+  alone.run(0, alone.tiles());
+  CHECK(std::memcmp(last.data(), out.data() + (m - 1) * width, width * sizeof(float)) == 0);
+
+  for (int64_t i = 0; i < m; ++i) {
+    for (int64_t j = 0; j < width; ++j) {
+      double sums[2] = {}, magnitude = 1;
+      for (int64_t part = 0; part < layout.parts; ++part) {
+        const int64_t row = part * width + j;
+        sums[part] = bias[row];
+        for (int64_t l = 0; l < k; ++l) {
+          const double term = double{x[i * k + l]} * to_float(weight[row * k + l]);
+          sums[part] += term, magnitude += std::abs(term);
+        }
+      }
+      const double y = sums[0];
+      const double exact = activation == Activation::kSiluGate    ? y / (1 + std::exp(-y)) * sums[1]
+                           : activation == Activation::kGelu      ? y / 2 * std::erfc(-y / std::sqrt(2.0))
+                           : activation == Activation::kQuickGelu ? y / (1 + std::exp(-1.702 * y))
+                                                                  : y;
+      const double before = is_added ? residual[i * width + j] : 0;
+      CHECK(std::abs(out[i * width + j] - before - exact) <= 1e-6 * magnitude * (1 + std::abs(sums[1])));
+    }
+  }
+}
+
+void test_packed_attention(Isa isa, const std::vector<int32_t>& cu_seqlens, int64_t heads, int64_t dim) {
+  const int64_t n = cu_seqlens.back(), half = dim / 2;
+  const std::vector<float> qkv = random_floats<float>(n * 3 * heads * dim), angles = random_floats<float>(n * half);
+  std::vector<float> cos, sin, out(n * heads * dim);
+  for (float angle : angles) cos.push_back(std::cos(angle)), sin.push_back(std::sin(angle));
+  const PackedAttention job{
+      qkv.data(), cos.data(), sin.data(), cu_seqlens.data(), out.data(), static_cast<int64_t>(cu_seqlens.size()) - 1,
+      heads,      dim,        isa};
+  for (int64_t task = job.tasks(); task-- > 0;) job.run(task, task + 1);
+
+  std::vector<float> at_once(out.size());
+  PackedAttention whole = job;
+  whole.out = at_once.data();
+  whole.run(0, whole.tasks());
+  CHECK(std::memcmp(at_once.data(), out.data(), out.size() * sizeof(float)) == 0);
+
+  const auto rotated = [&](int64_t part, int64_t head, int64_t i) {
+    const float* row = qkv.data() + ((i * 3 + part) * heads + head) * dim;
+    std::vector<double> result(dim);
+    for (int64_t j = 0; j < half; ++j) {
+      const double c = cos[i * half + j], s = sin[i * half + j];
+      result[j] = row[j] * c - row[half + j] * s;
+      result[half + j] = row[half + j] * c + row[j] * s;
+    }
+    return result;
+  };
+  for (size_t s = 0; s + 1 < cu_seqlens.size(); ++s) {
+    for (int64_t head = 0; head < heads; ++head) {
+      for (int64_t i = cu_seqlens[s]; i < cu_seqlens[s + 1]; ++i) {
+        const std::vector<double> query = rotated(0, head, i);
+        std::vector<double> values(dim);
+        double sum = 0;
+        for (int64_t j = cu_seqlens[s]; j < cu_seqlens[s + 1]; ++j) {
+          const std::vector<double> key = rotated(1, head, j);
+          double score = 0;
+          for (int64_t l = 0; l < dim; ++l) score += query[l] * key[l];
+          const double weight = std::exp(score / std::sqrt(dim));
+          sum += weight;
+          for (int64_t l = 0; l < dim; ++l) values[l] += weight * qkv[((j * 3 + 2) * heads + head) * dim + l];
+        }
+        for (int64_t l = 0; l < dim; ++l) {
+          CHECK(std::abs(out[(i * heads + head) * dim + l] - values[l] / sum) <= 1e-5);
         }
       }
     }
@@ -116,8 +191,11 @@ int main() {
     test_patch_embed<float, BFloat16>(isa, 66, 129, 33, 2, 2);
     test_patch_embed<BFloat16, Float16>(isa, 7, 130, 32, 2, 7);
     test_patch_embed<Float16, float>(isa, 130, 5, 65, 1, 1);
+    test_packed_linear<float>(isa, Activation::kNone, true, 1, 1, 1);
+    test_packed_linear<BFloat16>(isa, Activation::kGelu, false, 29, 129, 33);
+    test_packed_linear<Float16>(isa, Activation::kQuickGelu, true, 15, 256, 64);
+    test_packed_linear<BFloat16>(isa, Activation::kSiluGate, false, 230, 7, 37);
+    test_packed_attention(isa, {0, 1, 1, 130, 160}, 2, 10);
+    test_packed_attention(isa, {0, 40}, 1, 128);
   }
-  test_patchify(1, 28, 56, 14, 2, 1);
-  test_patchify(4, 10, 15, 5, 1, 2);
-  test_patchify(2, 16, 16, 16, 1, 1);
 }

@@ -1,0 +1,116 @@
+"""The tower's CPU kernels against PyTorch's, at the shapes of Qwen2.5-VL, in GFLOP/s and parts of the machine's peak.
+
+    python -m benchmarks.bench_kernels [--threads 1]
+
+On one thread the clock is that thread's own, so that other work on the machine hardly counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from itertools import accumulate
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch.nn import functional as F
+
+from benchmarks.harness import interleave
+from benchmarks.peak import fma_peak
+from benchmarks.report import write_result
+from rtp_mm import ops
+from rtp_mm.vit.attention import Segments, sdpa
+from rtp_mm.vit.linear import ACTIVATIONS, onednn_product
+from rtp_mm.vit.rope import RotaryTable
+
+Contenders = dict[str, Callable[[], object]]
+
+# name, K, N, activation
+LAYERS = [
+    ("qkv", 1280, 3840, "none"),
+    ("proj", 1280, 1280, "none"),
+    ("gate/up", 1280, 6840, "silu_gate"),
+    ("down", 3420, 1280, "none"),
+    ("merger 1", 5120, 5120, "gelu"),
+    ("merger 2", 5120, 2048, "none"),
+]
+ROWS = (1768, 257, 64, 16, 1)
+SEGMENTS = {"windows": [64] * 27, "256": [256], "1768": [1768]}
+HEADS, HEAD_DIM = 16, 80
+
+
+def linear_contenders(rows: int, k: int, n: int, activation: str) -> tuple[Contenders, float]:
+    """Ours, and what runs in a tower otherwise: the same bf16 weights widened at each call, widened for good, or
+    bf16 throughout. And the floating-point operations."""
+    x, weight, bias = torch.randn(rows, k), (torch.randn(n, k) * k**-0.5).bfloat16(), torch.randn(n)
+    packed = ops.pack_linear(weight, 2 if activation == "silu_gate" else 1)
+    wide, scratch, half_x, half_bias = weight.float(), torch.empty(n, k), x.bfloat16(), bias.bfloat16()
+    act = ACTIVATIONS[activation]
+    return {
+        "ours": lambda: ops.packed_linear(x, packed, bias, activation),
+        "onednn, widened": lambda: act(onednn_product(x, scratch.copy_(weight), bias)),
+        "torch float32": lambda: act(F.linear(x, wide, bias)),
+        "torch bf16": lambda: act(F.linear(half_x, weight, half_bias)),
+    }, 2.0 * rows * k * n
+
+
+def attention_contenders(lengths: list[int]) -> tuple[Contenders, float]:
+    rows = sum(lengths)
+    qkv, angles = torch.randn(rows, 3, HEADS, HEAD_DIM), torch.randn(rows, HEAD_DIM // 2)
+    cos, sin = angles.cos(), angles.sin()
+    cu = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+    segments, rotary, half = Segments.from_lengths(cu, lengths), RotaryTable(cos[:, None], sin[:, None]), qkv.bfloat16()
+    return {
+        "ours": lambda: ops.packed_attention(qkv, cos, sin, cu),
+        "torch float32": lambda: sdpa(qkv, rotary, segments),
+        "torch bf16": lambda: sdpa(half, rotary, segments),
+    }, 4.0 * sum(length**2 for length in lengths) * HEADS * HEAD_DIM
+
+
+def cases() -> list[tuple[str, Callable[[], tuple[Contenders, float]]]]:
+    found: list[tuple[str, Callable[[], tuple[Contenders, float]]]] = []
+    for name, k, n, activation in LAYERS:
+        for rows in ROWS:
+            found.append((f"{name}, {rows} rows", lambda r=rows, k=k, n=n, a=activation: linear_contenders(r, k, n, a)))
+    for name, lengths in SEGMENTS.items():
+        found.append((f"attention, {name}", lambda lengths=lengths: attention_contenders(lengths)))
+    return found
+
+
+@torch.inference_mode()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", default="", help="cases whose name has this in it")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    clock = time.thread_time if options.threads == 1 else time.perf_counter
+    peak, peak_operations = fma_peak()
+    results: dict[str, Any] = {}
+    table = Table("", "ours", "of peak", "onednn, widened", "torch float32", "torch bf16", title="GFLOP/s")
+    for name, make in cases():
+        if options.only not in name:
+            continue
+        contenders, operations = make()
+        timings = interleave({"peak": peak, **contenders}, options.rounds, clock)
+        rates = {key: operations / timings[key].median * 1e-6 for key in contenders}
+        rates["peak"] = peak_operations / timings["peak"].median * 1e-6
+        results[name] = {"gflops": rates, "milliseconds": {key: asdict(timings[key]) for key in contenders}}
+        others = (f"{rates[key]:.0f}" if key in rates else "" for key in table_columns(table))
+        table.add_row(name, f"{rates['ours']:.0f}", f"{rates['ours'] / rates['peak']:.0%}", *others)
+    Console().print(table)
+    if not options.only:
+        write_result(f"kernels_{options.threads}_threads", {"cases": results})
+
+
+def table_columns(table: Table) -> list[str]:
+    return [str(column.header) for column in table.columns[3:]]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+// Instruction sets, and the one way to compile a kernel for each of them and to choose among them at run time.
+
+#pragma once
+
+namespace rtp_mm {
+
+// Each one a superset of those before.
+enum class Isa { kPortable, kAvx2, kAvx512 };
+
+inline Isa best_isa() {  // of this CPU
+#ifdef __x86_64__
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl")) {
+    return Isa::kAvx512;
+  }
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Isa::kAvx2;
+#endif
+  return Isa::kPortable;
+}
+
+// What a kernel knows of an instruction set: floats in a vector, and rows of a matrix product that is two vectors wide.
+// 2 * kRows accumulators, two vectors of the right operand and a broadcast of the left one fill the 16, 16 and 32
+// registers; without FMA a product and its sum need more.
+struct Portable {
+  static constexpr int kLanes = 4, kRows = 4;
+};
+struct Avx2 {
+  static constexpr int kLanes = 8, kRows = 6;
+};
+struct Avx512 {
+  static constexpr int kLanes = 16, kRows = 14;
+};
+
+#define RTP_MM_INLINE [[gnu::always_inline]] inline
+
+namespace detail {
+
+#ifdef __x86_64__
+template <class Kernel, class... Args>
+__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma"))) void on_avx512(Args... args) {
+  Kernel::template run<Avx512>(args...);
+}
+
+template <class Kernel, class... Args>
+__attribute__((target("avx2,fma"))) void on_avx2(Args... args) {
+  Kernel::template run<Avx2>(args...);
+}
+#endif
+
+template <class Kernel, class... Args>
+void on_portable(Args... args) {
+  Kernel::template run<Portable>(args...);
+}
+
+}  // namespace detail
+
+// Kernel::run<Arch>(args...), compiled for `isa`. All that it calls must be RTP_MM_INLINE, as it is itself: only what
+// is inlined gets the caller's instructions.
+template <class Kernel, class... Args>
+void run(Isa isa, Args... args) {
+#ifdef __x86_64__
+  if (isa == Isa::kAvx512) return detail::on_avx512<Kernel, Args...>(args...);
+  if (isa == Isa::kAvx2) return detail::on_avx2<Kernel, Args...>(args...);
+#endif
+  detail::on_portable<Kernel, Args...>(args...);
+}
+
+}  // namespace rtp_mm

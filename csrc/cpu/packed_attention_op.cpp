@@ -1,0 +1,55 @@
+#include <algorithm>
+
+#include "common.h"
+#include "cpu/packed_attention.h"
+
+namespace rtp_mm {
+namespace {
+
+void check_table(const char* name, const Tensor& table, int64_t n, int64_t half) {
+  check(table.dim() == 2 && table.size(0) == n && table.size(1) == half && table.scalar_type() == ScalarType::Float &&
+            table.is_contiguous(),
+        "packed_attention: ", name, " must be contiguous [", n, ", ", half, "] float32, got ", describe(table));
+}
+
+// The rows of all segments.
+int64_t check_segments(const Tensor& cu_seqlens, int64_t n) {
+  check(cu_seqlens.dim() == 1 && cu_seqlens.size(0) > 0 && cu_seqlens.scalar_type() == ScalarType::Int &&
+            cu_seqlens.is_contiguous(),
+        "packed_attention: cu_seqlens must be contiguous [segments + 1] int32, got ", describe(cu_seqlens));
+  const int32_t* cu = cu_seqlens.const_data_ptr<int32_t>();
+  const int64_t segments = cu_seqlens.size(0) - 1;
+  check(cu[0] == 0 && std::is_sorted(cu, cu + segments + 1) && cu[segments] <= n,
+        "packed_attention: cu_seqlens must ascend from 0 to at most ", n);
+  return cu[segments];
+}
+
+Tensor packed_attention_cpu(const Tensor& qkv, const Tensor& cos, const Tensor& sin, const Tensor& cu_seqlens) {
+  check(qkv.dim() == 4 && qkv.size(1) == 3 && qkv.size(3) % 2 == 0 && 0 < qkv.size(3) && qkv.size(3) <= kMaxHeadDim &&
+            qkv.scalar_type() == ScalarType::Float && qkv.is_contiguous(),
+        "packed_attention: qkv must be contiguous [N, 3, heads, dim] float32 with an even dim of at most ", kMaxHeadDim,
+        ", got ", describe(qkv));
+  const int64_t n = qkv.size(0), heads = qkv.size(2), dim = qkv.size(3);
+  check_table("cos", cos, n, dim / 2);
+  check_table("sin", sin, n, dim / 2);
+  const int64_t rows = check_segments(cu_seqlens, n);
+  Tensor out = torch::stable::new_empty(qkv, {n, heads, dim});
+  float* result = out.mutable_data_ptr<float>();
+  std::fill(result + rows * heads * dim, result + n * heads * dim, 0.0f);
+  const PackedAttention job{qkv.const_data_ptr<float>(),
+                            cos.const_data_ptr<float>(),
+                            sin.const_data_ptr<float>(),
+                            cu_seqlens.const_data_ptr<int32_t>(),
+                            result,
+                            cu_seqlens.size(0) - 1,
+                            heads,
+                            dim,
+                            best_isa()};
+  torch::stable::parallel_for(0, job.tasks(), 1, [&](int64_t begin, int64_t end) { job.run(begin, end); });
+  return out;
+}
+
+}  // namespace
+}  // namespace rtp_mm
+
+STABLE_TORCH_LIBRARY_IMPL(rtp_mm, CPU, m) { m.impl("packed_attention", TORCH_BOX(&rtp_mm::packed_attention_cpu)); }

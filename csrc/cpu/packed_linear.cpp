@@ -1,0 +1,152 @@
+#include "cpu/packed_linear.h"
+
+#include <algorithm>
+#include <memory>
+#include <type_traits>
+
+#include "cpu/float_formats.h"
+#include "cpu/multiply.h"
+#include "cpu/simd.h"
+
+namespace rtp_mm {
+namespace {
+
+// A tile. Its sums (57 KB) and the strips of one step of k (57 KB) stay in L2, the panel of that step (16 KB) in L1.
+// The more rows, the less it costs to widen a panel; the more panels, the less often the strips are read again.
+constexpr int64_t kTileRows = 224;
+constexpr int64_t kTilePanels = 2;
+constexpr int64_t kTileColumns = kTilePanels * kLinearPanel;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+struct Widen {
+  template <class Arch, class Weight>
+  RTP_MM_INLINE static void run(const Weight* weight, int64_t count, float* dst) {
+    for (int64_t i = 0; i < count; i += Arch::kLanes) at<Arch>(dst + i) = widened<Arch>(weight + i);
+  }
+};
+
+// Sums of a tile's rows to the output: bias, activation, and the residual if there is one. Sums are overwritten.
+struct Finish {
+  template <class Arch>
+  RTP_MM_INLINE static Vector<Arch> activate(Vector<Arch> x, Activation activation) {
+    switch (activation) {
+      case Activation::kGelu:
+        return gelu<Arch>(x);
+      case Activation::kQuickGelu:
+        return sigmoid_gate<Arch>(x, 1.702f);
+      default:
+        return x;
+    }
+  }
+
+  // bias: [kTileColumns] in the panels' order. columns: of the output.
+  template <class Arch>
+  RTP_MM_INLINE static void run(float* sums, const float* bias, int64_t rows, int64_t columns, Activation activation,
+                                bool is_added, float* out, int64_t out_stride) {
+    for (int64_t r = 0; r < rows; ++r, sums += kTileColumns, out += out_stride) {
+      if (activation == Activation::kSiluGate) {
+        constexpr int64_t kHalf = kLinearPanel / 2;
+        for (int64_t j = 0; j < kTileColumns / 2; j += Arch::kLanes) {  // written behind what is read
+          const int64_t gate = j / kHalf * kLinearPanel + j % kHalf, up = gate + kHalf;
+          at<Arch>(sums + j) = sigmoid_gate<Arch>(at<Arch>(sums + gate) + at<Arch>(bias + gate), 1.0f) *
+                               (at<Arch>(sums + up) + at<Arch>(bias + up));
+        }
+      } else {
+        for (int64_t j = 0; j < kTileColumns; j += Arch::kLanes) {
+          at<Arch>(sums + j) = activate<Arch>(at<Arch>(sums + j) + at<Arch>(bias + j), activation);
+        }
+      }
+      if (is_added) {
+        for (int64_t j = 0; j < columns; ++j) out[j] += sums[j];
+      } else {
+        for (int64_t j = 0; j < columns; ++j) out[j] = sums[j];
+      }
+    }
+  }
+};
+
+// x[rows, k] as [steps of k][rows][kStripDepth].
+void pack_strips(const float* x, int64_t rows, int64_t k, float* strips) {
+  for (int64_t begin = 0; begin < k; begin += kStripDepth) {
+    const int64_t depth = std::min(kStripDepth, k - begin);
+    for (int64_t r = 0; r < rows; ++r, strips += kStripDepth) std::copy_n(x + r * k + begin, depth, strips);
+  }
+}
+
+template <class Weight>
+const float* widened_panel(Isa isa, const Weight* weight, int64_t count, float* scratch) {
+  if constexpr (std::is_same_v<Weight, float>) {
+    return weight;
+  } else {
+    rtp_mm::run<Widen>(isa, weight, count, scratch);
+    return scratch;
+  }
+}
+
+}  // namespace
+
+template <class Weight>
+void pack_linear_panel(const Weight* weight, const PanelLayout& layout, int64_t k, int64_t panel, Weight* dst) {
+  constexpr int64_t kBlock = 16;  // steps of k: the 1 or 2 KB of dst that they touch stay in L1
+  for (int64_t begin = 0; begin < k; begin += kBlock) {
+    const int64_t end = std::min(begin + kBlock, k);
+    for (int64_t j = 0; j < kLinearPanel; ++j) {
+      const int64_t row = layout.row(panel, j);
+      for (int64_t i = begin; i < end; ++i) dst[i * kLinearPanel + j] = row < 0 ? Weight{} : weight[row * k + i];
+    }
+  }
+}
+
+template <class Weight>
+int64_t PackedLinear<Weight>::tiles() const {
+  return ceil_div(m, kTileRows) * ceil_div(layout.panels(), kTilePanels);
+}
+
+template <class Weight>
+void PackedLinear<Weight>::run(int64_t begin, int64_t end) const {
+  const int64_t panel_count = layout.panels(), groups = ceil_div(panel_count, kTilePanels);
+  const int64_t block_rows = std::min(kTileRows, m), steps = ceil_div(k, kStripDepth);
+  const std::unique_ptr<float[]> strips(new float[block_rows * steps * kStripDepth]);
+  const std::unique_ptr<float[]> sums(new float[block_rows * kTileColumns]);
+  float panel_scratch[kStripDepth * kLinearPanel], tile_bias[kTileColumns];
+  int64_t packed_block = -1;
+  for (int64_t tile = begin; tile < end; ++tile) {
+    const int64_t block = tile / groups, first_row = block * kTileRows, rows = std::min(kTileRows, m - first_row);
+    if (packed_block != block) {
+      packed_block = block;
+      pack_strips(x + first_row * k, rows, k, strips.get());
+    }
+    const int64_t first_panel = tile % groups * kTilePanels,
+                  end_panel = std::min(first_panel + kTilePanels, panel_count);
+    std::fill_n(sums.get(), rows * kTileColumns, 0.0f);
+    for (int64_t step = 0; step < steps; ++step) {
+      const int64_t depth = std::min(kStripDepth, k - step * kStripDepth);
+      for (int64_t panel = first_panel; panel < end_panel; ++panel) {
+        const Weight* weight = panels + (panel * k + step * kStripDepth) * kLinearPanel;
+        const float* wide = widened_panel(isa, weight, depth * kLinearPanel, panel_scratch);
+        multiply(isa, rows, kLinearPanel, depth, strips.get() + step * rows * kStripDepth, wide, kLinearPanel,
+                 sums.get() + (panel - first_panel) * kLinearPanel, kTileColumns);
+      }
+    }
+    for (int64_t panel = first_panel; panel < end_panel; ++panel) {
+      for (int64_t j = 0; j < kLinearPanel; ++j) {
+        const int64_t row = layout.row(panel, j);
+        tile_bias[(panel - first_panel) * kLinearPanel + j] = row < 0 ? 0 : bias[row];
+      }
+    }
+    const int64_t column = first_panel * layout.columns();
+    rtp_mm::run<Finish>(isa, sums.get(), tile_bias, rows,
+                        std::min(kTilePanels * layout.columns(), layout.width - column), activation, is_added,
+                        out + first_row * layout.width + column, layout.width);
+  }
+}
+
+template void pack_linear_panel(const float*, const PanelLayout&, int64_t, int64_t, float*);
+template void pack_linear_panel(const BFloat16*, const PanelLayout&, int64_t, int64_t, BFloat16*);
+template void pack_linear_panel(const Float16*, const PanelLayout&, int64_t, int64_t, Float16*);
+template struct PackedLinear<float>;
+template struct PackedLinear<BFloat16>;
+template struct PackedLinear<Float16>;
+
+}  // namespace rtp_mm

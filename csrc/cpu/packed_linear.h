@@ -1,0 +1,52 @@
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/isa.h"
+
+namespace rtp_mm {
+
+enum class Activation { kNone, kGelu, kQuickGelu, kSiluGate };
+
+constexpr int64_t kLinearPanel = 32;  // columns of a panel: two AVX-512 vectors
+
+// Which rows of a weight [parts * width, k] stand in which columns of its panels. A gated weight has two parts, gate
+// above up, and each panel holds half of either, so that a tile of the product holds what it needs of both.
+struct PanelLayout {
+  int64_t width, parts;
+
+  int64_t columns() const { return kLinearPanel / parts; }  // of the output, in a panel
+  int64_t panels() const { return (width + columns() - 1) / columns(); }
+  // The weight's row in column j of a panel; -1 for columns past the end, which are zero.
+  int64_t row(int64_t panel, int64_t j) const {
+    const int64_t column = panel * columns() + j % columns();
+    return column < width ? j / columns() * width + column : -1;
+  }
+};
+
+// Writes weight[parts * width, k] to dst[k][kLinearPanel]. Weight: float, BFloat16 or Float16.
+template <class Weight>
+void pack_linear_panel(const Weight* weight, const PanelLayout& layout, int64_t k, int64_t panel, Weight* dst);
+
+// out = activation(x @ weight.T + bias), or out += that, in float32; for kSiluGate silu(gate) * up.
+template <class Weight>
+struct PackedLinear {
+  const float* x;        // [m, k]
+  const Weight* panels;  // [layout.panels(), k, kLinearPanel]
+  const float* bias;     // [layout.parts * layout.width]
+  float* out;            // [m, layout.width]
+  int64_t m, k;
+  PanelLayout layout;
+  Activation activation;
+  bool is_added;
+  Isa isa;
+
+  // The work is cut into tiles, blocks of rows by groups of panels, groups running faster.
+  int64_t tiles() const;
+
+  // Computes tiles [begin, end). Every element is summed over k in the same order by the same instructions, so a row's
+  // bits depend neither on m nor on its place.
+  void run(int64_t begin, int64_t end) const;
+};
+
+}  // namespace rtp_mm

@@ -1,0 +1,77 @@
+// The inner loops of the resize, which is what the instruction sets differ in.
+//
+// Bytes are multiplied in quads: a dword holds the same column of four consecutive rows, or the same row of four
+// consecutive columns, so one multiply-add takes four taps in each of its lanes. The taps of an output are the same in
+// all lanes: the horizontal pass has 16 rows side by side, the vertical pass 16 columns.
+
+#pragma once
+
+#include <cstdint>
+
+namespace rtp_mm {
+
+constexpr int64_t kBandRows = 16;  // rows that the horizontal pass takes side by side
+constexpr int64_t kBlock = 64;     // bytes of a row that the vertical pass takes at once
+constexpr int64_t kBandQuads = 4;  // quads of rows in a band
+constexpr int64_t kChannels = 3;
+
+// 22 fraction bits, as in Pillow: 32, less 8 for the byte, less 2 because weights overshoot [0, 1].
+constexpr int kFractionBits = 22;
+
+// The coefficients of a quad's four bytes, in the form that a level multiplies with.
+struct QuadTaps {
+  int32_t words[4];
+};
+
+// How one output column or row comes about: from `count` quads and as many QuadTaps.
+struct Output {
+  int32_t first;  // quad that holds the first tap
+  int32_t count;
+  // Taps rarely start at a quad's first byte, so they touch up to count + 1 quads. The bytes of quad `first` ahead of
+  // them are free then, and bytes of quad `first + count` stand in: where the mask is 0.
+  uint32_t mask;
+  int32_t taps;  // index of the first QuadTaps
+};
+
+// Byte i of a row stands at this dword among its quads: the order in which unpack instructions leave 64 bytes, and
+// pack instructions put them together again.
+constexpr int64_t quad_place(int64_t i) { return (i & ~63) | (i >> 2 & 3) << 4 | (i >> 4 & 3) << 2 | (i & 3); }
+
+// Quads of rows in planes of channels: value (quad q, byte i of a row) at `quads[q * stride + quad_place(i)]`.
+struct QuadRows {
+  uint32_t* quads;
+  int64_t stride;  // dwords
+  int64_t plane;   // bytes of a row from one channel to the next, divisible by 4
+};
+
+// All pointers to dwords and to rows that are written are aligned to 64 bytes.
+struct ResizeKernels {
+  QuadTaps (*encode)(const int32_t* coefficients);
+
+  // 16 rows of pixels to columns [quads][channel][row]: dwords of four consecutive pixels. Reads up to 16 bytes past
+  // the last pixel of every row.
+  void (*gather_columns)(const uint8_t* pixels, int64_t row_stride, int64_t pixel_stride, int64_t quads,
+                         uint32_t* columns);
+
+  // Outputs [begin, end), multiples of 4, of 16 rows; `columns` starts at quad `first`.
+  void (*horizontal)(const uint32_t* columns, int64_t first, const Output* outputs, const QuadTaps* taps, int64_t begin,
+                     int64_t end, QuadRows dst);
+
+  // Four rows of bytes to one quad of rows. Reads and writes whole blocks.
+  void (*interleave)(const uint8_t* rows, int64_t row_stride, int64_t blocks, uint32_t* quads);
+
+  // One output row; `quads[i]` are the rows of quad `output.first + i`.
+  void (*vertical)(const uint32_t* const* quads, const Output& output, const QuadTaps* taps, int64_t blocks,
+                   uint8_t* row);
+
+  // The inverse of interleave.
+  void (*separate)(const uint32_t* quads, int64_t blocks, uint8_t* rows, int64_t row_stride);
+};
+
+extern const ResizeKernels kResizePortable;
+#ifdef __x86_64__
+extern const ResizeKernels kResizeAvx2;
+extern const ResizeKernels kResizeAvx512Vnni;
+#endif
+
+}  // namespace rtp_mm

@@ -1,0 +1,122 @@
+// Vectors of floats of any instruction set, and the functions of them that kernels need.
+
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/float_formats.h"
+#include "cpu/isa.h"
+
+// All that takes or returns a vector is inlined, so it has no calling convention that could depend on the target.
+#pragma GCC diagnostic ignored "-Wpsabi"
+
+namespace rtp_mm {
+
+// A vector loads from and stores to any float.
+template <int kLanes>
+struct Simd {
+  typedef float Float __attribute__((vector_size(kLanes * sizeof(float)), aligned(4), may_alias));
+  typedef uint32_t Word __attribute__((vector_size(kLanes * sizeof(uint32_t))));
+  typedef uint16_t Half __attribute__((vector_size(kLanes * sizeof(uint16_t)), aligned(2), may_alias));
+};
+
+template <class Arch>
+using Vector = typename Simd<Arch::kLanes>::Float;
+
+template <class Arch>
+RTP_MM_INLINE Vector<Arch>& at(float* p) {
+  return *reinterpret_cast<Vector<Arch>*>(p);
+}
+
+template <class Arch>
+RTP_MM_INLINE const Vector<Arch>& at(const float* p) {
+  return *reinterpret_cast<const Vector<Arch>*>(p);
+}
+
+// kLanes values in float32, exactly.
+template <class Arch>
+RTP_MM_INLINE Vector<Arch> widened(const BFloat16* p) {
+  using Types = Simd<Arch::kLanes>;
+  const auto bits = __builtin_convertvector(*reinterpret_cast<const typename Types::Half*>(p), typename Types::Word);
+  return reinterpret_cast<Vector<Arch>>(bits << 16);
+}
+
+template <class Arch>
+RTP_MM_INLINE Vector<Arch> widened(const Float16* p) {
+  using Types = Simd<Arch::kLanes>;
+  const auto bits = __builtin_convertvector(*reinterpret_cast<const typename Types::Half*>(p), typename Types::Word);
+  const auto magnitude = bits & 0x7fff;
+  // The product moves the exponent's bias from 15 to 127 and normalises; infinity and NaN go up to the top.
+  const Vector<Arch> scaled = reinterpret_cast<Vector<Arch>>(magnitude << 13) * 0x1p112f;
+  const auto top = magnitude >= 0x7c00 ? (bits ^ bits) + 0x7f800000 : (bits ^ bits);
+  const auto word = reinterpret_cast<typename Types::Word>(scaled) | top | (bits & 0x8000) << 16;
+  return reinterpret_cast<Vector<Arch>>(word);
+}
+
+// The largest of a vector's lanes and their sum, folded in halves.
+template <class Arch>
+RTP_MM_INLINE float largest(const Vector<Arch>& x) {
+  float lanes[Arch::kLanes];
+  at<Arch>(lanes) = x;
+  for (int half = Arch::kLanes / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) lanes[i] = lanes[i] < lanes[i + half] ? lanes[i + half] : lanes[i];
+  }
+  return lanes[0];
+}
+
+template <class Arch>
+RTP_MM_INLINE float sum(const Vector<Arch>& x) {
+  float lanes[Arch::kLanes];
+  at<Arch>(lanes) = x;
+  for (int half = Arch::kLanes / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  }
+  return lanes[0];
+}
+
+// e^x, relative error at most 1.2e-7, for x clamped to [-87, 88]; NaN stays NaN. Below -87 that is 1.6e-38, which
+// vanishes beside the 1 that it is added to.
+template <class Arch>
+RTP_MM_INLINE Vector<Arch> exp(Vector<Arch> x) {
+  const Vector<Arch> zero = {}, low = zero - 87.0f, high = zero + 88.0f;
+  x = x < low ? low : x;
+  x = x > high ? high : x;
+  // 1.5 * 2^23 leaves no fraction bits, so the sum rounds to n = round(x / ln 2), whose bits are its lowest.
+  const Vector<Arch> shifted = x * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f;
+  const Vector<Arch> r = x - n * 0.693359375f + n * 2.12194440e-4f;  // ln 2 in two terms, the first exact in products
+  // Minimax on |r| <= ln 2 / 2, relative error 1.9e-9.
+  Vector<Arch> p = r * 1.3836823e-3f + 8.3748350e-3f;
+  p = p * r + 4.1668227e-2f;
+  p = p * r + 1.6666420e-1f;
+  p = p * r + 4.9999992e-1f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  const auto bits = (reinterpret_cast<typename Simd<Arch::kLanes>::Word>(shifted) << 23) + 0x3f800000;
+  return p * reinterpret_cast<Vector<Arch>>(bits);
+}
+
+// x / (1 + e^-(slope x)): SiLU with slope 1, quick GELU with slope 1.702.
+template <class Arch>
+RTP_MM_INLINE Vector<Arch> sigmoid_gate(Vector<Arch> x, float slope) {
+  return x / (1.0f + exp<Arch>(x * -slope));
+}
+
+// x Phi(x), error at most 3.5e-7 |x|, with Phi(-y) = e^(-y^2 / 2) q(1 / (1 + 0.3 y)) for y >= 0: no cancellation in the
+// lower tail.
+template <class Arch>
+RTP_MM_INLINE Vector<Arch> gelu(Vector<Arch> x) {
+  const Vector<Arch> y = x < 0.0f ? -x : x;
+  const Vector<Arch> t = 1.0f / (1.0f + 0.3f * y);
+  // Minimax on 0 <= y <= 13, relative error 5.7e-8.
+  Vector<Arch> q = t * 3.8270980e-2f - 1.6864341e-1f;
+  q = q * t + 2.2757773e-1f;
+  q = q * t - 7.5265193e-2f;
+  q = q * t + 1.4167526e-1f;
+  q = q * t + 9.5051230e-2f;
+  q = q * t + 1.2182586e-1f;
+  q = q * t + 1.1950100e-1f;
+  q = q * t + 6.3828902e-6f;
+  return (x < 0.0f ? Vector<Arch>{} : x) - y * q * exp<Arch>(y * y * -0.5f);
+}
+
+}  // namespace rtp_mm

@@ -1,0 +1,28 @@
+"""Attention over packed sequences on a CPU, rotary embedding included. In float32."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+import rtp_mm.ops.library  # noqa: F401  # the schema must be there before its fake
+
+
+def packed_attention(qkv: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """`softmax(rotate(q) @ rotate(k).T / sqrt(D)) @ v` within each segment and head: [N, H, D] float32.
+
+    qkv:        [N, 3, H, D] float32, D even and at most 128.
+    cos, sin:   [N, D / 2] float32; dimension i of q and k is rotated together with i + D / 2.
+    cu_seqlens: [S + 1] int32, ascending from 0: segment i is rows cu_seqlens[i] to cu_seqlens[i + 1]. Rows past the
+                last one give zeros.
+
+    Online softmax (arXiv 1805.02867) over blocks of keys, as in FlashAttention (arXiv 2205.14135). A row's bits depend
+    on its own segment alone. Tensors must be contiguous; else `RuntimeError`.
+    """
+    out: Tensor = torch.ops.rtp_mm.packed_attention.default(qkv, cos, sin, cu_seqlens)
+    return out
+
+
+@torch.library.register_fake("rtp_mm::packed_attention")  # type: ignore[untyped-decorator]
+def _(qkv: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor) -> Tensor:
+    return qkv.new_empty(qkv.shape[0], qkv.shape[2], qkv.shape[3])

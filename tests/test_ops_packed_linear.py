@@ -1,0 +1,176 @@
+"""`ops.packed_linear` against float64, plain PyTorch and itself."""
+
+from __future__ import annotations
+
+import pytest
+import reference
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from rtp_mm import ops
+
+FLOATS = [torch.float32, torch.bfloat16, torch.float16]
+ACTIVATIONS = {
+    "none": lambda y: y,
+    "gelu": F.gelu,
+    "quick_gelu": lambda y: y * torch.sigmoid(1.702 * y),
+    "silu_gate": lambda y: F.silu(y.chunk(2, -1)[0]) * y.chunk(2, -1)[1],
+}
+
+
+def random_layer(m: int, k: int, n: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    """x [m, k], weight [n, k], bias [n]; products of size 1."""
+    generator = torch.Generator().manual_seed(m * k + n)
+    x, weight, bias = (torch.randn(shape, generator=generator) for shape in ((m, k), (n, k), (n,)))
+    return x, (weight * k**-0.5).to(dtype), bias
+
+
+def packed(x: Tensor, weight: Tensor, bias: Tensor, activation: str = "none") -> Tensor:
+    return ops.packed_linear(x, ops.pack_linear(weight, 2 if activation == "silu_gate" else 1), bias, activation)
+
+
+def error(ours: Tensor, exact: Tensor) -> float:
+    return float((ours.double() - exact).norm() / exact.norm())
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("m", "k", "n"), [(230, 300, 100), (7, 1280, 66), (40, 129, 32), (3, 5, 6)])
+def test_error_is_at_most_twice_that_of_plain_pytorch(
+    m: int, k: int, n: int, dtype: torch.dtype, activation: str
+) -> None:
+    x, weight, bias = random_layer(m, k, n, dtype)
+    exact = reference.packed_linear(x, weight, bias, activation)
+    plain = ACTIVATIONS[activation](F.linear(x, weight.float(), bias))
+    # a handful of numbers may be lucky: half a unit of float32's last place is always allowed
+    assert error(packed(x, weight, bias, activation), exact) <= max(2 * error(plain, exact), 2**-22)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
+def test_activations_are_exact_to_float32_over_the_whole_range(activation: str) -> None:
+    """Relative to the input, and where the answer is not tiny, to the answer."""
+    bias = torch.cat((torch.linspace(-14, 14, 40_001), torch.tensor([-1e30, -88.0, 88.0, 1e30, 0.0, -0.0])))
+    ours = packed(torch.zeros(1, 1), torch.zeros(len(bias), 1), bias, activation)[0]
+    exact = reference.packed_linear(torch.zeros(1, 1), torch.zeros(len(bias), 1), bias, activation)[0]
+    difference = (ours.double() - exact).abs()
+    assert float((difference / (bias.abs() + 1e-30)).max()) < 4e-7  # torch's own gelu has 3.2e-7
+    is_not_tiny = (bias > -5) & (bias != 0)
+    assert float((difference / exact.abs())[is_not_tiny].max()) < 2e-6
+
+
+def test_nan_and_infinity_stay_where_they_are() -> None:
+    x, weight, bias = random_layer(20, 40, 64)
+    x[3, 7], x[5, 0] = torch.nan, torch.inf
+    for activation in ACTIVATIONS:
+        is_finite = packed(x, weight, bias, activation).isfinite().all(1)
+        assert [i for i, finite in enumerate(is_finite) if not finite] == [3, 5], activation
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_16_bit_weight_is_read_exactly(dtype: torch.dtype) -> None:
+    weight = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype).view(-1, 1)
+    ours = packed(torch.ones(1, 1), weight, torch.zeros(2**16))[0]
+    torch.testing.assert_close(ours, weight.float()[:, 0], rtol=0, atol=0, equal_nan=True)
+
+
+def test_gate_and_up_are_not_confused() -> None:
+    x, weight, bias = random_layer(5, 64, 40)
+    exact = reference.packed_linear(x, weight, bias, "silu_gate")
+    swapped = packed(x, weight.roll(20, 0), bias.roll(20), "silu_gate")
+    assert error(packed(x, weight, bias, "silu_gate"), exact) < 1e-6 < 0.1 < error(swapped, exact)
+
+
+def test_the_residual_is_added_in_place() -> None:
+    x, weight, bias = random_layer(50, 200, 70)
+    residual = torch.randn(50, 70)
+    expected = residual + packed(x, weight, bias)
+    out = residual.clone()
+    assert ops.packed_linear_add_(out, x, ops.pack_linear(weight), bias) is out
+    assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_batching_is_invisible(activation: str) -> None:
+    """Tiles are 224 rows high, strips 14 or fewer."""
+    x, weight, bias = random_layer(460, 140, 70, torch.bfloat16)
+    together = packed(x, weight, bias, activation)
+    for begin in (0, 1, 13, 222, 450):
+        for m in (1, 2, 3, 5, 7, 9, 10):
+            assert torch.equal(packed(x[begin : begin + m], weight, bias, activation), together[begin : begin + m])
+    assert torch.equal(packed(x[5:305], weight, bias, activation), together[5:305])
+
+
+def test_the_thread_count_is_invisible() -> None:
+    layer = random_layer(460, 140, 70)
+    threads = torch.get_num_threads()
+    results = []
+    for n in (1, 2, 3):
+        torch.set_num_threads(n)
+        results.append(packed(*layer))
+    torch.set_num_threads(threads)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+def test_packing_keeps_the_bytes() -> None:
+    """Every weight once, in its own type; padding is zero."""
+    weight = torch.arange(1, 41, dtype=torch.bfloat16).view(20, 2)
+    for parts, panels in ((1, 1), (2, 1)):
+        packed_weight = ops.pack_linear(weight, parts)
+        assert packed_weight.shape == (panels, 2, 32)
+        assert packed_weight.dtype == weight.dtype
+        assert packed_weight.sort(stable=True).values.flatten().sort().values[-40:].equal(weight.flatten())
+        assert int((packed_weight != 0).sum()) == weight.numel()
+
+
+def test_no_rows_give_no_rows() -> None:
+    _, weight, bias = random_layer(1, 8, 6)
+    assert packed(torch.empty(0, 8), weight, bias, "silu_gate").shape == (0, 3)
+
+
+def bad_arguments() -> list[tuple[str, dict[str, object], str]]:
+    return [
+        ("a batch of matrices", {"x": torch.ones(1, 4, 6)}, r"x must be contiguous \[M, K\] float32, got \[1, 4, 6\]"),
+        ("bfloat16 x", {"x": torch.ones(4, 6).bfloat16()}, r"x must be .*, got \[4, 6\] bfloat16"),
+        ("another K", {"x": torch.ones(4, 5)}, r"packed must be what pack_linear made of \[8, 5\], got \[1, 6, 32\]"),
+        ("unpacked", {"packed": torch.ones(8, 6)}, r"packed must be what pack_linear made of \[8, 6\], got \[8, 6\]"),
+        ("bfloat16 bias", {"bias": torch.zeros(8).bfloat16()}, r"bias must be .*, got \[8\] bfloat16"),
+        ("another N", {"bias": torch.zeros(33)}, r"packed must be what pack_linear made of \[33, 6\]"),
+        ("odd gate", {"bias": torch.zeros(7), "activation": "silu_gate"}, r"N divisible by 2, got \[7\] float32"),
+        ("activation", {"activation": "relu"}, r"activation must be none, gelu, quick_gelu or silu_gate, got relu"),
+    ]
+
+
+@pytest.mark.parametrize(("change", "message"), [pytest.param(c, m, id=i) for i, c, m in bad_arguments()])
+def test_a_bad_argument_is_refused_with_what_came(change: dict[str, object], message: str) -> None:
+    arguments: dict[str, object] = {
+        "x": torch.ones(4, 6),
+        "packed": ops.pack_linear(torch.ones(8, 6)),
+        "bias": torch.zeros(8),
+    }
+    with pytest.raises(RuntimeError, match=f"^packed_linear: .*{message}"):
+        ops.packed_linear(**{**arguments, **change})  # type: ignore[arg-type]
+
+
+def test_packing_and_adding_refuse_what_does_not_fit() -> None:
+    with pytest.raises(RuntimeError, match=r"^pack_linear: parts must be 1 or 2 and divide N = 3, got 2"):
+        ops.pack_linear(torch.ones(3, 2), 2)
+    with pytest.raises(RuntimeError, match=r"^pack_linear: weight must be contiguous .*, got \[3, 2\] float64"):
+        ops.pack_linear(torch.ones(3, 2).double())
+    with pytest.raises(
+        RuntimeError, match=r"^packed_linear_add_: out must be contiguous \[4, 8\] float32, got \[4, 7\]"
+    ):
+        ops.packed_linear_add_(torch.ones(4, 7), torch.ones(4, 6), ops.pack_linear(torch.ones(8, 6)), torch.zeros(8))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_schema_and_fake_agree_with_the_kernel(dtype: torch.dtype) -> None:
+    x, weight, bias = random_layer(4, 6, 40, dtype)
+    for parts in (1, 2):
+        torch.library.opcheck(torch.ops.rtp_mm.pack_linear.default, (weight, parts))
+    for parts, activation in ((1, "gelu"), (2, "silu_gate")):
+        arguments = (x, ops.pack_linear(weight, parts), bias, activation)
+        torch.library.opcheck(torch.ops.rtp_mm.packed_linear.default, arguments)
+    adding = (torch.ones(4, 40), x, ops.pack_linear(weight), bias)
+    torch.library.opcheck(torch.ops.rtp_mm.packed_linear_add_.default, adding)
