@@ -168,3 +168,36 @@ def test_sigterm_under_load_finishes_what_runs_and_refuses_what_comes(
     assert len(answered) >= 5
     assert refused
     assert all(isinstance(o, DrainingError | RemoteCallError | DownloadFailedError) for o in refused), refused
+
+
+def test_a_forward_that_outlives_the_drain_does_not_hold_the_process(tmp_path: Path, photo_path: Path) -> None:
+    """The device's thread is cut, its caller told, and the status is 0 all the same."""
+    module = tmp_path / "sleeper.py"
+    module.write_text(
+        """
+import time
+import torch
+from rtp_mm import ImageEmbeddingInterface, MultimodalMixin, register_model
+
+class Sleeper(ImageEmbeddingInterface):
+    def image_embedding(self, images):
+        time.sleep(300)
+
+class SleeperModel(MultimodalMixin):
+    def _init_multimodal(self, config):
+        self.mm_part = Sleeper(config)
+
+register_model("sleeper", SleeperModel)
+"""
+    )
+    (tmp_path / "config.json").write_text('{"model_type": "sleeper"}')
+    options = {"mm_model_module": module, "mm_drain_timeout_ms": 200, "device": "cpu"}
+    with running_server(tmp_path, **options) as server, concurrent.futures.ThreadPoolExecutor(1) as caller:
+        engine = RemoteEngine(server.address)
+        call = caller.submit(engine.submit, [str(photo_path)])
+        while engine.worker_status().running == 0:
+            time.sleep(0.01)
+        assert server.terminate() == 0
+        with pytest.raises(MMError):
+            call.result(30)
+        engine.close()
