@@ -11,6 +11,7 @@ import argparse
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -41,6 +42,7 @@ LAYERS = [
 ROWS = (1768, 257, 64, 16, 1)
 SEGMENTS = {"windows": [64] * 27, "256": [256], "1768": [1768]}
 HEADS, HEAD_DIM = 16, 80
+PEERS = ("onednn, widened", "torch float32", "torch bf16")
 
 
 def linear_contenders(rows: int, k: int, n: int, activation: str) -> tuple[Contenders, float]:
@@ -71,14 +73,13 @@ def attention_contenders(lengths: list[int]) -> tuple[Contenders, float]:
     }, 4.0 * sum(length**2 for length in lengths) * HEADS * HEAD_DIM
 
 
-def cases() -> list[tuple[str, Callable[[], tuple[Contenders, float]]]]:
-    found: list[tuple[str, Callable[[], tuple[Contenders, float]]]] = []
-    for name, k, n, activation in LAYERS:
-        for rows in ROWS:
-            found.append((f"{name}, {rows} rows", lambda r=rows, k=k, n=n, a=activation: linear_contenders(r, k, n, a)))
-    for name, lengths in SEGMENTS.items():
-        found.append((f"attention, {name}", lambda lengths=lengths: attention_contenders(lengths)))
-    return found
+def cases() -> dict[str, Callable[[], tuple[Contenders, float]]]:
+    layers = {
+        f"{name}, {rows} rows": partial(linear_contenders, rows, k, n, activation)
+        for name, k, n, activation in LAYERS
+        for rows in ROWS
+    }
+    return layers | {f"attention, {name}": partial(attention_contenders, s) for name, s in SEGMENTS.items()}
 
 
 @torch.inference_mode()
@@ -92,8 +93,8 @@ def main() -> None:
     clock = time.thread_time if options.threads == 1 else time.perf_counter
     peak, peak_operations = fma_peak()
     results: dict[str, Any] = {}
-    table = Table("", "ours", "of peak", "onednn, widened", "torch float32", "torch bf16", title="GFLOP/s")
-    for name, make in cases():
+    table = Table("", "ours", "of peak", *PEERS, title="GFLOP/s")
+    for name, make in cases().items():
         if options.only not in name:
             continue
         contenders, operations = make()
@@ -101,15 +102,11 @@ def main() -> None:
         rates = {key: operations / timings[key].median * 1e-6 for key in contenders}
         rates["peak"] = peak_operations / timings["peak"].median * 1e-6
         results[name] = {"gflops": rates, "milliseconds": {key: asdict(timings[key]) for key in contenders}}
-        others = (f"{rates[key]:.0f}" if key in rates else "" for key in table_columns(table))
+        others = (f"{rates[key]:.0f}" if key in rates else "" for key in PEERS)
         table.add_row(name, f"{rates['ours']:.0f}", f"{rates['ours'] / rates['peak']:.0%}", *others)
     Console().print(table)
     if not options.only:
         write_result(f"kernels_{options.threads}_threads", {"cases": results})
-
-
-def table_columns(table: Table) -> list[str]:
-    return [str(column.header) for column in table.columns[3:]]
 
 
 if __name__ == "__main__":

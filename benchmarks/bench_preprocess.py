@@ -133,7 +133,7 @@ class Contenders:
             "Hugging Face": lambda: self.processor(self.image, return_tensors="np"),
             "ours": lambda: _core.resize_patchify(self.pixels, self.height, self.width, PATCH, MERGE, order=order),
         }
-        return {name: on_threads(run, cores, calls=4) for name, run in contenders.items()}
+        return {name: on_threads(run, cores, calls=2) for name, run in contenders.items()}
 
 
 def show(title: str, results: dict[str, dict[str, Timing]]) -> None:
@@ -164,7 +164,7 @@ def main() -> None:
     tables = {
         "decoded pixels to rows, one thread": pixels,
         "JPEG bytes to rows, one thread": jpeg,
-        f"decoded pixels to rows, 4 images on each of {cores} cores": threads,
+        f"decoded pixels to rows, 2 images on each of {cores} cores": threads,
     }
     for title, results in tables.items():
         show(title, results)

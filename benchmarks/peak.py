@@ -25,7 +25,7 @@ def fma_peak() -> tuple[Callable[[], object], float]:
         subprocess.run([os.environ.get("CXX", "c++"), *flags, source, "-o", library], check=True)
         kernel = ctypes.CDLL(str(library)).fma_peak  # ctypes releases the GIL
     kernel.restype = ctypes.c_double
-    outs = [(ctypes.c_float * 12)() for _ in range(threads)]
+    outs = [(ctypes.c_float * 12)(*range(12)) for _ in range(threads)]
 
     def one(out: ctypes.Array[ctypes.c_float]) -> float:
         return float(kernel(ctypes.c_long(ROUNDS), ctypes.c_float(0.5), out))

@@ -13,4 +13,5 @@ STABLE_TORCH_LIBRARY(rtp_mm, m) {
   m.def("packed_linear(Tensor x, Tensor packed, Tensor bias, str activation) -> Tensor");
   m.def("packed_linear_add_(Tensor(a!) out, Tensor x, Tensor packed, Tensor bias) -> ()");
   m.def("packed_attention(Tensor qkv, Tensor cos, Tensor sin, Tensor cu_seqlens) -> Tensor");
+  m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
 }

@@ -6,11 +6,14 @@ Where RTP-LLM has the variable, name and meaning are RTP-LLM's. Imports no torch
 from __future__ import annotations
 
 import os
+import re
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, DirectoryPath, Field, ValidationError
-from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict, SettingsError
 
 from rtp_mm.errors import StartError
 
@@ -18,7 +21,7 @@ Port = Annotated[int, Field(ge=1, le=65534)]  # gRPC listens on the next one
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 PILLOW_MAX_PIXELS = 178956970  # beyond this Pillow itself takes an image for a bomb
-SECRETS = {"download_headers"}  # options whose values no message repeats
+SECRETS = {"download_headers", "mm_fetch_proxy"}  # options whose values no message repeats
 
 
 def _digit(value: Any) -> Any:
@@ -31,6 +34,32 @@ def _as_headers(headers: dict[str, str]) -> dict[str, str]:
         if not name or any(character in name + value for character in "\r\n\0"):
             raise ValueError(f"{name!r} is empty or spans lines")
     return headers
+
+
+def _split(value: Any) -> Any:
+    """Comma-separated text to its parts, as a list comes from the environment and from flags."""
+    return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+
+
+def _as_host(pattern: str) -> str:
+    """An address, a name or `*.name`, as URLs are compared with it."""
+    try:
+        return str(ip_address(pattern))
+    except ValueError:
+        if not re.fullmatch(r"(\*\.)?[a-z0-9_-]+(\.[a-z0-9_-]+)*", pattern, re.IGNORECASE):
+            raise ValueError(f"{pattern!r} is no host name (ASCII, no port), address or *.name") from None
+        return pattern.lower()
+
+
+def _as_proxy(url: str) -> str:
+    try:
+        parts = urlsplit(url)
+        is_proxy = parts.scheme == "http" and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        is_proxy = False
+    if not is_proxy or parts.path not in ("", "/") or parts.query or parts.fragment:
+        raise ValueError("must be http://[user:password@]host[:port]")
+    return url
 
 
 class Settings(BaseSettings):
@@ -73,6 +102,19 @@ class Settings(BaseSettings):
     mm_video_max_file_size_kb: Positive = Field(1048576, description="largest video file, KiB")
     mm_fetch_timeout_ms: Positive = Field(30000, description="connect, and longest silence of a source, ms")
     mm_max_redirects: NonNegative = Field(5, description="redirects followed per download")
+    mm_fetch_retries: Annotated[int, Field(ge=0, le=10)] = Field(
+        2, description="further tries of a download that met a refused or broken connection, 408, 429 or 5xx"
+    )
+    mm_allow_private_network: bool = Field(False, description="1: downloads may reach addresses that are not public")
+    mm_allowed_media_domains: Annotated[
+        tuple[Annotated[str, AfterValidator(_as_host)], ...] | None, NoDecode, BeforeValidator(_split)
+    ] = Field(
+        None,
+        description="hosts that downloads may reach, and no others: names, addresses, *.suffix, separated by commas",
+    )
+    mm_fetch_proxy: Annotated[str, AfterValidator(_as_proxy)] | None = Field(
+        None, description="http://[user:password@]host[:port] that downloads go through; the environment's is ignored"
+    )
     mm_local_media: bool = Field(True, description="0: no local files for anybody")
     mm_allowed_local_media_path: DirectoryPath | None = Field(
         None, description="folder that every caller may name files in; without it only local callers may, anywhere"

@@ -104,3 +104,9 @@ def packed_attention(qkv: Tensor, cos: Tensor, sin: Tensor, lengths: Sequence[in
             out[rows, head] = scores.softmax(-1) @ v[rows, head]
         start += length
     return out
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """[N, D] float64."""
+    x = x.double()
+    return x / (x.square().mean(1, keepdim=True) + eps).sqrt() * weight.double()

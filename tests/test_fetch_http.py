@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import gzip
+import re
 import zlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 import pytest_asyncio
 from aiohttp import web
 from blake3 import blake3
+from web_source import Source
 
 from rtp_mm.config import load_settings
 from rtp_mm.errors import (
@@ -28,63 +30,23 @@ from rtp_mm.types import Blob, Caller, MMUrlType, MultimodalInput
 REMOTE = Caller(peer="ipv4:192.0.2.1:4711", is_local=False)
 LIMIT = 64 * 1024
 BODY = bytes(range(256)) * 100
-
-Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]
-
-
-class Source:
-    """A web server whose answers a test chooses; it keeps what it was asked."""
-
-    def __init__(self) -> None:
-        self.answers: dict[str, Answer] = {}
-        self.requests: list[web.Request] = []
-        self.url = ""
-
-    def answers_with(self, path: str, **response: Any) -> str:
-        """Always the same response; its URL."""
-
-        async def answer(request: web.Request) -> web.StreamResponse:
-            return web.Response(**response)
-
-        return self.answers_by(path, answer)
-
-    def answers_by(self, path: str, answer: Answer) -> str:
-        self.answers[path] = answer
-        return self.url + path
-
-    def redirects(self, path: str, location: str, status: int = 302) -> str:
-        return self.answers_with(path, status=status, headers={"Location": location})
-
-    async def handle(self, request: web.Request) -> web.StreamResponse:
-        self.requests.append(request)
-        return await self.answers[request.path](request)
-
-    async def start(self) -> web.ServerRunner:
-        runner = web.ServerRunner(web.Server(self.handle, handler_cancellation=True), shutdown_timeout=1)
-        await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
-        self.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
-        return runner
+LOOPBACK: dict[str, Any] = {"mm_allow_private_network": True, "mm_fetch_retries": 0}
 
 
 @pytest_asyncio.fixture
 async def source() -> AsyncIterator[Source]:
-    source = Source()
-    runner = await source.start()
-    yield source
-    await runner.cleanup()
+    async with Source.serving() as source:
+        yield source
 
 
 @pytest_asyncio.fixture
 async def other_origin() -> AsyncIterator[Source]:
-    source = Source()
-    runner = await source.start()
-    yield source
-    await runner.cleanup()
+    async with Source.serving() as source:
+        yield source
 
 
 async def fetch(url: str, mm_type: MMUrlType = MMUrlType.IMAGE, **options: Any) -> Blob:
-    settings = load_settings(**{"mm_image_max_file_size_kb": LIMIT // 1024, **options})
+    settings = load_settings(**{**LOOPBACK, "mm_image_max_file_size_kb": LIMIT // 1024, **options})
     async with Fetcher(settings) as fetcher:
         return await fetcher.fetch(MultimodalInput(url, mm_type), REMOTE)
 
@@ -148,7 +110,7 @@ async def test_a_refusal_is_remembered_for_5_seconds_and_no_failure_is(source: S
     now = 100.0
     refused = MultimodalInput(source.answers_with("/404", status=404))
     failed = MultimodalInput(source.answers_with("/503", status=503))
-    async with Fetcher(load_settings(), clock=lambda: now) as fetcher:
+    async with Fetcher(load_settings(**LOOPBACK), clock=lambda: now) as fetcher:
 
         async def asked(item: MultimodalInput) -> int:
             before = len(source.requests)
@@ -248,7 +210,7 @@ async def test_cancelling_a_slow_drip_closes_its_connection(source: Source) -> N
             closed.set()
 
     url = source.answers_by("/x", drip)
-    async with Fetcher(load_settings()) as fetcher:
+    async with Fetcher(load_settings(**LOOPBACK)) as fetcher:
         task = asyncio.create_task(fetcher.fetch(MultimodalInput(url), REMOTE))
         await dripping.wait()
         task.cancel()
@@ -263,8 +225,7 @@ async def test_no_connection_is_told_without_the_url() -> None:
     await server.wait_closed()
     caught = await refusal(url + "?token=secret")
     assert type(caught) is DownloadFailedError
-    assert "no connection to 127.0.0.1:" in str(caught)
-    assert "secret" not in str(caught)
+    assert re.fullmatch(r"no connection to 127\.0\.0\.1:\d+: Connection refused", str(caught))
 
 
 async def test_redirects_are_followed_to_the_limit_and_no_further(source: Source) -> None:
@@ -333,7 +294,7 @@ async def test_credentials_in_the_url_are_sent_and_not_shown(source: Source) -> 
 async def test_cookies_do_not_travel_between_items(source: Source) -> None:
     source.answers_with("/set", body=BODY, headers={"Set-Cookie": "session=secret; Path=/"})
     source.answers_with("/get", body=BODY)
-    async with Fetcher(load_settings()) as fetcher:
+    async with Fetcher(load_settings(**LOOPBACK)) as fetcher:
         for path in ("/set", "/get"):
             url = source.url.replace("127.0.0.1", "localhost") + path  # cookie jars leave out numeric hosts
             await fetcher.fetch(MultimodalInput(url), REMOTE)
@@ -375,7 +336,7 @@ async def test_a_body_that_cannot_be_inflated_is_an_error(
 
 
 async def test_one_fetcher_serves_many_at_once_over_few_connections(source: Source) -> None:
-    async with Fetcher(load_settings()) as fetcher:
+    async with Fetcher(load_settings(**LOOPBACK)) as fetcher:
         urls = [source.answers_with(f"/{i}", body=str(i).encode()) for i in range(40)]
         blobs = await asyncio.gather(*(fetcher.fetch(MultimodalInput(url), REMOTE) for url in urls))
         for url in urls:

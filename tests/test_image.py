@@ -13,12 +13,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image
 from transformers.image_transforms import convert_to_rgb
 
 from rtp_mm.errors import NotSupportedError, WrongFormatError
 from rtp_mm.media.image import FORMATS, ImageHeader, decode, probe
+from rtp_mm.media.jpeg import decode_jpeg
 from rtp_mm.media.sniff import sniff
 from rtp_mm.types import MMUrlType
 
@@ -74,6 +76,66 @@ def test_every_format_and_mode_is_decoded_as_the_reference_does(chelsea: Image.I
         assert probe(data) == ImageHeader(format, *size, image.mode)
     np.testing.assert_array_equal(pixels(data), expected)
     assert sniff(data) is (None if format == "TGA" else MMUrlType.IMAGE)
+
+
+JPEG_OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"progressive": True},
+    {"optimize": True, "restart_marker_rows": 1},
+    {"subsampling": "4:4:4", "quality": 100},
+    {"subsampling": "4:2:2"},
+    {"subsampling": "4:2:0", "quality": 20, "progressive": True},
+    {"keep_rgb": True},
+]
+
+
+@pytest.mark.parametrize("options", JPEG_OPTIONS, ids=str)
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("size", [(1, 1), (7, 3), (16, 16), (101, 67), (17, 200), (451, 300)], ids=str)
+def test_every_jpeg_is_pillows(chelsea: Image.Image, options: dict[str, Any], mode: str, size: tuple[int, int]) -> None:
+    data = encode(chelsea.resize(size).convert(mode), "JPEG", **options)
+    expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    np.testing.assert_array_equal(pixels(data), expected)
+    np.testing.assert_array_equal(pixels(data + b"\0 after the end"), expected)
+    if options != {"keep_rgb": True}:
+        fast = decode_jpeg(data, *size)
+        assert fast is not None
+        np.testing.assert_array_equal(fast, expected)
+
+
+def test_a_quicker_chroma_upsampling_would_be_seen(photo: bytes) -> None:
+    quicker = simplejpeg.decode_jpeg(photo, "RGB", fastupsample=True)
+    assert (quicker != pixels(photo)).mean() > 0.05
+
+
+def test_a_jpeg_that_is_not_plain_is_left_to_pillow(chelsea: Image.Image, photo: bytes) -> None:
+    assert decode_jpeg(photo, 451, 300) is not None
+    assert decode_jpeg(photo, 451, 299) is None  # Pillow read another header than libjpeg-turbo does
+    assert decode_jpeg(encode(chelsea.convert("CMYK"), "JPEG"), 451, 300) is None
+    assert decode_jpeg(photo[: len(photo) // 2], 451, 300) is None
+    assert decode_jpeg(photo[:-2], 451, 300) is None  # no end marker
+    assert decode_jpeg(b"", 451, 300) is None
+    twelve_bits = bytearray(photo)
+    twelve_bits[photo.index(b"\xff\xc0") + 4] = 12
+    assert decode_jpeg(bytes(twelve_bits), 451, 300) is None
+
+
+def test_a_damaged_jpeg_is_what_pillow_makes_of_it(chelsea: Image.Image) -> None:
+    data = encode(chelsea, "JPEG")
+    rng = np.random.default_rng(7)
+    decoded = 0
+    for _ in range(60):
+        damaged = bytearray(data)
+        damaged[rng.integers(2, len(data))] ^= 1 << rng.integers(8)
+        try:
+            expected = np.asarray(Image.open(io.BytesIO(damaged), formats=FORMATS).convert("RGB"))
+        except (OSError, SyntaxError):
+            with pytest.raises(WrongFormatError):
+                pixels(bytes(damaged))
+            continue
+        np.testing.assert_array_equal(pixels(bytes(damaged)), expected)
+        decoded += 1
+    assert decoded > 30
 
 
 @pytest.mark.parametrize("mode", ["RGB", "P", "L", "1"])

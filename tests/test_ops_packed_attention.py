@@ -14,8 +14,8 @@ from rtp_mm import ops
 from rtp_mm.vit.attention import Segments, sdpa
 from rtp_mm.vit.rope import RotaryTable
 
-# Around blocks of 32, 112 and 128; the last one as long as a small frame.
-LENGTHS = [1, 2, 3, 16, 31, 33, 64, 111, 113, 127, 128, 130, 300]
+# Around blocks of 16, 32, 80 and 112; the last one as long as a small frame.
+LENGTHS = [1, 2, 3, 16, 31, 33, 64, 79, 81, 111, 113, 160, 300]
 
 
 def random_inputs(rows: int, heads: int, dim: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -92,7 +92,7 @@ def test_the_residual_is_added_in_place() -> None:
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_batching_is_invisible(activation: str) -> None:
-    """Tiles are 224 rows high, strips 14 or fewer."""
+    """Tiles are at most 224 rows high, strips 14; both are evened out."""
     x, weight, bias = random_layer(460, 140, 70, torch.bfloat16)
     together = packed(x, weight, bias, activation)
     for begin in (0, 1, 13, 222, 450):

@@ -11,12 +11,10 @@
 namespace rtp_mm {
 namespace {
 
-constexpr int64_t kQueries = 112;       // of a block: eight AVX-512 strips; their scores (57 KB) stay in L2
+constexpr int64_t kQueries = 112;       // of a block: eight AVX-512 strips; their scores (36 KB) stay in L2
 constexpr int64_t kKeys = kStripDepth;  // of a block: its probabilities are strips
-constexpr int64_t kPanel = 32;          // keys of a panel: its 10 KB at dim = 80 stay in L1
+constexpr int64_t kPanel = 32;          // columns multiplied at a time: 10 KB of keys or values stay in L1
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
-
-static_assert(kMaxHeadDim <= kStripDepth);
 
 int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
@@ -89,13 +87,13 @@ class Workspace {
   // Takes over keys and values of rows [first, first + length).
   void load_segment(int64_t head, int64_t first, int64_t length) {
     const int64_t dim = job_.dim;
-    keys_.assign(round_up(length, kPanel) * dim, 0);
+    keys_.assign(round_up(length, kKeys) * dim, 0);
     values_.assign(length * columns_, 0);
     for (int64_t j = 0; j < length; ++j) {
       float key[kMaxHeadDim];
       rotate(1, head, first + j, 1, key);
-      float* column = keys_.data() + j / kPanel * dim * kPanel + j % kPanel;
-      for (int64_t i = 0; i < dim; ++i) column[i * kPanel] = key[i];
+      float* column = keys_.data() + j / kKeys * dim * kKeys + j % kKeys;
+      for (int64_t i = 0; i < dim; ++i) column[i * kKeys] = key[i];
       std::copy_n(row(2, head, first + j), dim, values_.data() + j * columns_);
     }
     head_ = head, length_ = length;
@@ -104,7 +102,13 @@ class Workspace {
   // Answers queries [first, first + rows) with the segment that was loaded last.
   void attend(int64_t first, int64_t rows) {
     const float scale = 1 / std::sqrt(static_cast<float>(job_.dim));
-    for (int64_t r = 0; r < rows; ++r) rotate(0, head_, first + r, scale, queries_.data() + r * kStripDepth);
+    for (int64_t r = 0; r < rows; ++r) {
+      float query[kMaxHeadDim];
+      rotate(0, head_, first + r, scale, query);
+      for (int64_t i = 0; i < job_.dim; i += kStripDepth) {
+        std::copy_n(query + i, std::min(kStripDepth, job_.dim - i), queries_.data() + i * rows + r * kStripDepth);
+      }
+    }
     weighted_.assign(rows * columns_, 0);
     std::fill_n(softmax_.largest, rows, kMinusInfinity);
     std::fill_n(softmax_.sum, rows, 0.0f);
@@ -112,8 +116,11 @@ class Workspace {
       const int64_t keys = std::min(kKeys, length_ - key);
       std::fill_n(scores_.data(), rows * kKeys, 0.0f);
       for (int64_t j = 0; j < keys; j += kPanel) {
-        multiply(job_.isa, rows, kPanel, job_.dim, queries_.data(), keys_.data() + (key + j) * job_.dim, kPanel,
-                 scores_.data() + j, kKeys);
+        for (int64_t i = 0; i < job_.dim; i += kStripDepth) {
+          multiply(job_.isa, rows, std::min(kPanel, kKeys - j), std::min(kStripDepth, job_.dim - i),
+                   queries_.data() + i * rows, keys_.data() + key * job_.dim + i * kKeys + j, kKeys, scores_.data() + j,
+                   kKeys);
+        }
       }
       rtp_mm::run<Softmax::Step>(job_.isa, &softmax_, scores_.data(), rows, keys, weighted_.data(), columns_);
       for (int64_t column = 0; column < columns_; column += kPanel) {
@@ -127,8 +134,12 @@ class Workspace {
   }
 
  private:
-  const float* row(int64_t part, int64_t head, int64_t i) const {  // part: 0 query, 1 key, 2 value
-    return job_.qkv + ((i * 3 + part) * job_.heads + head) * job_.dim;
+  // Part: 0 query, 1 key, 2 value. The same row of the next head comes out of memory meanwhile.
+  const float* row(int64_t part, int64_t head, int64_t i) const {
+    constexpr int64_t kLine = 16;  // floats
+    const float* row = job_.qkv + ((i * 3 + part) * job_.heads + head) * job_.dim;
+    for (int64_t j = 0; j < job_.dim; j += kLine) __builtin_prefetch(row + job_.dim + j);
+    return row;
   }
 
   void rotate(int64_t part, int64_t head, int64_t i, float scale, float* dst) const {
@@ -139,9 +150,9 @@ class Workspace {
   const PackedAttention& job_;
   const int64_t columns_;  // of the values, padded with zeros
   int64_t head_ = 0, length_ = 0;
-  std::vector<float> keys_;    // [panels][dim][kPanel]
+  std::vector<float> keys_;    // [blocks][dim][kKeys]
   std::vector<float> values_;  // [length][columns]
-  std::vector<float> queries_ = std::vector<float>(kQueries * kStripDepth);
+  std::vector<float> queries_ = std::vector<float>(kQueries * round_up(kMaxHeadDim, kStripDepth));  // as strips
   std::vector<float> scores_ = std::vector<float>(kQueries * kKeys);
   std::vector<float> weighted_;  // [queries][columns], values times probabilities so far
   Softmax softmax_;

@@ -11,13 +11,16 @@
 namespace rtp_mm {
 namespace {
 
-// A tile. Its sums (57 KB) and the strips of one step of k (57 KB) stay in L2, the panel of that step (16 KB) in L1.
+// A tile. Its sums (115 KB) and the strips of one step of k (72 KB) stay in L2, the panel of that step (10 KB) in L1.
 // The more rows, the less it costs to widen a panel; the more panels, the less often the strips are read again.
-constexpr int64_t kTileRows = 224;
-constexpr int64_t kTilePanels = 2;
+constexpr int64_t kMaxTileRows = 224;
+constexpr int64_t kTilePanels = 4;
 constexpr int64_t kTileColumns = kTilePanels * kLinearPanel;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Tiles are of even height, so that threads with as many tiles have as much to do.
+int64_t tile_rows(int64_t m) { return ceil_div(m, std::max<int64_t>(ceil_div(m, kMaxTileRows), 1)); }
 
 struct Widen {
   template <class Arch, class Weight>
@@ -100,19 +103,20 @@ void pack_linear_panel(const Weight* weight, const PanelLayout& layout, int64_t 
 
 template <class Weight>
 int64_t PackedLinear<Weight>::tiles() const {
-  return ceil_div(m, kTileRows) * ceil_div(layout.panels(), kTilePanels);
+  return ceil_div(m, kMaxTileRows) * ceil_div(layout.panels(), kTilePanels);
 }
 
 template <class Weight>
 void PackedLinear<Weight>::run(int64_t begin, int64_t end) const {
   const int64_t panel_count = layout.panels(), groups = ceil_div(panel_count, kTilePanels);
-  const int64_t block_rows = std::min(kTileRows, m), steps = ceil_div(k, kStripDepth);
+  const int64_t block_rows = tile_rows(m), steps = ceil_div(k, kStripDepth);
   const std::unique_ptr<float[]> strips(new float[block_rows * steps * kStripDepth]);
   const std::unique_ptr<float[]> sums(new float[block_rows * kTileColumns]);
-  float panel_scratch[kStripDepth * kLinearPanel], tile_bias[kTileColumns];
+  alignas(64) float panel_scratch[kStripDepth * kLinearPanel];
+  float tile_bias[kTileColumns];
   int64_t packed_block = -1;
   for (int64_t tile = begin; tile < end; ++tile) {
-    const int64_t block = tile / groups, first_row = block * kTileRows, rows = std::min(kTileRows, m - first_row);
+    const int64_t block = tile / groups, first_row = block * block_rows, rows = std::min(block_rows, m - first_row);
     if (packed_block != block) {
       packed_block = block;
       pack_strips(x + first_row * k, rows, k, strips.get());

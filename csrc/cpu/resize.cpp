@@ -71,8 +71,8 @@ struct Rows {
   int64_t stride;
 };
 
-// Source rows [begin, begin + count), each readable for `reach` bytes: in place, or, where that would leave the image's
-// memory, as a copy. Rows below the image repeat its last.
+// Source rows [begin, begin + count), each readable for `reach` bytes, at least its own: in place, or, where that would
+// leave the image's memory, as a copy. Rows below the image repeat its last.
 Rows readable_rows(const PixelView& image, int64_t begin, int64_t count, int64_t reach, Buffer& edge) {
   const uint8_t* start = image.pixels + begin * image.row_stride;
   const int64_t row_bytes = (image.width - 1) * image.pixel_stride + kChannels;
@@ -83,8 +83,7 @@ Rows readable_rows(const PixelView& image, int64_t begin, int64_t count, int64_t
   uint8_t* copy = edge.reserve<uint8_t>(count * reach);
   for (int64_t row = 0; row < count; ++row) {
     const uint8_t* src = start + std::min(row, image.height - 1 - begin) * image.row_stride;
-    std::memset(std::copy_n(src, std::min(row_bytes, reach), copy + row * reach), 0,
-                reach - std::min(row_bytes, reach));
+    std::memset(std::copy_n(src, row_bytes, copy + row * reach), 0, reach - row_bytes);
   }
   return {copy, reach};
 }
@@ -101,7 +100,7 @@ class Ring {
   uint32_t* slot(int64_t quad) const { return quads_ + quad % slots_ * dwords_; }
 
   // The quads of an output, one after the other.
-  const uint32_t* const* quads_of(const Output& output) const {
+  const uint32_t* const* quads_of(const OutputTaps& output) const {
     for (int32_t i = 0; i <= output.count; ++i) pointers_[i] = slot(output.first + i);
     return pointers_;
   }
@@ -180,7 +179,7 @@ void horizontal_first(const PixelView& image, const Passes& passes, const PatchR
   Lines lines(dst.patch, line, plane, dst, scratch);
   int64_t quads = 0;  // in the ring so far
   for (int64_t y = 0; y < height; ++y) {
-    const Output& output = passes.rows.outputs[y];
+    const OutputTaps& output = passes.rows.outputs[y];
     for (; quads <= last_quad(output); quads += kBandQuads) {
       const Rows rows = readable_rows(image, quads * 4, kBandRows, reach, scratch.edge);
       horizontal(rows, {ring.slot(quads), line, plane});
@@ -203,7 +202,7 @@ void vertical_first(const PixelView& image, const Passes& passes, const PatchRow
   for (int64_t top = 0; top < height; top += kBandRows) {
     const int64_t bottom = std::min(top + kBandRows, height);
     for (int64_t y = top; y < bottom; ++y) {
-      const Output& output = passes.rows.outputs[y];
+      const OutputTaps& output = passes.rows.outputs[y];
       for (; ready <= last_quad(output); ++ready) {
         const Rows rows = readable_rows(image, ready * 4, 4, row, scratch.edge);
         passes.kernels.interleave(rows.pixels, rows.stride, row / kBlock, ring.slot(ready));

@@ -28,31 +28,40 @@ AVX2_INLINE __m256i load(const uint32_t* quads) { return _mm256_load_si256(reint
 
 AVX2_INLINE void store(void* dst, __m256i v) { _mm256_store_si256(static_cast<__m256i*>(dst), v); }
 
-// Eight lanes of one output in kVectors vectors; `quad(i, v)` points to vector v of quad output.first + i.
+// The products of four bytes in each lane with the taps' high and low parts.
+struct Products {
+  __m256i high, low;
+};
+
+AVX2_INLINE Products multiply(__m256i bytes, const QuadTaps& taps) {
+  const __m256i even = _mm256_and_si256(bytes, _mm256_set1_epi32(0x00ff00ff)), odd = _mm256_srli_epi16(bytes, 8);
+  const auto& [high02, high13, low02, low13] = taps.words;
+  return {_mm256_add_epi32(_mm256_madd_epi16(even, _mm256_set1_epi32(high02)),
+                           _mm256_madd_epi16(odd, _mm256_set1_epi32(high13))),
+          _mm256_add_epi32(_mm256_madd_epi16(even, _mm256_set1_epi32(low02)),
+                           _mm256_madd_epi16(odd, _mm256_set1_epi32(low13)))};
+}
+
+// Eight lanes of one output in kVectors vectors; `quad(i, v)` points to vector v of its i-th quad.
 template <int kVectors, class Quad>
-AVX2_INLINE void dot(const Output& output, const QuadTaps* all_taps, Quad quad, __m256i* sums) {
+AVX2_INLINE void dot(const OutputTaps& output, const QuadTaps* all_taps, Quad quad, __m256i* sums) {
   const QuadTaps* taps = all_taps + output.taps;
-  const __m256i mask = _mm256_set1_epi32(static_cast<int32_t>(output.mask)), bytes02 = _mm256_set1_epi32(0x00ff00ff);
-  __m256i high[kVectors], low[kVectors];
+  const __m256i mask = _mm256_set1_epi32(static_cast<int32_t>(output.mask));
+  Products totals[kVectors];
   for (int v = 0; v < kVectors; ++v) {
-    high[v] = _mm256_setzero_si256();
-    low[v] = _mm256_set1_epi32(1 << (kFractionBits - 1));
+    totals[v] = multiply(_mm256_blendv_epi8(load(quad(output.count, v)), load(quad(0, v)), mask), taps[0]);
   }
-  for (int32_t i = 0; i < output.count; ++i) {
-    const __m256i high02 = _mm256_set1_epi32(taps[i].words[0]), high13 = _mm256_set1_epi32(taps[i].words[1]),
-                  low02 = _mm256_set1_epi32(taps[i].words[2]), low13 = _mm256_set1_epi32(taps[i].words[3]);
+  for (int32_t i = 1; i < output.count; ++i) {
     for (int v = 0; v < kVectors; ++v) {
-      __m256i bytes = load(quad(i, v));
-      if (i == 0) bytes = _mm256_blendv_epi8(load(quad(output.count, v)), bytes, mask);
-      const __m256i even = _mm256_and_si256(bytes, bytes02), odd = _mm256_srli_epi16(bytes, 8);
-      high[v] = _mm256_add_epi32(high[v], _mm256_madd_epi16(even, high02));
-      high[v] = _mm256_add_epi32(high[v], _mm256_madd_epi16(odd, high13));
-      low[v] = _mm256_add_epi32(low[v], _mm256_madd_epi16(even, low02));
-      low[v] = _mm256_add_epi32(low[v], _mm256_madd_epi16(odd, low13));
+      const Products products = multiply(load(quad(i, v)), taps[i]);
+      totals[v].high = _mm256_add_epi32(totals[v].high, products.high);
+      totals[v].low = _mm256_add_epi32(totals[v].low, products.low);
     }
   }
+  const __m256i rounding = _mm256_set1_epi32(1 << (kFractionBits - 1));
   for (int v = 0; v < kVectors; ++v) {
-    sums[v] = _mm256_srai_epi32(_mm256_add_epi32(_mm256_slli_epi32(high[v], kLowBits), low[v]), kFractionBits);
+    const __m256i low = _mm256_add_epi32(totals[v].low, rounding);
+    sums[v] = _mm256_srai_epi32(_mm256_add_epi32(_mm256_slli_epi32(totals[v].high, kLowBits), low), kFractionBits);
   }
 }
 
@@ -95,11 +104,12 @@ AVX2 void gather_columns(const uint8_t* pixels, int64_t row_stride, int64_t pixe
   }
 }
 
-AVX2 void horizontal(const uint32_t* columns, int64_t first, const Output* outputs, const QuadTaps* taps, int64_t begin,
-                     int64_t end, QuadRows dst) {
+AVX2 void horizontal(const uint32_t* columns, int64_t first, const OutputTaps* outputs, const QuadTaps* taps,
+                     int64_t begin, int64_t end, QuadRows dst) {
   for (int64_t x = begin; x < end; x += 4) {
     for (int64_t half = 0; half < 2; ++half) {
       __m256i sums[4][kChannels];
+#pragma GCC unroll 4
       for (int64_t i = 0; i < 4; ++i) {
         const uint32_t* start = columns + (outputs[x + i].first - first) * kChannels * 16 + 8 * half;
         dot<kChannels>(
@@ -133,7 +143,7 @@ AVX2 void interleave(const uint8_t* rows, int64_t row_stride, int64_t blocks, ui
   }
 }
 
-AVX2 void vertical(const uint32_t* const* quads, const Output& output, const QuadTaps* taps, int64_t blocks,
+AVX2 void vertical(const uint32_t* const* quads, const OutputTaps& output, const QuadTaps* taps, int64_t blocks,
                    uint8_t* row) {
   for (int64_t block = 0; block < blocks; ++block) {
     for (int64_t half = 0; half < 2; ++half) {

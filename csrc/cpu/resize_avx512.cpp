@@ -36,12 +36,12 @@ AVX512_INLINE __m512i load(const uint32_t* quads) { return _mm512_load_si512(qua
 
 AVX512_INLINE __m512i broadcast(int32_t value) { return _mm512_set1_epi32(value); }
 
-// Taps and rounding in front of a multiply-add: the rounding passes through both shifts of the high byte.
+// The taps of one quad, and the rounding, which passes through both shifts of the sum of high bytes.
 struct Multiplier {
   __m512i rounding, mask, high, middle, low;
 };
 
-AVX512_INLINE Multiplier multiplier(const Output& output, const QuadTaps& taps) {
+AVX512_INLINE Multiplier multiplier(const OutputTaps& output, const QuadTaps& taps) {
   return {broadcast(1 << (kFractionBits - 1 - 16)), broadcast(static_cast<int32_t>(output.mask)),
           broadcast(taps.words[0]), broadcast(taps.words[1]), broadcast(taps.words[2])};
 }
@@ -60,25 +60,29 @@ AVX512_INLINE __m512i multiply(const Multiplier& m, const uint32_t* first, const
   return _mm512_srai_epi32(sum, kFractionBits);
 }
 
-// An output of any number of quads, in kVectors vectors; `quad(i, v)` points to vector v of quad output.first + i.
-template <int kVectors, class Quad>
-AVX512_INLINE void multiply_add(const Output& output, const QuadTaps* taps, Quad quad, __m512i* sums) {
+// An output of kCount quads, or of any number if that is 0, in kVectors vectors; `quad(i, v)` points to vector v of its
+// i-th quad. Unrolled for the usual counts it takes 7 to 14 % less of 4K to 1 megapixel.
+template <int kVectors, int kCount, class Quad>
+AVX512_INLINE void multiply_add(const OutputTaps& output, const QuadTaps* taps, Quad quad, __m512i* sums) {
+  const int32_t count = kCount ? kCount : output.count;
   const Multiplier m = multiplier(output, taps[0]);
   const __m512i zero = _mm512_setzero_si512();
   __m512i high[kVectors], middle[kVectors], low[kVectors];
   for (int v = 0; v < kVectors; ++v) {
-    const __m512i bytes = select(m, quad(0, v), quad(output.count, v));
+    const __m512i bytes = select(m, quad(0, v), quad(count, v));
     high[v] = _mm512_dpbusd_epi32(m.rounding, bytes, m.high);
     middle[v] = _mm512_dpbusd_epi32(zero, bytes, m.middle);
     low[v] = _mm512_dpbusd_epi32(zero, bytes, m.low);
   }
-  for (int32_t i = 1; i < output.count; ++i) {
-    const __m512i h = broadcast(taps[i].words[0]), m = broadcast(taps[i].words[1]), l = broadcast(taps[i].words[2]);
+#pragma GCC unroll 4
+  for (int32_t i = 1; i < count; ++i) {
+    const __m512i high_taps = broadcast(taps[i].words[0]), middle_taps = broadcast(taps[i].words[1]),
+                  low_taps = broadcast(taps[i].words[2]);
     for (int v = 0; v < kVectors; ++v) {
       const __m512i bytes = load(quad(i, v));
-      high[v] = _mm512_dpbusd_epi32(high[v], bytes, h);
-      middle[v] = _mm512_dpbusd_epi32(middle[v], bytes, m);
-      low[v] = _mm512_dpbusd_epi32(low[v], bytes, l);
+      high[v] = _mm512_dpbusd_epi32(high[v], bytes, high_taps);
+      middle[v] = _mm512_dpbusd_epi32(middle[v], bytes, middle_taps);
+      low[v] = _mm512_dpbusd_epi32(low[v], bytes, low_taps);
     }
   }
   for (int v = 0; v < kVectors; ++v) {
@@ -130,7 +134,7 @@ AVX512 void gather_columns(const uint8_t* pixels, int64_t row_stride, int64_t pi
 }
 
 // The three channels of one output column, 16 rows each; `columns` starts at the output's first quad.
-AVX512_INLINE void column(const uint32_t* columns, const Output& output, const QuadTaps* taps, __m512i* sums) {
+AVX512_INLINE void column(const uint32_t* columns, const OutputTaps& output, const QuadTaps* taps, __m512i* sums) {
   constexpr int64_t kQuad = kChannels * 16;
   if (output.count == 1) {
     const Multiplier m = multiplier(output, *taps);
@@ -140,17 +144,26 @@ AVX512_INLINE void column(const uint32_t* columns, const Output& output, const Q
     }
   } else {
     const auto quad = [&](int64_t i, int64_t channel) { return columns + i * kQuad + 16 * channel; };
-    multiply_add<kChannels>(output, taps, quad, sums);
+    switch (output.count) {
+      case 2:
+        return multiply_add<kChannels, 2>(output, taps, quad, sums);
+      case 3:
+        return multiply_add<kChannels, 3>(output, taps, quad, sums);
+      case 4:
+        return multiply_add<kChannels, 4>(output, taps, quad, sums);
+      default:
+        return multiply_add<kChannels, 0>(output, taps, quad, sums);
+    }
   }
 }
 
-AVX512 void horizontal(const uint32_t* columns, int64_t first, const Output* outputs, const QuadTaps* taps,
+AVX512 void horizontal(const uint32_t* columns, int64_t first, const OutputTaps* outputs, const QuadTaps* taps,
                        int64_t begin, int64_t end, QuadRows dst) {
   for (int64_t x = begin; x < end; x += 4) {
     __m512i sums[4][kChannels];
 #pragma GCC unroll 4
     for (int64_t i = 0; i < 4; ++i) {
-      const Output& output = outputs[x + i];
+      const OutputTaps& output = outputs[x + i];
       column(columns + (output.first - first) * kChannels * 16, output, taps + output.taps, sums[i]);
     }
     for (int64_t channel = 0; channel < kChannels; ++channel) {
@@ -178,7 +191,7 @@ AVX512 void interleave(const uint8_t* rows, int64_t row_stride, int64_t blocks, 
   }
 }
 
-AVX512 void vertical(const uint32_t* const* quads, const Output& output, const QuadTaps* all_taps, int64_t blocks,
+AVX512 void vertical(const uint32_t* const* quads, const OutputTaps& output, const QuadTaps* all_taps, int64_t blocks,
                      uint8_t* row) {
   const QuadTaps* taps = all_taps + output.taps;
   const int64_t bytes = blocks * kBlock;
@@ -193,7 +206,7 @@ AVX512 void vertical(const uint32_t* const* quads, const Output& output, const Q
   } else {
     for (int64_t i = 0; i < bytes; i += kBlock) {
       const auto quad = [&](int64_t index, int64_t v) { return quads[index] + i + 16 * v; };
-      multiply_add<4>(output, taps, quad, sums);
+      multiply_add<4, 0>(output, taps, quad, sums);
       _mm512_store_si512(row + i, pack(sums[0], sums[1], sums[2], sums[3]));
     }
   }

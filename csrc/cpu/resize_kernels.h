@@ -24,13 +24,13 @@ struct QuadTaps {
 };
 
 // How one output column or row comes about: from `count` quads and as many QuadTaps.
-struct Output {
+struct OutputTaps {
   int32_t first;  // quad that holds the first tap
   int32_t count;
   // Taps rarely start at a quad's first byte, so they touch up to count + 1 quads. The bytes of quad `first` ahead of
   // them are free then, and bytes of quad `first + count` stand in: where the mask is 0.
   uint32_t mask;
-  int32_t taps;  // index of the first QuadTaps
+  int32_t taps;  // index of its first QuadTaps
 };
 
 // Byte i of a row stands at this dword among its quads: the order in which unpack instructions leave 64 bytes, and
@@ -54,14 +54,14 @@ struct ResizeKernels {
                          uint32_t* columns);
 
   // Outputs [begin, end), multiples of 4, of 16 rows; `columns` starts at quad `first`.
-  void (*horizontal)(const uint32_t* columns, int64_t first, const Output* outputs, const QuadTaps* taps, int64_t begin,
-                     int64_t end, QuadRows dst);
+  void (*horizontal)(const uint32_t* columns, int64_t first, const OutputTaps* outputs, const QuadTaps* taps,
+                     int64_t begin, int64_t end, QuadRows dst);
 
   // Four rows of bytes to one quad of rows. Reads and writes whole blocks.
   void (*interleave)(const uint8_t* rows, int64_t row_stride, int64_t blocks, uint32_t* quads);
 
   // One output row; `quads[i]` are the rows of quad `output.first + i`.
-  void (*vertical)(const uint32_t* const* quads, const Output& output, const QuadTaps* taps, int64_t blocks,
+  void (*vertical)(const uint32_t* const* quads, const OutputTaps& output, const QuadTaps* taps, int64_t blocks,
                    uint8_t* row);
 
   // The inverse of interleave.

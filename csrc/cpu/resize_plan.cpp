@@ -122,7 +122,7 @@ void append(ResizeAxis& axis, const Window& window, const ResizeKernels& kernels
   for (int64_t quad = 0; quad < count; ++quad) axis.taps.push_back(kernels.encode(bytes.data() + 4 * quad));
 }
 
-std::vector<OutputRun> runs_of(const std::vector<Output>& outputs) {
+std::vector<OutputRun> runs_of(const std::vector<OutputTaps>& outputs) {
   std::vector<OutputRun> runs;
   for (int64_t i = 0; i < static_cast<int64_t>(outputs.size()); i += 4) {
     OutputRun four{i, i + 4, outputs[i].first, 0};
@@ -143,7 +143,7 @@ std::vector<OutputRun> runs_of(const std::vector<Output>& outputs) {
   return runs;
 }
 
-int64_t span_of(const std::vector<Output>& outputs) {
+int64_t span_of(const std::vector<OutputTaps>& outputs) {
   std::vector<int64_t> last(outputs.size());
   for (size_t i = 0; i < outputs.size(); ++i) last[i] = std::max(last_quad(outputs[i]), i ? last[i - 1] : 0);
   int64_t first = last.back(), span = 0;
@@ -204,7 +204,7 @@ class AxisCache {
   }
 
   void insert(const Key& key, std::shared_ptr<const ResizeAxis> axis) {
-    const int64_t bytes = static_cast<int64_t>(axis->outputs.capacity() * sizeof(Output) +
+    const int64_t bytes = static_cast<int64_t>(axis->outputs.capacity() * sizeof(OutputTaps) +
                                                axis->taps.capacity() * sizeof(QuadTaps) + sizeof(ResizeAxis));
     const std::lock_guard lock(mutex_);
     entries_.push_front({key, std::move(axis), bytes});

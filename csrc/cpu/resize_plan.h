@@ -17,7 +17,7 @@ struct OutputRun {
 
 // Everything that one pass depends on.
 struct ResizeAxis {
-  std::vector<Output> outputs;  // rounded up to a multiple of 4; those past the end repeat the last
+  std::vector<OutputTaps> outputs;  // rounded up to a multiple of 4; those past the end repeat the last
   std::vector<QuadTaps> taps;
   std::vector<OutputRun> runs;
   int64_t most_quads;  // that one output touches, those that its mask leaves out included
@@ -25,7 +25,7 @@ struct ResizeAxis {
 };
 
 // The last quad that an output needs.
-inline int64_t last_quad(const Output& output) { return output.first + output.count - (output.mask == ~0u); }
+inline int64_t last_quad(const OutputTaps& output) { return output.first + output.count - (output.mask == ~0u); }
 
 // From a cache of the process, bounded in bytes; the least recently used goes first. An axis that is not resized has
 // one tap of 1, which changes no byte.

@@ -19,7 +19,7 @@ QuadTaps encode(const int32_t* coefficients) {
 
 // Sixteen lanes of one output; `quad(i)` points to those of quad output.first + i.
 template <class Quad>
-void dot(const Output& output, const QuadTaps* taps, Quad quad, uint8_t* bytes) {
+void dot(const OutputTaps& output, const QuadTaps* taps, Quad quad, uint8_t* bytes) {
   int32_t sums[16];
   std::fill_n(sums, 16, 1 << (kFractionBits - 1));
   for (int32_t i = 0; i < output.count; ++i) {
@@ -49,7 +49,7 @@ void gather_columns(const uint8_t* pixels, int64_t row_stride, int64_t pixel_str
   }
 }
 
-void horizontal(const uint32_t* columns, int64_t first, const Output* outputs, const QuadTaps* taps, int64_t begin,
+void horizontal(const uint32_t* columns, int64_t first, const OutputTaps* outputs, const QuadTaps* taps, int64_t begin,
                 int64_t end, QuadRows dst) {
   for (int64_t x = begin; x < end; x += 4) {
     for (int64_t channel = 0; channel < kChannels; ++channel) {
@@ -74,7 +74,8 @@ void interleave(const uint8_t* rows, int64_t row_stride, int64_t blocks, uint32_
   }
 }
 
-void vertical(const uint32_t* const* quads, const Output& output, const QuadTaps* taps, int64_t blocks, uint8_t* row) {
+void vertical(const uint32_t* const* quads, const OutputTaps& output, const QuadTaps* taps, int64_t blocks,
+              uint8_t* row) {
   for (int64_t i = 0; i < blocks * kBlock; i += 16) {
     uint8_t bytes[16];
     dot(output, taps, [&](int64_t quad) { return quads[quad] + i; }, bytes);

@@ -1,17 +1,24 @@
-"""Downloads over http and https. `_get` is the one place that makes connections; every hop of a redirect passes it."""
+"""Downloads over http and https. `_get` is the one place that makes connections; every hop of a redirect passes it, and
+there the host is checked. `addresses.py` says which hosts and addresses pass.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import io
+import os
+import random
 import re
+import socket
 import time
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
+from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING
 
 import aiohttp
+from aiohttp.abc import AbstractResolver
 from cachetools import TTLCache
 from multidict import CIMultiDict
 from yarl import URL
@@ -24,6 +31,7 @@ from rtp_mm.errors import (
     NotSupportedError,
     WrongFormatError,
 )
+from rtp_mm.media.addresses import CheckedResolver, Destinations
 from rtp_mm.media.limits import SizeLimit
 from rtp_mm.media.redact import redact
 
@@ -34,6 +42,8 @@ REDIRECTS = {301, 302, 303, 307, 308}
 TRANSIENT = {408, 429}  # the 4xx that asking again may mend
 REFUSALS_KEPT = 4096
 REFUSAL_TTL_S = 5.0
+BACKOFF_S = 0.25  # before the second try, doubled for each further one, times 0.5 to 1.5 at random
+RETRY_AFTER_MAX_S = 10.0  # a source that asks for more is not asked again
 MAX_CONNECTIONS = 512  # well under the usual 1024 descriptors; who waits for one waits at most the connect timeout
 
 # Compression wins nothing on media and hides their size, so it is not asked for. Both may be overridden.
@@ -42,46 +52,82 @@ DEFAULT_HEADERS = {"User-Agent": "rtp_mm", "Accept-Encoding": "identity"}
 _WELL_FORMED = re.compile(r"[A-Za-z0-9\-._~:/?#\[\]@!$&'()*+,;=%]+")  # RFC 3986
 
 
+class _UnavailableError(Exception):
+    """The source answered 408, 429 or 5xx, and asks not to be asked again for `retry_after_s`."""
+
+    def __init__(self, status: int, retry_after_s: float) -> None:
+        super().__init__(status)
+        self.status = status
+        self.retry_after_s = retry_after_s
+
+
 class HttpSource:
     """A pool of connections. Belongs to the event loop of its first download."""
 
-    def __init__(self, settings: Settings, clock: Callable[[], float] = time.monotonic) -> None:
-        """`clock` tells the age of refusals, in seconds."""
+    def __init__(
+        self,
+        settings: Settings,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        resolver: Callable[[], AbstractResolver] = aiohttp.DefaultResolver,
+        connector: Callable[..., aiohttp.BaseConnector] = aiohttp.TCPConnector,
+    ) -> None:
+        """`clock` tells the age of refusals, `sleep` waits before another try, both in seconds; the resolver and the
+        connector are made on the event loop.
+        """
         self._headers = settings.download_headers
         self._timeout_s = settings.mm_fetch_timeout_ms / 1000
         self._max_redirects = settings.mm_max_redirects
+        self._retries = settings.mm_fetch_retries
+        self._proxy = settings.mm_fetch_proxy
+        self._destinations = Destinations(settings)
         self._refusals: TTLCache[str, str] = TTLCache(REFUSALS_KEPT, REFUSAL_TTL_S, timer=clock)
+        self._sleep = sleep
+        self._make_resolver = resolver
+        self._make_connector = connector
+        self._resolver: AbstractResolver | None = None
         self._session: aiohttp.ClientSession | None = None
 
     async def close(self) -> None:
         """Closes all connections; idempotent."""
         if self._session is not None:
             await self._session.close()
+        if self._resolver is not None:
+            await self._resolver.close()
 
     async def download(self, url: str, limit: SizeLimit) -> bytes:
         """The body behind `url`.
 
-        A refusal is remembered for `REFUSAL_TTL_S`, so that a client that retries does not hammer the source; the URL
-        alone is the key, because the headers are the same for all. Raises `DownloadRefusedError` (4xx, too many
-        redirects), `DownloadFailedError` (408, 429, 5xx, no connection, silence, an early end), `NotSupportedError`
-        (a redirect away from http), `WrongFormatError` (no URL, or a body over the limit).
+        A passing failure is tried again, `MM_FETCH_RETRIES` times. A refusal is remembered for `REFUSAL_TTL_S`, so that
+        a client that retries does not hammer the source; the URL alone is the key, because the headers are the same
+        for all. Raises `DownloadRefusedError` (4xx, too many redirects), `DownloadFailedError` (408, 429, 5xx, no
+        connection, silence, an early end), `NotSupportedError` (a host or address that is not allowed, a redirect away
+        from http), `WrongFormatError` (no URL, or a body over the limit).
         """
         if (refusal := self._refusals.get(url)) is not None:
             raise DownloadRefusedError(refusal)
-        try:
-            return await self._follow(_parse(url), limit)
-        except DownloadRefusedError as error:
-            self._refusals[url] = str(error)
-            raise
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            raise self._failure(error) from None
+        target = _parse(url)
+        tries = 0
+        while True:
+            try:
+                return await self._follow(target, limit)
+            except DownloadRefusedError as error:
+                self._refusals[url] = str(error)
+                raise
+            except (_UnavailableError, aiohttp.ClientError, TimeoutError, OSError) as error:
+                pause_s = _pause_s(error, tries) if tries < self._retries else None
+                if pause_s is None:
+                    raise self._failure(error) from None
+            await self._sleep(pause_s)
+            tries += 1
 
     async def _follow(self, url: URL, limit: SizeLimit) -> bytes:
         headers = self._headers
         for _ in range(self._max_redirects + 1):
             async with self._get(url, headers) as response:
                 if response.status not in REDIRECTS or "Location" not in response.headers:
-                    _check_status(response.status)
+                    _check_status(response)
                     return await _read(response, limit)
                 target = _redirect_target(url, response.headers["Location"])
             if target.origin() != url.origin():
@@ -91,39 +137,87 @@ class HttpSource:
 
     @asynccontextmanager
     async def _get(self, url: URL, headers: Mapping[str, str]) -> AsyncIterator[aiohttp.ClientResponse]:
+        self._destinations.check(url.raw_host or "")
         if self._session is None:
-            # `connect` covers name, TCP and TLS; `sock_read` is the longest silence, not the whole download.
-            self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=MAX_CONNECTIONS),
-                timeout=aiohttp.ClientTimeout(total=None, connect=self._timeout_s, sock_read=self._timeout_s),
-                cookie_jar=aiohttp.DummyCookieJar(),
-                auto_decompress=False,
-                trust_env=False,
-            )
+            self._session = self._open()
         sent = CIMultiDict(DEFAULT_HEADERS)
         sent.update(headers)
         if url.user is not None or url.password is not None:
             sent.popall("Authorization", None)  # the URL's own credentials win
-        async with self._session.get(url, headers=sent, allow_redirects=False) as response:
+        async with self._session.get(url, headers=sent, allow_redirects=False, proxy=self._proxy) as response:
             yield response
 
-    def _failure(self, error: aiohttp.ClientError | TimeoutError | OSError) -> MMError:
+    def _open(self) -> aiohttp.ClientSession:
+        self._resolver = self._make_resolver()
+        if self._proxy is None:  # else all that is resolved here is the proxy, wherever that may be
+            self._resolver = CheckedResolver(self._resolver, self._destinations)
+        # `connect` covers name, TCP and TLS; `sock_read` is the longest silence, not the whole download.
+        return aiohttp.ClientSession(
+            connector=self._make_connector(limit=MAX_CONNECTIONS, resolver=self._resolver),
+            timeout=aiohttp.ClientTimeout(total=None, connect=self._timeout_s, sock_read=self._timeout_s),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            auto_decompress=False,
+            trust_env=False,
+        )
+
+    def _failure(self, error: _UnavailableError | aiohttp.ClientError | TimeoutError | OSError) -> MMError:
         """What to tell the caller: never the exception's own text, which may hold the whole URL."""
         match error:
+            case _UnavailableError():
+                return DownloadFailedError(f"the source answered {error.status}")
             case aiohttp.InvalidURL():
                 return WrongFormatError("not a URL that can be fetched")
             case aiohttp.ConnectionTimeoutError():
                 return DownloadFailedError(f"no connection within {self._timeout_s:g} s (MM_FETCH_TIMEOUT_MS)")
             case TimeoutError():
                 return DownloadFailedError(f"the source was silent for {self._timeout_s:g} s (MM_FETCH_TIMEOUT_MS)")
+            case aiohttp.ClientHttpProxyError():
+                return DownloadFailedError(f"the proxy answered {error.status} (MM_FETCH_PROXY)")
+            case aiohttp.ClientProxyConnectionError() | aiohttp.ClientConnectorDNSError() if self._proxy is not None:
+                return DownloadFailedError("no connection to the proxy (MM_FETCH_PROXY)")
             case aiohttp.ClientConnectorError():
-                return DownloadFailedError(
-                    f"no connection to {error.host}:{error.port}: {error.strerror or type(error).__name__}"
-                )
+                return DownloadFailedError(f"no connection to {error.host}:{error.port}: {_reason(error)}")
             case aiohttp.ClientPayloadError() | aiohttp.ServerDisconnectedError() | OSError():
                 return DownloadFailedError("the source broke the connection off")
             case _:
                 return DownloadFailedError(f"the source does not speak HTTP ({type(error).__name__})")
+
+
+def _pause_s(error: Exception, tries: int) -> float | None:
+    """Seconds to wait before asking again after `tries` tries more than the first; `None`: asking again is no use.
+
+    Tried again is only what failed before the body began, and failed fast: waiting out another silence would cost the
+    caller's deadline.
+    """
+    backoff_s = BACKOFF_S * 2.0**tries * random.uniform(0.5, 1.5)
+    match error:
+        case _UnavailableError():
+            return max(backoff_s, error.retry_after_s) if error.retry_after_s <= RETRY_AFTER_MAX_S else None
+        case TimeoutError() | aiohttp.ClientSSLError():
+            return None
+        case aiohttp.ClientConnectorDNSError():
+            return backoff_s if error.errno == socket.EAI_AGAIN else None
+        case aiohttp.ClientOSError() | aiohttp.ServerDisconnectedError() | ConnectionResetError():
+            return backoff_s
+        case _:
+            return None
+
+
+def _retry_after_s(value: str) -> float:
+    """A Retry-After header, seconds or a date (RFC 9110), as seconds from now; 0 for what is neither."""
+    if value.isdecimal():
+        return float(value)
+    try:
+        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
+    except (ValueError, OverflowError):
+        return 0.0
+
+
+def _reason(error: aiohttp.ClientConnectorError) -> str:
+    """Why there is no connection, without the address that a name stands for, which asyncio puts into its text."""
+    if isinstance(error, aiohttp.ClientSSLError) or not error.errno or error.errno < 0:  # not the system's numbers
+        return error.strerror or type(error).__name__
+    return os.strerror(error.errno)
 
 
 def _parse(url: str) -> URL:
@@ -151,12 +245,12 @@ def _redirect_target(url: URL, location: str) -> URL:
     return target
 
 
-def _check_status(status: int) -> None:
-    if 200 <= status < 300:
+def _check_status(response: aiohttp.ClientResponse) -> None:
+    if 200 <= response.status < 300:
         return
-    if status in TRANSIENT or status >= 500:
-        raise DownloadFailedError(f"the source answered {status}")
-    raise DownloadRefusedError(f"the source answered {status}")
+    if response.status in TRANSIENT or response.status >= 500:
+        raise _UnavailableError(response.status, _retry_after_s(response.headers.get("Retry-After", "")))
+    raise DownloadRefusedError(f"the source answered {response.status}")
 
 
 async def _read(response: aiohttp.ClientResponse, limit: SizeLimit) -> bytes:

@@ -10,10 +10,13 @@ from io import BytesIO
 from typing import NamedTuple
 
 import numpy as np
+import PIL
 from numpy.typing import NDArray
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from rtp_mm.errors import NotSupportedError, WrongFormatError
+from rtp_mm.media.jpeg import DECODER as JPEG_DECODER
+from rtp_mm.media.jpeg import decode_jpeg
 from rtp_mm.media.sniff import sniff
 from rtp_mm.types import MMUrlType
 
@@ -44,6 +47,11 @@ def probe(data: bytes) -> ImageHeader:
         return ImageHeader(image.format or "", image.width, image.height, image.mode)
 
 
+def decoders() -> tuple[str, ...]:
+    """The libraries that decide the pixels, with their versions: a part of every cache key."""
+    return f"pillow {PIL.__version__}", JPEG_DECODER
+
+
 def decode(data: bytes, *, max_pixels: int, allow_truncated: bool, exif_transpose: bool) -> NDArray[np.uint8]:
     """The first frame as [H, W, 3] uint8 RGB, read-only.
 
@@ -56,6 +64,11 @@ def decode(data: bytes, *, max_pixels: int, allow_truncated: bool, exif_transpos
     """
     with _named_errors(data), _TRUNCATION.decoding(allow_truncated), _open(data) as image:
         check_pixels(*image.size, max_pixels)
+        if image.format in ("JPEG", "MPO") and not exif_transpose:
+            pixels = decode_jpeg(data, *image.size)
+            if pixels is not None:
+                pixels.flags.writeable = False
+                return pixels
         image.load()
         check_pixels(*image.size, max_pixels)  # an ICO's directory may have told another size than its image
         if exif_transpose:

@@ -14,7 +14,7 @@ from rtp_mm.errors import StartError
 
 _log = logging.getLogger(__name__)
 
-BICUBIC = 3  # PIL.Image.Resampling.BICUBIC, the one filter our kernels have
+BICUBIC = 3  # PIL.Image.Resampling.BICUBIC, the one filter of these families
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import astuple, dataclass
 
 import numpy as np
-import PIL
 from numpy.typing import NDArray
 
 from rtp_mm import _core
 from rtp_mm.config import Settings
 from rtp_mm.errors import NotSupportedError, WrongFormatError
-from rtp_mm.media.image import check_pixels, decode
+from rtp_mm.media.image import check_pixels, decode, decoders
 from rtp_mm.media.sniff import sniff
 from rtp_mm.preprocess.image_config import ImageProcessorConfig
 from rtp_mm.preprocess.resize_order import ResizeRule, installed_rule, resize_order
@@ -56,8 +55,8 @@ class ImagePreprocessor:
 
     @property
     def cache_key(self) -> tuple[object, ...]:
-        """All else that decides the bytes; Pillow's releases differ in what they decode to."""
-        return ("pillow", PIL.__version__, *astuple(self))
+        """All else that decides the bytes."""
+        return (*decoders(), *astuple(self))
 
     def __call__(self, blob: Blob, mm_type: MMUrlType, options: PreprocessOptions) -> Patches:
         """Rows [h * w, 3 * P * P] (one frame: T is 1) and the grid (1, h, w).

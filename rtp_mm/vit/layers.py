@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rtp_mm import ops
 from rtp_mm.vit.attention import Attention, Segments
 from rtp_mm.vit.linear import Linear
 from rtp_mm.vit.rope import RotaryTable
@@ -35,6 +36,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(dim, dtype=torch.float32), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.device.type == "cpu":
+            return ops.rms_norm(x, self.weight, NORM_EPS)
         return F.rms_norm(x, self.weight.shape, self.weight, NORM_EPS)
 
 

@@ -10,6 +10,7 @@
 #include "cpu/packed_attention.h"
 #include "cpu/packed_linear.h"
 #include "cpu/patch_embed.h"
+#include "cpu/rms_norm.h"
 #include "cpu/vision_positions.h"
 #include "random_data.h"
 
@@ -175,6 +176,20 @@ void test_packed_attention(Isa isa, const std::vector<int32_t>& cu_seqlens, int6
   }
 }
 
+void test_rms_norm(Isa isa, int64_t rows, int64_t dim) {
+  const std::vector<float> x = random_floats<float>(rows * dim), weight = random_floats<float>(dim);
+  std::vector<float> out(rows * dim);
+  rms_norm(isa, x.data(), weight.data(), rows, dim, 1e-6f, out.data());
+  for (int64_t r = 0; r < rows; ++r) {
+    double squares = 0;
+    for (int64_t i = 0; i < dim; ++i) squares += double{x[r * dim + i]} * x[r * dim + i];
+    for (int64_t i = 0; i < dim; ++i) {
+      const double exact = x[r * dim + i] / std::sqrt(squares / dim + 1e-6) * weight[i];
+      CHECK(std::abs(out[r * dim + i] - exact) <= 1e-6 * std::abs(exact));
+    }
+  }
+}
+
 }  // namespace
 }  // namespace rtp_mm
 
@@ -197,5 +212,7 @@ int main() {
     test_packed_linear<BFloat16>(isa, Activation::kSiluGate, false, 230, 7, 37);
     test_packed_attention(isa, {0, 1, 1, 130, 160}, 2, 10);
     test_packed_attention(isa, {0, 40}, 1, 128);
+    test_rms_norm(isa, 3, 1);
+    test_rms_norm(isa, 5, 83);
   }
 }

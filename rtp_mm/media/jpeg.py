@@ -1,0 +1,29 @@
+"""JPEG files to RGB with libjpeg-turbo itself, where that gives Pillow's bytes in half its time."""
+
+from __future__ import annotations
+
+import numpy as np
+import simplejpeg
+from numpy.typing import NDArray
+
+DECODER = f"simplejpeg {simplejpeg.__version__}"  # which bundles libjpeg-turbo
+
+# What both decode by the same code with the same settings: accurate inverse DCT, smooth chroma upsampling. Others
+# (CMYK, YCCK) are turned to RGB by Pillow's own rules.
+_SAME_AS_PILLOW = ("YCbCr", "Gray")
+
+
+def decode_jpeg(data: bytes, width: int, height: int) -> NDArray[np.uint8] | None:
+    """[height, width, 3] uint8, Pillow's bytes; or `None` for a file that is Pillow's to judge.
+
+    That is one of another size than Pillow read, in another colour space, of 12 bits, broken or truncated in any way,
+    or of a kind that libjpeg-turbo does not read.
+    """
+    try:
+        *size, colour_space, _ = simplejpeg.decode_jpeg_header(data)
+        if size != [height, width] or colour_space not in _SAME_AS_PILLOW:
+            return None
+        pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, "RGB")
+    except ValueError:  # strict: warnings of the library count as errors
+        return None
+    return pixels
