@@ -50,7 +50,49 @@ def load() -> str:
     return markdown(header, rows)
 
 
-TABLES: dict[str, Callable[[], str]] = {"accuracy": accuracy, "load": load}
+def preprocess() -> str:
+    [(_, result)] = results("preprocess")
+    pixels, jpeg = (
+        result["tables"]["decoded pixels to rows, one thread"],
+        result["tables"]["JPEG bytes to rows, one thread"],
+    )
+    best = next(name for name in next(iter(pixels.values())) if name.startswith("ours"))
+
+    def times(table: dict[str, Any], size: str, peer: str, ours: str) -> str:
+        return f"{table[size][peer]['median'] / table[size][ours]['median']:.1f}x"
+
+    rows = [
+        [
+            size,
+            f"{pixels[size][best]['median']:.2f}",
+            times(pixels, size, "Hugging Face", best),
+            times(pixels, size, "Pillow resize", best),
+            times(jpeg, size, "Hugging Face", "ours"),
+        ]
+        for size in pixels
+    ]
+    header = [
+        "pixels",
+        f"{best.removeprefix('ours, ')}, ms",
+        "Hugging Face",
+        "Pillow's resize alone",
+        "Hugging Face, from JPEG bytes",
+    ]
+    return markdown(header, rows)
+
+
+def tower() -> str:
+    rows = []
+    for name, result in results("tower_*"):
+        for patches, figures in result["patches"].items():
+            ms = {side: times["median"] for side, times in figures["milliseconds"].items()}
+            ours = ms["ours bf16"]
+            peers = [f"{ms[f'Hugging Face {dtype}'] / ours:.1f}x" for dtype in ("bf16", "fp32")]
+            rows.append([f"`{name}`", patches, f"{ours:,.0f}", *peers])
+    return markdown(["model", "patches", "ours bf16, ms", "Hugging Face bf16", "Hugging Face float32"], rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {"accuracy": accuracy, "load": load, "preprocess": preprocess, "tower": tower}
 
 
 def rendered(text: str) -> str:
