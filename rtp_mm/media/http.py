@@ -197,7 +197,7 @@ def _pause_s(error: Exception, tries: int) -> float | None:
             return None
         case aiohttp.ClientConnectorDNSError():
             return backoff_s if error.errno == socket.EAI_AGAIN else None
-        case aiohttp.ClientOSError() | aiohttp.ServerDisconnectedError() | ConnectionResetError():
+        case aiohttp.ClientConnectionError():  # refused, or broken off before the answer
             return backoff_s
         case _:
             return None
