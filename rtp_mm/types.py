@@ -4,6 +4,7 @@ MMEmbeddingRes. Imports no torch: preprocess workers read this.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -185,6 +186,39 @@ class WorkerStatus:
     cache_available_bytes: int
     cache_total_bytes: int
     max_batch_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class CacheStats:
+    """One cache since the engine's start: what it holds now, and counters that only grow."""
+
+    items: int = 0
+    used_bytes: int = 0
+    budget_bytes: int = 0
+    hits: int = 0
+    misses: int = 0
+    evictions: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """Live figures and counters of an engine, behind `/metrics`. Counters only grow; mappings are by label."""
+
+    requests_running: int = 0
+    items_waiting: int = 0  # prepared, for the device
+    patches_waiting: int = 0
+    bytes_in_flight: int = 0  # held for requests in progress: files, patches, answers
+    batches: int = 0  # counter
+    batch_patches: int = 0  # counter: patches in all forwards
+    batch_items: int = 0  # counter: items in all forwards
+    batch_patches_budget: int = 0
+    forward_failures: int = 0  # counter
+    rejections: Mapping[str, int] = field(default_factory=dict)  # counter by reason
+    caches: Mapping[str, CacheStats] = field(default_factory=dict)  # by stage: bytes, patches, embeddings
+    workers: int = 0
+    workers_busy: int = 0
+    worker_restarts: Mapping[str, int] = field(default_factory=dict)  # counter by cause
+    fetched_bytes: int = 0  # counter
 
 
 @dataclass(frozen=True, slots=True)
