@@ -4,8 +4,9 @@
 
 STABLE_TORCH_LIBRARY(rtp_mm, m) {
   m.def(
-      "vision_positions(Tensor grid_thw, int cells, int windows, int frames, int merge_size, int window) -> "
-      "(Tensor rope_hw, Tensor pos_thw, Tensor window_order, Tensor cu_windows, Tensor cu_frames)");
+      "vision_positions(Tensor grid_thw, Tensor angles, int cells, int windows, int frames, int rows, int merge_size, "
+      "int window) -> (Tensor rope_hw, Tensor pos_thw, Tensor window_order, Tensor window_inverse, Tensor cu_windows, "
+      "Tensor cu_frames, Tensor cos, Tensor sin)");
   m.def(
       "patch_embed(Tensor rows, Tensor weight, Tensor bias, float scale, Tensor? order, ScalarType out_dtype) -> "
       "Tensor");

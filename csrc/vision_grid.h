@@ -20,12 +20,21 @@ struct VisionBatch {
   int32_t window;  // side in cells; 0: no windows
 };
 
+// The angles of one coordinate by which `quarter` pairs of a head turn.
+struct RotaryAngles {
+  const float *cos, *sin;  // [positions, quarter]
+  int64_t positions, quarter;
+};
+
 struct VisionPositions {
-  int32_t* rope_hw;       // [cells * merge_size^2, 2]
-  int32_t* pos_thw;       // [cells, 3]
-  int32_t* window_order;  // [cells], or null without windows
-  int32_t* cu_windows;    // [windows + 1], or null without windows
-  int32_t* cu_frames;     // [frames + 1]
+  int32_t* rope_hw;         // [cells * merge_size^2, 2]
+  int32_t* pos_thw;         // [cells, 3]
+  int32_t* window_order;    // [cells], or null without windows
+  int32_t* window_inverse;  // [cells], or null without windows
+  int32_t* cu_windows;      // [windows + 1], or null without windows
+  int32_t* cu_frames;       // [frames + 1]
+  float *cos, *sin;         // [rows, 2 * quarter]: of a patch's row, then of its column; in window order
+  int64_t rows;             // at least the batch's patches; what is more is not turned
 };
 
 RTP_MM_HOST_DEVICE inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -63,46 +72,65 @@ RTP_MM_HOST_DEVICE inline VisionItem item_after(const VisionBatch& batch, const 
                  item.first_window + item.windows(batch.window));
 }
 
-// Writes all that follows from one cell of an item, `local` in [0, item.cells()); no two cells write the same place.
-RTP_MM_HOST_DEVICE inline void place_cell(const VisionBatch& batch, const VisionItem& item, int64_t local,
-                                          const VisionPositions& out) {
-  const int64_t m = batch.merge_size;
-  const int64_t frame = local / item.cells_per_frame();
+// One merged token: where it lies in its frame and its window, and where those begin in the batch. Counts of cells.
+struct VisionCell {
+  int64_t index;  // in the batch, raster order
+  int64_t place;  // in the tower's row order: window by window, else the index
+  int64_t frame, row, column;
+  int64_t first_of_frame;
+  int64_t top, left, first_of_window;  // of its window; without windows 0
+};
+
+// Cell `local` of an item, in [0, item.cells()).
+RTP_MM_HOST_DEVICE inline VisionCell cell_of(const VisionBatch& batch, const VisionItem& item, int64_t local) {
+  VisionCell cell{};
   const int64_t in_frame = local % item.cells_per_frame();
-  const int64_t row = in_frame / item.columns;
-  const int64_t column = in_frame % item.columns;
-  const int64_t cell = item.first_cell + local;
-  const int64_t frame_cell = cell - in_frame;
+  cell.index = item.first_cell + local;
+  cell.place = cell.index;
+  cell.frame = local / item.cells_per_frame();
+  cell.row = in_frame / item.columns;
+  cell.column = in_frame % item.columns;
+  cell.first_of_frame = cell.index - in_frame;
+  if (const int64_t side = batch.window) {
+    cell.top = cell.row - cell.row % side;
+    cell.left = cell.column - cell.column % side;
+    const int64_t height = smaller(side, item.rows - cell.top);
+    const int64_t width = smaller(side, item.columns - cell.left);
+    // Before this window lie the window rows above, in full width, and the windows to its left, `height` high.
+    cell.first_of_window = cell.first_of_frame + cell.top * item.columns + height * cell.left;
+    cell.place = cell.first_of_window + (cell.row - cell.top) * width + (cell.column - cell.left);
+  }
+  return cell;
+}
 
-  int32_t* thw = out.pos_thw + 3 * cell;
-  thw[0] = static_cast<int32_t>(frame);
-  thw[1] = static_cast<int32_t>(row);
-  thw[2] = static_cast<int32_t>(column);
+// Writes all integers that follow from one cell of an item; no two cells write the same place.
+RTP_MM_HOST_DEVICE inline void place_cell(const VisionBatch& batch, const VisionItem& item, const VisionCell& cell,
+                                          const VisionPositions& out) {
+  const int64_t m = batch.merge_size, side = batch.window;
+  int32_t* thw = out.pos_thw + 3 * cell.index;
+  thw[0] = static_cast<int32_t>(cell.frame);
+  thw[1] = static_cast<int32_t>(cell.row);
+  thw[2] = static_cast<int32_t>(cell.column);
 
-  int32_t* hw = out.rope_hw + 2 * m * m * cell;
+  int32_t* hw = out.rope_hw + 2 * m * m * cell.index;
   for (int64_t y = 0; y < m; ++y) {
     for (int64_t x = 0; x < m; ++x, hw += 2) {
-      hw[0] = static_cast<int32_t>(row * m + y);
-      hw[1] = static_cast<int32_t>(column * m + x);
+      hw[0] = static_cast<int32_t>(cell.row * m + y);
+      hw[1] = static_cast<int32_t>(cell.column * m + x);
     }
   }
 
-  if (in_frame == 0) out.cu_frames[item.first_frame + frame] = static_cast<int32_t>(frame_cell * m * m);
-
-  if (batch.window == 0) return;
-  const int64_t side = batch.window;
-  const int64_t top = row - row % side;
-  const int64_t left = column - column % side;
-  const int64_t height = smaller(side, item.rows - top);
-  const int64_t width = smaller(side, item.columns - left);
-  // Before this window lie the window rows above, in full width, and the windows to its left, `height` high.
-  const int64_t window_cell = frame_cell + top * item.columns + height * left;
-  out.window_order[window_cell + (row - top) * width + (column - left)] = static_cast<int32_t>(cell);
-  if (row == top && column == left) {
+  if (cell.index == cell.first_of_frame) {
+    out.cu_frames[item.first_frame + cell.frame] = static_cast<int32_t>(cell.index * m * m);
+  }
+  if (side == 0) return;
+  out.window_order[cell.place] = static_cast<int32_t>(cell.index);
+  out.window_inverse[cell.index] = static_cast<int32_t>(cell.place);
+  if (cell.place == cell.first_of_window) {
     const int64_t windows_across = ceil_div(item.columns, side);
     const int64_t windows_per_frame = ceil_div(item.rows, side) * windows_across;
-    const int64_t window = frame * windows_per_frame + top / side * windows_across + left / side;
-    out.cu_windows[item.first_window + window] = static_cast<int32_t>(window_cell * m * m);
+    const int64_t window = cell.frame * windows_per_frame + cell.top / side * windows_across + cell.left / side;
+    out.cu_windows[item.first_window + window] = static_cast<int32_t>(cell.place * m * m);
   }
 }
 

@@ -12,7 +12,9 @@ from torch import Tensor
 from rtp_mm.ops import VisionPositions
 
 
-def vision_positions(grids: Sequence[tuple[int, int, int]], merge_size: int, window: int) -> VisionPositions:
+def vision_positions(
+    grids: Sequence[tuple[int, int, int]], merge_size: int, window: int, angles: Tensor, rows: int | None = None
+) -> VisionPositions:
     """Loops over items, frames, windows and cells, appending."""
     m = merge_size
     rope_hw: list[tuple[int, int]] = []
@@ -21,23 +23,33 @@ def vision_positions(grids: Sequence[tuple[int, int, int]], merge_size: int, win
     window_lengths: list[int] = []
     frame_lengths: list[int] = []
     for t, h, w in grids:
-        rows, columns = h // m, w // m
+        down, across = h // m, w // m
         for frame in range(t):
             first_cell = len(pos_thw)
-            for row in range(rows):
-                for column in range(columns):
+            for row in range(down):
+                for column in range(across):
                     pos_thw.append((frame, row, column))
                     rope_hw += [(row * m + y, column * m + x) for y in range(m) for x in range(m)]
             frame_lengths.append(h * w)
-            for top in range(0, rows, window) if window else ():
-                for left in range(0, columns, window):
+            for top in range(0, down, window) if window else ():
+                for left in range(0, across, window):
                     cells = [
-                        first_cell + row * columns + column
-                        for row in range(top, min(top + window, rows))
-                        for column in range(left, min(left + window, columns))
+                        first_cell + row * across + column
+                        for row in range(top, min(top + window, down))
+                        for column in range(left, min(left + window, across))
                     ]
                     window_order += cells
                     window_lengths.append(len(cells) * m * m)
+
+    in_order = window_order if window else range(len(pos_thw))
+    turned = [rope_hw[cell * m * m + patch] for cell in in_order for patch in range(m * m)]
+
+    def table(angles: Tensor, unturned: float) -> Tensor:
+        """[rows, head_dim / 2]"""
+        out = torch.full((len(turned) if rows is None else rows, 2 * angles.shape[1]), unturned)
+        for i, (row, column) in enumerate(turned):
+            out[i] = torch.cat((angles[row], angles[column]))
+        return out
 
     def tensor(values: Sequence[object], *shape: int) -> Tensor:
         return torch.tensor(values, dtype=torch.int32).reshape(shape)
@@ -49,8 +61,11 @@ def vision_positions(grids: Sequence[tuple[int, int, int]], merge_size: int, win
         rope_hw=tensor(rope_hw, -1, 2),
         pos_thw=tensor(pos_thw, -1, 3),
         window_order=tensor(window_order, -1),
+        window_inverse=tensor([window_order.index(cell) for cell in range(len(window_order))], -1),
         cu_windows=cumulative(window_lengths) if window else tensor([], 0),
         cu_frames=cumulative(frame_lengths),
+        cos=table(angles[0], 1.0),
+        sin=table(angles[1], 0.0),
         max_window=max(window_lengths, default=0),
         max_frame=max(frame_lengths, default=0),
     )

@@ -3,31 +3,64 @@
 namespace rtp_mm {
 namespace {
 
-constexpr int kThreads = 128;
+constexpr int kWarp = 32;
+constexpr int kCellsPerBlock = 4;
 
-__global__ void place_cells(VisionBatch batch, int64_t cells, VisionPositions out) {
-  const int64_t cell = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
-  if (cell > cells) return;
-  // Each thread walks the grids up to its own: a batch holds tens of items, whose grids stay in L1.
+// The angles of a cell's patches, in the tower's row order: neighbours in a warp write neighbours in memory.
+__device__ void turn_cell(int merge, const VisionCell& cell, const RotaryAngles& angles, const VisionPositions& out,
+                          int lane) {
+  const int quarter = static_cast<int>(angles.quarter), width = 2 * quarter;
+  const int64_t first_row = cell.row * merge, first_column = cell.column * merge;
+  if (first_row + merge > angles.positions || first_column + merge > angles.positions) __trap();
+  const int64_t to = cell.place * merge * merge * width;
+  for (int i = lane; i < merge * merge * width; i += kWarp) {
+    const int patch = i / width, pair = i % width;
+    const int64_t position = pair < quarter ? first_row + patch / merge : first_column + patch % merge;
+    const int64_t from = position * quarter + (pair < quarter ? pair : pair - quarter);
+    out.cos[to + i] = angles.cos[from];
+    out.sin[to + i] = angles.sin[from];
+  }
+}
+
+// Rows past the last patch are not turned: padding stays finite.
+__device__ void turn_padding(int64_t patches, const RotaryAngles& angles, const VisionPositions& out, int64_t thread,
+                             int64_t threads) {
+  const int64_t width = 2 * angles.quarter;
+  for (int64_t i = patches * width + thread; i < out.rows * width; i += threads) {
+    out.cos[i] = 1;
+    out.sin[i] = 0;
+  }
+}
+
+__global__ void __launch_bounds__(kWarp* kCellsPerBlock)
+    place_cells(VisionBatch batch, int64_t cells, RotaryAngles angles, VisionPositions out) {
+  const int lane = threadIdx.x;
+  const int64_t warp = int64_t{blockIdx.x} * kCellsPerBlock + threadIdx.y;
+  const int64_t threads = int64_t{gridDim.x} * kCellsPerBlock * kWarp;
+  turn_padding(cells * batch.merge_size * batch.merge_size, angles, out, warp * kWarp + lane, threads);
+  if (warp > cells) return;
+  // Each warp walks the grids up to its own: a batch holds tens of items, whose grids stay in L1.
   VisionItem item = first_item(batch);
-  while (item.index < batch.items && item.first_cell + item.cells() <= cell) item = item_after(batch, item);
+  while (item.index < batch.items && item.first_cell + item.cells() <= warp) item = item_after(batch, item);
   if (item.index < batch.items) {
-    place_cell(batch, item, cell - item.first_cell, out);
-  } else {
-    place_ends(batch, item, out);  // cell == cells, the one thread after the last cell
+    const VisionCell cell = cell_of(batch, item, warp - item.first_cell);
+    if (lane == 0) place_cell(batch, item, cell, out);
+    turn_cell(batch.merge_size, cell, angles, out, lane);
+  } else if (lane == 0) {
+    place_ends(batch, item, out);  // the one warp after the last cell
   }
 }
 
 }  // namespace
 
-cudaError_t launch_vision_positions(const VisionBatch& batch, int64_t cells, const VisionPositions& out,
-                                    cudaStream_t stream) {
-  const unsigned blocks = static_cast<unsigned>(ceil_div(cells + 1, kThreads));
+cudaError_t launch_vision_positions(const VisionBatch& batch, int64_t cells, const RotaryAngles& angles,
+                                    const VisionPositions& out, cudaStream_t stream) {
+  const unsigned blocks = static_cast<unsigned>(ceil_div(cells + 1, kCellsPerBlock));
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(blocks);
-  config.blockDim = dim3(kThreads);
+  config.blockDim = dim3(kWarp, kCellsPerBlock);
   config.stream = stream;
-  return cudaLaunchKernelEx(&config, place_cells, batch, cells, out);
+  return cudaLaunchKernelEx(&config, place_cells, batch, cells, angles, out);
 }
 
 }  // namespace rtp_mm

@@ -6,8 +6,9 @@
 
 namespace rtp_mm {
 
-// One thread a cell. The pointers are the device's; `cells` is the host's count of what grid_thw holds.
-cudaError_t launch_vision_positions(const VisionBatch& batch, int64_t cells, const VisionPositions& out,
-                                    cudaStream_t stream);
+// One warp a cell. The pointers are the device's; `cells` is the host's count of what grid_thw holds. A position past
+// the angles' stops the kernel with a trap.
+cudaError_t launch_vision_positions(const VisionBatch& batch, int64_t cells, const RotaryAngles& angles,
+                                    const VisionPositions& out, cudaStream_t stream);
 
 }  // namespace rtp_mm

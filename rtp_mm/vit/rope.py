@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 BASE = 10000.0
+FIRST_POSITIONS = 512  # 7168 pixels a side at 14 a patch; more are made when they come
 
 
 class RotaryTable(NamedTuple):
@@ -20,12 +21,25 @@ class RotaryTable(NamedTuple):
     sin: Tensor
 
 
-def rotary_table(rope_hw: Tensor, head_dim: int) -> RotaryTable:
-    """`rope_hw`: [N, 2] int32 (row, column) of each patch, in the tower's row order."""
-    quarter = head_dim // 4
-    frequencies = 1.0 / BASE ** (torch.arange(quarter, dtype=torch.float32, device=rope_hw.device) / quarter)
-    angles = (rope_hw[:, :, None] * frequencies).view(-1, 1, 2 * quarter)
-    return RotaryTable(angles.cos(), angles.sin())
+class RotaryAngles:
+    """cos and sin of a coordinate's angles, for as many coordinates as were ever asked for."""
+
+    def __init__(self, head_dim: int, device: torch.device) -> None:
+        self._quarter = head_dim // 4
+        self._device = device
+        self._angles = self._of(FIRST_POSITIONS)
+
+    def up_to(self, positions: int) -> Tensor:
+        """[2, at least `positions`, head_dim / 4] float32 on the device, for `ops.vision_positions`."""
+        if positions > self._angles.shape[1]:
+            self._angles = self._of(1 << (positions - 1).bit_length())
+        return self._angles
+
+    def _of(self, positions: int) -> Tensor:
+        # On the CPU whatever the device is: both use the same bits.
+        coordinates, pairs = (torch.arange(n, dtype=torch.float32, device="cpu") for n in (positions, self._quarter))
+        angles = coordinates[:, None] * (1.0 / BASE ** (pairs / self._quarter))
+        return torch.stack((angles.cos(), angles.sin())).to(self._device, non_blocking=True)
 
 
 def rotate(x: Tensor, table: RotaryTable) -> Tensor:

@@ -22,7 +22,7 @@ from rtp_mm.vit.attention import VARLEN_ATTENTION, Segments, choose_attention
 from rtp_mm.vit.layers import Block, GatedMlp, LayerNorm, Mlp, PatchMerger, RMSNorm, SelfAttention
 from rtp_mm.vit.linear import Linear, choose_gemm, compute_dtype
 from rtp_mm.vit.patch_embed import PatchEmbed
-from rtp_mm.vit.rope import rotary_table
+from rtp_mm.vit.rope import RotaryAngles, RotaryTable
 
 Grid = tuple[int, int, int]  # (t, h, w) in patches
 
@@ -97,6 +97,7 @@ class VisionTower(nn.Module):
         self.dtype = dtype
         self.device = device
         self.compute_dtype = compute_dtype(dtype, device)
+        self._angles = RotaryAngles(config.head_dim, device)
         self.attention_backend = choose_attention(attention, self.compute_dtype, device)
         gemm = choose_gemm(device, self.compute_dtype)
         self._row_multiple = gemm.row_multiple * config.spatial_merge_size**2  # for the merger's rows too
@@ -140,19 +141,16 @@ class VisionTower(nn.Module):
         packed = [items[i] for i in packing]
         grids = [item.grid_thw for item in packed]
         merge, window = self.config.spatial_merge_size, self.config.window
-        positions = ops.vision_positions(grids, merge, window, self.device)
-
-        x = self._embed_rows([item.rows for item in packed], positions.window_order if window else None)
-        patches = x.shape[0]
+        patches = sum(len(item.rows) for item in packed)
         # Rows up to a multiple that keeps every GEMM's rows independent: of no segment, finite, cut off at the end.
         padding = -patches % self._row_multiple
+        angles = self._angles.up_to(max(max(h, w) for _, h, w in grids))
+        positions = ops.vision_positions(grids, merge, window, angles, rows=patches + padding)
+        rotary = RotaryTable(positions.cos.unsqueeze(1), positions.sin.unsqueeze(1))
+
+        x = self._embed_rows([item.rows for item in packed], positions.window_order if window else None)
         if padding:
             x = F.pad(x, (0, 0, 0, padding))
-
-        rope_hw = positions.rope_hw
-        if window:
-            rope_hw = rope_hw.unflatten(0, (-1, merge**2))[positions.window_order].flatten(0, 1)
-        rotary = rotary_table(F.pad(rope_hw, (0, 0, 0, padding)), self.config.head_dim)
         full = Segments.from_lengths(positions.cu_frames, full_lengths(grids))
         windows = Segments.from_lengths(positions.cu_windows, window_lengths(grids, merge, window)) if window else full
         for index, block in enumerate(self.blocks):
@@ -160,7 +158,7 @@ class VisionTower(nn.Module):
 
         tokens = self.merger(x)[: patches // merge**2].to(self.dtype)
         if window:
-            tokens = torch.empty_like(tokens).index_copy_(0, positions.window_order.long(), tokens)
+            tokens = tokens.index_select(0, positions.window_inverse)
         counts = [t * h * w // merge**2 for t, h, w in grids]
         results = zip(tokens.split(counts), positions.pos_thw.split(counts), strict=True)
         by_item = dict(zip(packing, results, strict=True))

@@ -17,29 +17,48 @@
 namespace rtp_mm {
 namespace {
 
-struct Buffers {
-  std::vector<int32_t> rope_hw, pos_thw, window_order, cu_windows, cu_frames;
+constexpr int64_t kPositions = 40, kQuarter = 9;
 
-  explicit Buffers(const VisionBatch& batch, const VisionItem& end)
+struct Buffers {
+  std::vector<int32_t> rope_hw, pos_thw, window_order, window_inverse, cu_windows, cu_frames;
+  std::vector<float> cos, sin;
+  int64_t rows;
+
+  explicit Buffers(const VisionBatch& batch, const VisionItem& end, int64_t padding)
       : rope_hw(2 * end.first_cell * batch.merge_size * batch.merge_size, -1),
         pos_thw(3 * end.first_cell, -1),
         window_order(batch.window ? end.first_cell : 0, -1),
+        window_inverse(batch.window ? end.first_cell : 0, -1),
         cu_windows(batch.window ? end.first_window + 1 : 0, -1),
-        cu_frames(end.first_frame + 1, -1) {}
+        cu_frames(end.first_frame + 1, -1),
+        rows(end.first_cell * batch.merge_size * batch.merge_size + padding) {
+    cos.resize(rows * 2 * kQuarter, -1);
+    sin.resize(rows * 2 * kQuarter, -1);
+  }
 
   VisionPositions pointers() {
-    return {rope_hw.data(), pos_thw.data(), window_order.data(), cu_windows.data(), cu_frames.data()};
+    return {rope_hw.data(),
+            pos_thw.data(),
+            window_order.data(),
+            window_inverse.data(),
+            cu_windows.data(),
+            cu_frames.data(),
+            cos.data(),
+            sin.data(),
+            rows};
   }
 
   bool operator==(const Buffers&) const = default;
 };
 
-void test_vision_positions(const std::vector<int32_t>& grid_thw, int32_t window) {
+void test_vision_positions(const std::vector<int32_t>& grid_thw, int32_t window, int64_t padding) {
   const VisionBatch batch{grid_thw.data(), static_cast<int64_t>(grid_thw.size() / 3), 2, window};
+  const std::vector<float> table = random_floats<float>(2 * kPositions * kQuarter);
+  const RotaryAngles angles{table.data(), table.data() + kPositions * kQuarter, kPositions, kQuarter};
   const VisionItem end = batch_end(batch);
-  Buffers cpu(batch, end), cuda(batch, end);
-  vision_positions(batch, cpu.pointers());
-  CHECK(launch_vision_positions(batch, end.first_cell, cuda.pointers(), nullptr) == cudaSuccess);
+  Buffers cpu(batch, end, padding), cuda(batch, end, padding);
+  vision_positions(batch, angles, cpu.pointers());
+  CHECK(launch_vision_positions(batch, end.first_cell, angles, cuda.pointers(), nullptr) == cudaSuccess);
   CHECK(cuda == cpu);
 }
 
@@ -83,8 +102,8 @@ void test_patch_embed(int64_t n, int64_t k, int64_t d, int64_t terms, int64_t gr
 int main() {
   using namespace rtp_mm;
   for (const int32_t window : {0, 3, 4}) {
-    test_vision_positions({1, 2, 2, 2, 18, 10, 1, 8, 16, 3, 2, 40}, window);
-    test_vision_positions({}, window);
+    test_vision_positions({1, 2, 2, 2, 18, 10, 1, 8, 16, 3, 2, 40}, window, 13);
+    test_vision_positions({}, window, window);
   }
   test_patch_embed<float, float>(1, 1, 1, 1, 1);
   test_patch_embed<__nv_bfloat16, __half>(66, 33, 65, 2, 3);

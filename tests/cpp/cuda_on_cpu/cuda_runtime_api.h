@@ -29,7 +29,7 @@ struct cudaLaunchConfig_t {
   cudaStream_t stream;
 };
 
-inline dim3 blockIdx, blockDim;
+inline dim3 blockIdx, blockDim, gridDim;
 inline thread_local dim3 threadIdx;
 inline std::barrier<>* block_barrier;
 
@@ -39,7 +39,7 @@ inline void __syncthreads() { block_barrier->arrive_and_wait(); }
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments... arguments) {
-  const dim3 grid = config->gridDim;
+  const dim3 grid = gridDim = config->gridDim;
   blockDim = config->blockDim;
   for (unsigned block = 0; block < grid.x * grid.y; ++block) {
     blockIdx = {block % grid.x, block / grid.x};
