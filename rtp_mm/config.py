@@ -139,11 +139,25 @@ class Settings(BaseSettings):
     # Engine.
     mm_timeout_ms: Positive = Field(120000, description="longest time for one request, ms")
     mm_max_queue_size: Positive = Field(1024, description="requests in the server at once; more are refused at once")
-    vit_max_batch_patches: Positive = Field(16384, description="patches in one forward; a larger image goes alone")
+    mm_max_queue_patches: Positive | None = Field(
+        None, description="patches in the server at once; more are refused at once; default: 32 full batches"
+    )
+    mm_max_bytes_in_flight_mb: Positive = Field(
+        4096, description="MiB held for requests in progress (messages, files, patches, answers); more are refused"
+    )
+    mm_max_patches_per_item: Positive | None = Field(
+        None, description="patches of one image; default: 65536, or what the device's free memory holds"
+    )
+    vit_max_batch_patches: Positive | None = Field(
+        None,
+        description="patches in one forward, a larger image goes alone; default: 4096 on a CPU, 32768 on CUDA or what "
+        "the device's free memory holds",
+    )
     mm_attention: Literal["auto", "flash", "torch", "packed", "sdpa"] = Field(
         "auto", description="attention backend of the tower"
     )
     mm_embedding_cache_mb: NonNegative = Field(1024, description="embedding cache, MiB of host memory; 0: none")
+    mm_patch_cache_mb: NonNegative = Field(64, description="cache of prepared patches, MiB of host memory; 0: none")
 
     # Operation.
     mm_drain_timeout_ms: NonNegative = Field(30000, description="SIGTERM: time for running calls to finish, ms")

@@ -143,6 +143,10 @@ class Patches:
     rows: NDArray[np.uint8]
     grid_thw: tuple[int, int, int]
 
+    @property
+    def nbytes(self) -> int:
+        return self.rows.nbytes
+
 
 @dataclass(slots=True)
 class MMEmbeddingRes:

@@ -26,7 +26,7 @@ from rtp_mm.engine.interface import as_inputs, time_limit_s
 from rtp_mm.server.app import open_ports
 from rtp_mm.server.state import Loaded, ServerState
 from rtp_mm.start_server import run
-from rtp_mm.types import LIBRARY_CALLER, CacheStatus, Caller, MMEmbeddingRes, MultimodalInput, WorkerStatus
+from rtp_mm.types import LIBRARY_CALLER, CacheStatus, Caller, EngineStats, MMEmbeddingRes, MultimodalInput, WorkerStatus
 
 HIDDEN = 5
 TIMINGS_MS = {"fetch": 1.5, "forward": 20.25}
@@ -86,6 +86,9 @@ class FakeEngine:
 
     def cache_status(self, *, with_keys: bool = False) -> CacheStatus:
         return CacheStatus(100, 200, version=9, keys=(-3, 1 << 60) if with_keys else ())
+
+    def stats(self) -> EngineStats:
+        return EngineStats(requests_running=self.running)
 
     def close(self) -> None:
         self.is_closed = True

@@ -196,7 +196,7 @@ def test_waiting_for_oneself_is_refused(engine: MMProcessEngine, data_urls: list
         engine.submit(data_urls)
 
     with pytest.raises(RuntimeError, match="await embed"):
-        asyncio.run_coroutine_threadsafe(on_own_loop(), engine._loop).result()
+        asyncio.run_coroutine_threadsafe(on_own_loop(), engine._home.loop).result()
 
 
 def test_close_ends_all_threads(tiny_qwen2_5_vl: Path, data_urls: list[str]) -> None:

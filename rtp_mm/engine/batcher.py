@@ -4,158 +4,185 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 import time
-from collections import deque
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from rtp_mm.engine.caches import Embedded
-from rtp_mm.engine.workers import Prepared
+from rtp_mm.engine.forward import Forward, NonFiniteError, Outcome
+from rtp_mm.engine.waiting_line import WaitingLine, Work
 from rtp_mm.errors import MMError, ProcessError
-from rtp_mm.models.multimodal_common import Embedding, MultiModalEmbeddingInterface, as_embedding
 from rtp_mm.types import MMPreprocessConfig, MMUrlType
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(slots=True, eq=False)
-class Work:
-    """A prepared input on its way through the device."""
-
-    prepared: Any
-    patches: int | None  # `None`: goes alone
-    mm_type: MMUrlType
-    config: MMPreprocessConfig
-    answer: asyncio.Future[Embedded]
-    queued_at: float = field(default_factory=time.perf_counter)
-    timings_ms: dict[str, float] = field(default_factory=dict)
+_MEMORY = 0.8  # how much of its rate the past keeps at each forward
 
 
 class Batcher:
-    """Packs prepared inputs into forwards of at most `max_patches`; lives on one event loop.
+    """Packs prepared inputs of many requests into forwards of at most `max_patches`; answers on one event loop.
 
-    A forward that fails is repeated item by item, so that only what is bad fails.
+    The device thread takes its next batch itself when a forward ends, however busy the event loop is. A forward that
+    fails is halved until what is bad stands alone: the good are answered, the bad fail. When the device itself is gone,
+    everything waiting fails, and all that comes.
     """
 
-    def __init__(self, mm_part: MultiModalEmbeddingInterface, dtype: torch.dtype, max_patches: int) -> None:
-        self._mm_part = mm_part
-        self._dtype = dtype
-        self._max_patches = max_patches
-        self._queue: deque[Work] = deque()
-        self._feeder: asyncio.Task[None] | None = None
+    def __init__(self, forward: Forward, max_patches: int, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._forward = forward
+        self._clock = clock
         self._device_thread = ThreadPoolExecutor(1, thread_name_prefix="rtp_mm-device")
-        self.iterations = 0
+        self._lock = threading.Lock()  # over all below
+        self._line = WaitingLine(max_patches)
+        self._halves: list[list[Work]] = []  # of forwards that failed: they go next
+        self._running = 0  # patches in the forward of now
+        self._is_busy = False
+        self._is_closed = False
+        self.max_patches = max_patches
+        self.is_device_gone = False
+        self.forwards = 0
+        self.failures = 0
+        self.items = 0  # in all forwards
+        self.patches = 0
         self.step_latency_ms = 0.0  # of the last forward
+        self._rate = 0.0  # patches a second, of late; 0 before the first forward
 
     @property
     def waiting(self) -> int:
-        return len(self._queue)
+        return len(self._line)
+
+    @property
+    def waiting_patches(self) -> int:
+        return self._line.patches
+
+    def seconds_for(self, patches: int) -> float:
+        """How long the device takes for so many, judged by its last forwards; 0 before the first."""
+        return patches / self._rate if self._rate else 0.0
+
+    def seconds_before(self, patches: int) -> float:
+        """How long an item of `patches` that came now would wait; see `seconds_for`."""
+        with self._lock:
+            return self.seconds_for(self._running + self._line.patches_before(patches, self._clock()))
 
     async def run(
-        self, prepared: Prepared, mm_type: MMUrlType, config: MMPreprocessConfig
+        self, value: Any, patches: int | None, mm_type: MMUrlType, config: MMPreprocessConfig
     ) -> tuple[Embedded, dict[str, float]]:
-        """The embedding on the host, and milliseconds in the queue and in the forward.
+        """The embedding on the host, and milliseconds in the queue and in the forward. Raises `ProcessError`.
 
-        Work whose caller is cancelled before its forward begins is dropped. Raises `ProcessError`.
+        Work whose caller is cancelled before its forward begins is dropped at once.
         """
-        work = Work(prepared.value, prepared.patches, mm_type, config, asyncio.get_running_loop().create_future())
-        self._queue.append(work)
-        if self._feeder is None or self._feeder.done():
-            self._feeder = asyncio.create_task(self._feed())
-        return await work.answer, work.timings_ms
-
-    async def _feed(self) -> None:
-        while batch := self._take():
-            try:
-                await self._forward(batch)
-            finally:  # whatever happened: nobody waits for an answer that cannot come
-                for work in batch:
-                    if not work.answer.done():
-                        work.answer.set_exception(ProcessError("the engine stopped before the forward ended"))
-
-    def _take(self) -> list[Work]:
-        """The oldest work, and what follows it as far as the budget goes."""
-        batch: list[Work] = []
-        patches = 0
-        while self._queue:
-            work = self._queue[0]
-            cost = self._max_patches if work.patches is None else work.patches
-            if batch and patches + cost > self._max_patches:
-                break
-            self._queue.popleft()
-            if not work.answer.done():  # its caller left
-                batch.append(work)
-                patches += cost
-        return batch
-
-    async def _forward(self, batch: list[Work]) -> None:
-        started = time.perf_counter()
-        step = asyncio.get_running_loop().run_in_executor(self._device_thread, self._process, batch)
-        await asyncio.wait([step])
-        self.iterations += 1
-        self.step_latency_ms = (time.perf_counter() - started) * 1e3
-        error = step.exception()
-        if error is not None and len(batch) > 1:
-            for work in batch:
-                if not work.answer.done():
-                    await self._forward([work])
-            return
-        for i, work in enumerate(batch):
-            work.timings_ms = {"queue": (started - work.queued_at) * 1e3, "forward": self.step_latency_ms}
-            if work.answer.done():
-                continue
-            if error is not None:
-                work.answer.set_exception(_as_mm_error(error))
-            elif isinstance(outcome := step.result()[i], MMError):
-                work.answer.set_exception(outcome)
-            else:
-                work.answer.set_result(outcome)
-
-    def _process(self, batch: Sequence[Work]) -> list[Embedded | MMError]:
-        """On the device thread."""
-        with torch.inference_mode():
-            results = self._mm_part.mm_process_batch(
-                [work.prepared for work in batch], [work.mm_type for work in batch], [work.config for work in batch]
-            )
-            if len(results) != len(batch):
-                raise ProcessError(f"the model answered {len(batch)} items with {len(results)} embeddings")
-            return _to_host([as_embedding(result) for result in results], self._dtype)
+        loop = asyncio.get_running_loop()
+        work = Work(value, patches, mm_type, config, loop.create_future(), self._clock())
+        with self._lock:
+            self._check_usable()
+            self._line.add(work)
+            if not self._is_busy:
+                self._start_next()
+        try:
+            return await work.answer, work.timings_ms
+        finally:
+            with self._lock:
+                self._line.remove(work)
 
     def close(self) -> None:
-        self._device_thread.shutdown(wait=False, cancel_futures=True)
+        """On the event loop. Nobody is left waiting; a forward that runs ends, and its thread with it."""
+        with self._lock:
+            self._is_closed = True
+            left = self._everything()
+        _answer([(work, ProcessError("the engine stopped")) for work in left])
+        self._device_thread.shutdown(wait=False)
+
+    # --- under the lock, on the event loop or the device thread
+
+    def _check_usable(self) -> None:
+        if self.is_device_gone:
+            raise ProcessError("the device is gone: the server must be restarted")
+        if self._is_closed:
+            raise ProcessError("the engine stopped")
+
+    def _start_next(self) -> None:
+        self._is_busy = False
+        while not self._is_closed and (self._halves or len(self._line)):
+            batch = self._halves.pop() if self._halves else self._line.take()
+            batch = [work for work in batch if not work.answer.done()]  # the others' callers left
+            if batch:
+                self._is_busy = True
+                self._running = sum(map(self._line.cost, batch))
+                step = self._device_thread.submit(self._forward, batch)
+                self._device_thread.submit(self._finish, batch, self._clock(), step)  # one thread: after the forward
+                return
+
+    def _everything(self) -> list[Work]:
+        """Takes out all that waits."""
+        everything = [work for half in self._halves for work in half]
+        self._halves.clear()
+        while batch := self._line.take():
+            everything += batch
+        return everything
+
+    # --- on the device thread
+
+    def _finish(self, batch: list[Work], started: float, step: Future[list[Outcome]]) -> None:
+        """Answers a batch, or sorts what is to go again, and starts the next."""
+        error = step.exception()
+        seconds = self._clock() - started
+        if isinstance(error, torch.OutOfMemoryError):
+            self._forward.free_memory()
+        is_gone = error is not None and self._forward.is_device_gone()
+        outcomes: Sequence[Outcome] = step.result() if error is None else [_as_mm_error(error)] * len(batch)
+        with self._lock:
+            self._count(batch, seconds, has_failed=error is not None)
+            if is_gone:
+                self.is_device_gone = True
+                batch = batch + self._everything()
+                outcomes = [ProcessError("the device is gone")] * len(batch)
+            suspects = set() if is_gone else _suspects(batch, outcomes, has_failed=error is not None)
+            if len(suspects) == len(batch):
+                middle = len(batch) // 2
+                self._halves += [batch[middle:], batch[:middle]]
+            elif suspects:
+                self._halves.append([work for work in batch if work in suspects])
+            self._start_next()
+        answered = [(w, outcome) for w, outcome in zip(batch, outcomes, strict=True) if w not in suspects]
+        for work, _ in answered:
+            work.value = None  # memory that others may be waiting for
+            work.timings_ms = {"queue": (started - work.queued_at) * 1e3, "forward": seconds * 1e3}
+        if answered:
+            loop = answered[0][0].answer.get_loop()
+            with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                loop.call_soon_threadsafe(_answer, answered)
+
+    def _count(self, batch: list[Work], seconds: float, *, has_failed: bool) -> None:
+        self.forwards += 1
+        self.failures += has_failed
+        self.items += len(batch)
+        self.patches += self._running
+        self.step_latency_ms = seconds * 1e3
+        if not has_failed:
+            rate = self._running / max(seconds, 1e-6)
+            self._rate = _MEMORY * self._rate + (1 - _MEMORY) * rate if self._rate else rate
+        self._running = 0
 
 
-def _to_host(results: Sequence[Embedding], dtype: torch.dtype) -> list[Embedded | MMError]:
-    """Each answer in host memory of its own, so that keeping one does not keep its whole batch; see `_checked`."""
-    copies = [
-        Embedded(
-            _own_host_copy(embedding.reshape(-1, embedding.shape[-1]), dtype),
-            None if position_ids is None else _own_host_copy(position_ids.reshape(-1, 3), torch.int32),
-        )
-        for embedding, position_ids in results
-    ]
-    if torch.cuda.is_available():
-        torch.cuda.current_stream().synchronize()  # the one wait: all copies above were asynchronous
-    return [_checked(copy) for copy in copies]
+def _suspects(batch: list[Work], outcomes: Sequence[Outcome], *, has_failed: bool) -> set[Work]:
+    """Items that may have failed by a neighbour's fault: they go again in smaller company, down to one."""
+    if len(batch) == 1:
+        return set()
+    return {w for w, outcome in zip(batch, outcomes, strict=True) if has_failed or isinstance(outcome, NonFiniteError)}
 
 
-def _checked(item: Embedded) -> Embedded | MMError:
-    """The item, or what is wrong with it: NaN never leaves, and every token has its position."""
-    if not torch.isfinite(item.embedding).all():
-        return ProcessError("the embedding holds NaN or infinite values")
-    if item.position_ids is not None and len(item.position_ids) != len(item.embedding):
-        return ProcessError(f"{len(item.embedding)} tokens have {len(item.position_ids)} position ids")
-    return item
-
-
-def _own_host_copy(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    host = torch.empty(tensor.shape, dtype=dtype, pin_memory=tensor.is_cuda)
-    return host.copy_(tensor, non_blocking=True)
+def _answer(answers: Sequence[tuple[Work, Outcome]]) -> None:
+    """On the event loop."""
+    for work, outcome in answers:
+        if work.answer.done():  # its caller left
+            continue
+        if isinstance(outcome, MMError):
+            work.answer.set_exception(outcome)
+        else:
+            work.answer.set_result(outcome)
 
 
 def _as_mm_error(error: BaseException) -> MMError:

@@ -1,25 +1,31 @@
-"""Embeddings already computed, least recently used out first, within a budget of bytes."""
+"""What is worth keeping, least recently used out first, within a budget of bytes."""
 
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections import OrderedDict
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
 
-from cachetools import LRUCache
-
-from rtp_mm.types import CacheStatus, MMUrlType, PreprocessOptions
+from rtp_mm.types import CacheStats, CacheStatus, MMUrlType, PreprocessOptions
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class CacheKey(NamedTuple):
-    """Everything that changes an embedding's bits: the same key, the same bits."""
+class PatchKey(NamedTuple):
+    """Everything that changes an item's patches: the same key, the same bytes."""
 
     content_hash: bytes
-    mm_type: MMUrlType
+    mm_type: MMUrlType  # told from the bytes where the request does not say
     options: PreprocessOptions
     preprocess: Any  # the preprocessor's own cache key
+
+
+class EmbeddingKey(NamedTuple):
+    """Everything that changes an embedding's bits: the same key, the same bits."""
+
+    patches: PatchKey
     tower: tuple[str, ...]  # weights' fingerprint, dtype, device and attention backend
 
 
@@ -38,24 +44,69 @@ class Embedded(NamedTuple):
         return self.embedding.nbytes + (self.position_ids.nbytes if self.position_ids is not None else 0)
 
 
-class EmbeddingCache:
-    """For one event loop: no locks. An answer larger than the whole budget is not kept."""
+class _Sized(Protocol):
+    @property
+    def nbytes(self) -> int: ...
 
-    def __init__(self, budget_bytes: int) -> None:
-        self._items: LRUCache[CacheKey, Embedded] = LRUCache(budget_bytes, getsizeof=lambda item: item.nbytes)
+
+Key = TypeVar("Key")
+Value = TypeVar("Value", bound=_Sized)
+
+
+class ByteCache(Generic[Key, Value]):
+    """Values by key, at most `budget_bytes` of them. For one event loop: no locks."""
+
+    def __init__(self, budget_bytes: int, *, largest_share: float = 1.0) -> None:
+        """largest_share: of the budget, for one value; a larger one is not kept, and so sweeps nothing out."""
+        self._budget_bytes = budget_bytes
+        self._largest_bytes = int(budget_bytes * largest_share)
+        self._values: OrderedDict[Key, Value] = OrderedDict()
+        self._used_bytes = self._hits = self._misses = self._evictions = 0
         self.version = time.time_ns()  # of the set of keys; no process's first is another's last
 
-    def get(self, key: CacheKey) -> Embedded | None:
-        found: Embedded | None = self._items.get(key)
-        return found
+    def __iter__(self) -> Iterator[Key]:
+        return iter(self._values)
 
-    def put(self, key: CacheKey, item: Embedded) -> None:
-        if item.nbytes <= self._items.maxsize:
-            self._items[key] = item
-            self.version += 1
+    def get(self, key: Key) -> Value | None:
+        value = self._values.get(key)
+        if value is None:
+            self._misses += 1
+            return None
+        self._hits += 1
+        self._values.move_to_end(key)
+        return value
 
-    def status(self, *, with_keys: bool = False) -> CacheStatus:
-        """A key is the first 8 bytes of the content hash, signed."""
-        keys = {int.from_bytes(key.content_hash[:8], "little", signed=True) for key in self._items} if with_keys else ()
-        total = int(self._items.maxsize)
-        return CacheStatus(total - int(self._items.currsize), total, self.version, tuple(keys))
+    def has_room_for(self, nbytes: int) -> bool:
+        """Whether a value of `nbytes` would be kept."""
+        return 0 < nbytes <= self._largest_bytes
+
+    def put(self, key: Key, value: Value) -> None:
+        if not self.has_room_for(value.nbytes):
+            return
+        if (replaced := self._values.pop(key, None)) is not None:
+            self._used_bytes -= replaced.nbytes
+        self._values[key] = value
+        self._used_bytes += value.nbytes
+        while self._used_bytes > self._budget_bytes:
+            _, evicted = self._values.popitem(last=False)
+            self._used_bytes -= evicted.nbytes
+            self._evictions += 1
+        self.version += 1
+
+    def stats(self) -> CacheStats:
+        return CacheStats(
+            items=len(self._values),
+            used_bytes=self._used_bytes,
+            budget_bytes=self._budget_bytes,
+            hits=self._hits,
+            misses=self._misses,
+            evictions=self._evictions,
+        )
+
+
+def cache_status(cache: ByteCache[EmbeddingKey, Embedded], *, with_keys: bool = False) -> CacheStatus:
+    """A key is the first 8 bytes of the content hash, signed."""
+    hashes = (key.patches.content_hash for key in cache) if with_keys else ()
+    keys = {int.from_bytes(content_hash[:8], "little", signed=True) for content_hash in hashes}
+    stats = cache.stats()
+    return CacheStatus(stats.budget_bytes - stats.used_bytes, stats.budget_bytes, cache.version, tuple(keys))

@@ -12,6 +12,7 @@ from rtp_mm.types import (
     LIBRARY_CALLER,
     CacheStatus,
     Caller,
+    EngineStats,
     MMEmbeddingRes,
     MMPreprocessConfig,
     MMUrlType,
@@ -49,6 +50,9 @@ class Engine(Protocol):
 
     def cache_status(self, *, with_keys: bool = False) -> CacheStatus:
         """Live figures of the embedding cache."""
+
+    def stats(self) -> EngineStats:
+        """Live figures and counters, for metrics; zeros where an engine does not know."""
 
     def close(self) -> None:
         """Ends what runs, stops threads and closes connections; idempotent. Not for the engine's own event loop."""

@@ -58,6 +58,23 @@ class ImagePreprocessor:
         """All else that decides the bytes."""
         return (*decoders(), *astuple(self))
 
+    @property
+    def row_bytes(self) -> int:
+        """Of one patch of a still image."""
+        return 3 * self.patch_size**2
+
+    def predict(self, width: int, height: int, options: PreprocessOptions) -> int:
+        """Patches of an image of that size, known before it is decoded; advisory where `exif_transpose` turns it.
+
+        Raises `WrongFormatError` for a limit that it breaks.
+        """
+        check_pixels(width, height, self.max_image_pixels)
+        if options.crop is not None:
+            top, left, bottom, right = crop_pixels(height, width, options.crop)
+            height, width = bottom - top, right - left
+        height, width = self._target_size(height, width, options)
+        return (height // self.patch_size) * (width // self.patch_size)
+
     def __call__(self, blob: Blob, mm_type: MMUrlType, options: PreprocessOptions) -> Patches:
         """Rows [h * w, 3 * P * P] (one frame: T is 1) and the grid (1, h, w).
 

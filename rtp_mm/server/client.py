@@ -36,7 +36,16 @@ from rtp_mm.server.proto import (
     StatusVersionPB,
     method_path,
 )
-from rtp_mm.types import LIBRARY_CALLER, CacheStatus, Caller, MMEmbeddingRes, MMUrlType, MultimodalInput, WorkerStatus
+from rtp_mm.types import (
+    LIBRARY_CALLER,
+    CacheStatus,
+    Caller,
+    EngineStats,
+    MMEmbeddingRes,
+    MMUrlType,
+    MultimodalInput,
+    WorkerStatus,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -129,6 +138,10 @@ class RemoteEngine:
             version=status.version,
             keys=tuple(status.cache_keys),
         )
+
+    def stats(self) -> EngineStats:
+        """Zeros: a server's figures are on its own `/metrics`."""
+        return EngineStats()
 
     def close(self) -> None:
         self._channel.close()

@@ -1,0 +1,137 @@
+"""What the server takes on: limits on all requests in progress together, and on each item before it is decoded."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+
+from rtp_mm.errors import QueueFullError, WrongFormatError
+from rtp_mm.media.image import probe
+from rtp_mm.types import Blob, MMUrlType, PreprocessOptions
+
+MIN_RETRY_AFTER_MS = 100  # before any forward has shown how long one takes
+
+
+class Cost(NamedTuple):
+    """Of one item: patches for the device, and host bytes while it is under way."""
+
+    patches: int
+    nbytes: int
+
+
+@runtime_checkable
+class Predicts(Protocol):
+    """A preprocessor that knows an image's patches from its size."""
+
+    def predict(self, width: int, height: int, options: PreprocessOptions) -> int: ...
+
+
+@dataclass(slots=True, eq=False)
+class Visit:
+    """One request in the server. `nbytes` are held for it until it leaves: its message, its answers."""
+
+    nbytes: int
+    ends_at: float  # its deadline, by the loop's clock
+
+
+class Admission:
+    """Counts what requests in progress hold and refuses what would be too much, at once. For one event loop: no locks.
+
+    The oldest request is never refused: an idle server takes any, however large, and of several that together are too
+    large for it one always goes on.
+    """
+
+    def __init__(
+        self, max_requests: int, max_patches: int, max_bytes: int, seconds_for: Callable[[int], float]
+    ) -> None:
+        """seconds_for: how long the device takes for a number of patches."""
+        self._max_requests, self._max_patches, self._max_bytes = max_requests, max_patches, max_bytes
+        self._seconds_for = seconds_for
+        self._visits: dict[Visit, None] = {}  # the oldest first
+        self.patches = 0
+        self.nbytes = 0
+        self.rejections: Counter[str] = Counter()
+
+    @property
+    def requests(self) -> int:
+        return len(self._visits)
+
+    @contextmanager
+    def visiting(self, nbytes: int, ends_at: float) -> Iterator[Visit]:
+        """A request whose message takes `nbytes`, from here to its end. Raises `QueueFullError`."""
+        if self.requests >= self._max_requests:
+            raise self._refusal("requests", f"{self.requests} requests are in the server (MM_MAX_QUEUE_SIZE)")
+        visit = Visit(0, ends_at)
+        self._visits[visit] = None
+        try:
+            self._check(visit, Cost(0, nbytes))
+            self.keep(visit, nbytes)
+            yield visit
+        finally:
+            del self._visits[visit]
+            self.nbytes -= visit.nbytes
+
+    @contextmanager
+    def holding(self, visit: Visit, cost: Cost) -> Iterator[None]:
+        """Work for `visit` that costs so much while it is under way. Raises `QueueFullError`."""
+        self._check(visit, cost)
+        self.patches += cost.patches
+        self.nbytes += cost.nbytes
+        try:
+            yield
+        finally:
+            self.patches -= cost.patches
+            self.nbytes -= cost.nbytes
+
+    def keep(self, visit: Visit, nbytes: int) -> None:
+        """Bytes that are there already, held until `visit` ends."""
+        visit.nbytes += nbytes
+        self.nbytes += nbytes
+
+    def check_in_time(self, visit: Visit, wait_s: float, now: float) -> None:
+        """Refuses what would wait past its deadline: who is told now can still ask another server."""
+        if now + wait_s > visit.ends_at and not self._is_oldest(visit):
+            raise self._refusal("deadline", f"{wait_s:.1f} s of work is waiting, more than the deadline leaves")
+
+    def predicted_patches(
+        self, preprocessor: object, blob: Blob, mm_type: MMUrlType, options: PreprocessOptions
+    ) -> int | None:
+        """Patches of an image by its header; `None` where that does not tell. Raises `WrongFormatError`."""
+        if not isinstance(preprocessor, Predicts):
+            return None
+        if isinstance(blob.data, np.ndarray):
+            if blob.data.ndim != 4:  # [T, H, W, 3] are pixels
+                return None
+            _, height, width, _ = blob.data.shape
+        elif mm_type in (MMUrlType.IMAGE, MMUrlType.DEFAULT):
+            header = probe(blob.data)
+            width, height = header.width, header.height
+        else:
+            return None
+        return preprocessor.predict(width, height, options)
+
+    def check_item(self, patches: int, max_patches: int) -> None:
+        """Raises `WrongFormatError` for an item too large for the device."""
+        if patches > max_patches:
+            self.rejections["item_patches"] += 1
+            raise WrongFormatError(f"{patches} patches, over the limit of {max_patches} (MM_MAX_PATCHES_PER_ITEM)")
+
+    def _check(self, visit: Visit, cost: Cost) -> None:
+        if self._is_oldest(visit):
+            return
+        if self.patches + cost.patches > self._max_patches:
+            raise self._refusal("patches", f"{self.patches} patches are waiting or running (MM_MAX_QUEUE_PATCHES)")
+        if self.nbytes + cost.nbytes > self._max_bytes:
+            raise self._refusal("bytes", f"{self.nbytes >> 20} MiB are in flight (MM_MAX_BYTES_IN_FLIGHT_MB)")
+
+    def _is_oldest(self, visit: Visit) -> bool:
+        return next(iter(self._visits), visit) is visit
+
+    def _refusal(self, reason: str, text: str) -> QueueFullError:
+        self.rejections[reason] += 1
+        return QueueFullError(text, max(MIN_RETRY_AFTER_MS, round(self._seconds_for(self.patches) * 1e3)))

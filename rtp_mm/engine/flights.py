@@ -1,0 +1,63 @@
+"""Single-flight: who asks for what is already under way waits for that instead of starting it again."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine, Hashable
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+Result = TypeVar("Result")
+
+
+@dataclass(slots=True)
+class _Flight(Generic[Result]):
+    task: asyncio.Task[Result]
+    waiters: int = 0
+
+
+class Flights(Generic[Result]):
+    """Work under way by key, for one event loop.
+
+    A waiter that is cancelled leaves the others alone; when the last one leaves, the work is cancelled. Results and
+    errors go to all who wait, and are not remembered: that is a cache's business.
+    """
+
+    def __init__(self) -> None:
+        self._flights: dict[Hashable, _Flight[Result]] = {}
+        self._tasks: set[asyncio.Task[Result]] = set()  # those whose waiters left, too, until they have ended
+
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._flights
+
+    async def join(self, key: Hashable, work: Callable[[], Coroutine[Any, Any, Result]]) -> Result:
+        """The result of the work under way for `key`, which `work()` starts where there is none."""
+        flight = self._flights.get(key) or self._start(key, work())
+        flight.waiters += 1
+        try:
+            await asyncio.wait([flight.task])  # unlike awaiting the task, cancels nothing but itself
+        finally:
+            flight.waiters -= 1
+            if flight.waiters == 0 and self._flights.get(key) is flight:
+                del self._flights[key]  # who comes now starts anew, and does not join what is being cancelled
+                flight.task.cancel()
+        return flight.task.result()
+
+    async def settle(self) -> None:
+        """Waits for the end of work that nobody waits for any more."""
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+
+    def _start(self, key: Hashable, work: Coroutine[Any, Any, Result]) -> _Flight[Result]:
+        flight = self._flights[key] = _Flight(asyncio.create_task(work))
+
+        def ended(task: asyncio.Task[Result]) -> None:
+            self._tasks.discard(task)
+            if self._flights.get(key) is flight:
+                del self._flights[key]
+            if not task.cancelled():
+                task.exception()  # seen, even where nobody waited for it to the end
+
+        self._tasks.add(flight.task)
+        flight.task.add_done_callback(ended)
+        return flight

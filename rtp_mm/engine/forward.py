@@ -1,0 +1,105 @@
+"""The model's forward as the batcher calls it, on the device thread: work in, answers in host memory out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rtp_mm.engine.caches import Embedded
+from rtp_mm.engine.waiting_line import Work
+from rtp_mm.errors import MMError, ProcessError
+from rtp_mm.models.multimodal_common import Embedding, MultiModalEmbeddingInterface, as_embedding
+from rtp_mm.types import MMUrlType
+
+Outcome = Embedded | MMError
+
+
+class NonFiniteError(ProcessError):
+    """NaN or infinity: the item's own fault, or that of a neighbour in a model that mixes its batch."""
+
+
+class Forward:
+    """One forward of many items. What becomes of those that fail is the batcher's business."""
+
+    def __init__(self, mm_part: MultiModalEmbeddingInterface, dtype: torch.dtype) -> None:
+        self.device = mm_part._device
+        self._mm_part = mm_part
+        self._dtype = dtype
+
+    def __call__(self, batch: Sequence[Work]) -> list[Outcome]:
+        """An outcome per item, in order: its answer, or what is wrong with it. Raises what the model raises."""
+        with torch.inference_mode():
+            results = self._embed(batch)
+            if len(results) != len(batch):
+                raise ProcessError(f"the model answered {len(batch)} items with {len(results)} embeddings")
+            return to_host([as_embedding(result) for result in results], self._dtype)
+
+    def _embed(self, batch: Sequence[Work]) -> Sequence[Tensor | Embedding]:
+        return self._mm_part.mm_process_batch(
+            [work.value for work in batch], [work.mm_type for work in batch], [work.config for work in batch]
+        )
+
+    def free_memory(self) -> None:
+        """Gives what the allocator keeps back to the device, so that a smaller forward finds room in one piece."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def is_device_gone(self) -> bool:
+        """Whether the device answers no more: a CUDA error that stays fails every later call of the process."""
+        if self.device.type != "cuda":
+            return False
+        try:
+            torch.cuda.synchronize(self.device)
+        except RuntimeError:  # torch.AcceleratorError is one
+            return True
+        return False
+
+
+class WholeForward(Forward):
+    """For a third party's part with an `mm_embedding` of its own, from URL to answer: `Work.value` is the input."""
+
+    def _embed(self, batch: Sequence[Work]) -> Sequence[Tensor | Embedding]:
+        return [self._embed_one(work) for work in batch]
+
+    def _embed_one(self, work: Work) -> Embedding:
+        tensor = {"tensor": work.value.tensor} if work.mm_type is MMUrlType.TENSOR else {}
+        return self._mm_part.mm_embedding(work.value.url, work.mm_type, configs=work.config, **tensor)
+
+
+def to_host(results: Sequence[Embedding], dtype: torch.dtype) -> list[Outcome]:
+    """Each answer in host memory of its own, so that keeping one does not keep its whole batch; see `_checked`.
+
+    From a device all copies are asynchronous, into pinned memory, with one wait at their end.
+    """
+    embeddings = [embedding.reshape(-1, embedding.shape[-1]).to(dtype) for embedding, _ in results]
+    extremes = torch.stack([_extremes(embedding) for embedding in embeddings])
+    host_extremes = _own_host_copy(extremes)
+    copies = [
+        Embedded(_own_host_copy(embedding), None if ids is None else _own_host_copy(ids.reshape(-1, 3).int()))
+        for embedding, (_, ids) in zip(embeddings, results, strict=True)
+    ]
+    if extremes.is_cuda:
+        torch.cuda.current_stream(extremes.device).synchronize()
+    are_finite = host_extremes.isfinite().all(1).tolist()
+    return [_checked(copy, is_finite) for copy, is_finite in zip(copies, are_finite, strict=True)]
+
+
+def _extremes(embedding: Tensor) -> Tensor:
+    """[2]: least and largest value, NaN where there is one; `isfinite` over bf16 takes the CPU ten times as long."""
+    return torch.stack(embedding.aminmax()) if embedding.numel() else embedding.new_zeros(2)
+
+
+def _checked(item: Embedded, is_finite: bool) -> Outcome:
+    """The item, or what is wrong with it: NaN never leaves, and every token has its position."""
+    if not is_finite:
+        return NonFiniteError("the embedding holds NaN or infinite values")
+    if item.position_ids is not None and len(item.position_ids) != len(item.embedding):
+        return ProcessError(f"{len(item.embedding)} tokens have {len(item.position_ids)} position ids")
+    return item
+
+
+def _own_host_copy(tensor: Tensor) -> Tensor:
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+    return host.copy_(tensor, non_blocking=True)

@@ -1,0 +1,56 @@
+"""How much one forward takes, where the options leave it open."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from rtp_mm.config import Settings
+from rtp_mm.models.multimodal_common import MultiModalEmbeddingInterface
+from rtp_mm.preprocess.patches import ImagePreprocessor
+from rtp_mm.types import MMPreprocessConfig, MMUrlType, Patches
+
+CPU_BATCH_PATCHES = 4096  # a CPU's throughput is flat from some 1000 on: more in a batch only makes others wait
+CUDA_BATCH_PATCHES = 32768  # the same for the largest GPUs
+ITEM_PATCHES = 65536  # 16384 tokens of 2 x 2: the most that a published checkpoint of these families asks for
+QUEUE_BATCHES = 32  # full batches that may wait
+_PROBE_PATCHES = 1024
+_SHARE = 0.5  # of the free device memory, for one forward: the allocator's pieces and other programs have the rest
+
+
+class DeviceLimits(NamedTuple):
+    """In patches: of one batch, of one item (which goes alone if it is larger than a batch), of all that waits."""
+
+    batch: int
+    item: int
+    queue: int
+
+
+def device_limits(mm_part: MultiModalEmbeddingInterface, settings: Settings) -> DeviceLimits:
+    """What the options say; what they leave open is a constant, or less where the device's free memory is less."""
+    fitting = _fitting_patches(mm_part)
+    batch = settings.vit_max_batch_patches or min(
+        CPU_BATCH_PATCHES if mm_part._device.type == "cpu" else CUDA_BATCH_PATCHES, fitting
+    )
+    item = settings.mm_max_patches_per_item or min(ITEM_PATCHES, fitting)
+    return DeviceLimits(batch, item, settings.mm_max_queue_patches or QUEUE_BATCHES * batch)
+
+
+def _fitting_patches(mm_part: MultiModalEmbeddingInterface) -> int:
+    """Patches that one forward has memory for, by what a small one takes. On a CPU: any number."""
+    device, preprocessor = mm_part._device, mm_part.preprocessor
+    if device.type != "cuda" or not isinstance(preprocessor, ImagePreprocessor):
+        return ITEM_PATCHES
+    side = preprocessor.merge_size * round(_PROBE_PATCHES**0.5 / preprocessor.merge_size)
+    grey = Patches(np.full((side * side, preprocessor.row_bytes), 128, np.uint8), (1, side, side))
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    with torch.inference_mode():
+        mm_part.mm_process_batch([grey], [MMUrlType.IMAGE], [MMPreprocessConfig()])
+    torch.cuda.synchronize(device)
+    a_patch = max(1, (torch.cuda.max_memory_allocated(device) - before) // side * side)
+    free: int = torch.cuda.mem_get_info(device)[0]
+    return max(side * side, int(free * _SHARE) // a_patch)

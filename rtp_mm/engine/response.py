@@ -1,0 +1,72 @@
+"""The outcomes of a request's items as one answer, or as one error that names every bad item."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from rtp_mm.engine.caches import Embedded
+from rtp_mm.errors import BadItemsError, ItemFailure, MMError, ProcessError, QueueFullError
+from rtp_mm.media.redact import redact
+from rtp_mm.types import MMEmbeddingRes, MultimodalInput
+
+Timings = dict[str, float]  # milliseconds by stage
+
+
+class Answer(NamedTuple):
+    """An item's answer and what it took, each stage as long as for whoever it was done for."""
+
+    embedded: Embedded
+    timings_ms: Timings
+
+
+class Stopwatch:
+    """Writes the milliseconds spent inside it to `timings[stage]`."""
+
+    def __init__(self, timings: Timings, stage: str) -> None:
+        self._timings, self._stage = timings, stage
+
+    def __enter__(self) -> None:
+        self._started = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self._timings[self._stage] = (time.perf_counter() - self._started) * 1e3
+
+
+def as_response(
+    inputs: Sequence[MultimodalInput], outcomes: Sequence[Answer | BaseException], *, is_own: bool
+) -> MMEmbeddingRes:
+    """All items' answers, or `BadItemsError` that names every bad one; a bug is raised as it is.
+
+    `is_own`: the answer is ours to read; a library's caller, who may write into it, gets copies of what is cached.
+    """
+    failures = []
+    answers: list[Answer] = []
+    for index, (item, outcome) in enumerate(zip(inputs, outcomes, strict=True)):
+        if isinstance(outcome, MMError):
+            failures.append(ItemFailure(index, redact(item.url), outcome))
+        elif isinstance(outcome, BaseException):
+            raise outcome
+        else:
+            answers.append(outcome)
+    if failures:
+        raise _as_one_error(failures)
+    timings: Timings = {}
+    for answer in answers:
+        for stage, milliseconds in answer.timings_ms.items():
+            timings[stage] = max(milliseconds, timings.get(stage, 0.0))
+    items = [answer.embedded if is_own else answer.embedded.copy() for answer in answers]
+    position_ids = [item.position_ids for item in items if item.position_ids is not None]
+    if position_ids and len(position_ids) < len(items):
+        raise ProcessError("the model gave position ids for some items and none for others")
+    return MMEmbeddingRes([item.embedding for item in items], position_ids or None, None, timings)
+
+
+def _as_one_error(failures: Sequence[ItemFailure]) -> MMError:
+    """A full queue refuses the request as a whole, with its `retry_after_ms`, unless some item must fail again."""
+    error = BadItemsError(failures)
+    full = [failure.error for failure in failures if isinstance(failure.error, QueueFullError)]
+    if full and error.status != "INVALID_ARGUMENT":
+        return max(full, key=lambda refusal: refusal.retry_after_ms)
+    return error
