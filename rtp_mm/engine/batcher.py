@@ -20,6 +20,7 @@ from rtp_mm.errors import MMError, ProcessError
 from rtp_mm.types import MMPreprocessConfig, MMUrlType
 
 _log = logging.getLogger(__name__)
+_GONE = "the device is gone: restart the server"
 _MEMORY = 0.8  # how much of its rate the past keeps at each forward
 
 
@@ -99,7 +100,7 @@ class Batcher:
 
     def _check_usable(self) -> None:
         if self.is_device_gone:
-            raise ProcessError("the device is gone: the server must be restarted")
+            raise ProcessError(_GONE)
         if self._is_closed:
             raise ProcessError("the engine stopped")
 
@@ -138,7 +139,7 @@ class Batcher:
             if is_gone:
                 self.is_device_gone = True
                 batch = batch + self._everything()
-                outcomes = [ProcessError("the device is gone")] * len(batch)
+                outcomes = [ProcessError(_GONE)] * len(batch)
             suspects = set() if is_gone else _suspects(batch, outcomes, has_failed=error is not None)
             if len(suspects) == len(batch):
                 middle = len(batch) // 2

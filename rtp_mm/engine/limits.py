@@ -16,7 +16,7 @@ CPU_BATCH_PATCHES = 4096  # a CPU's throughput is flat from some 1000 on: more i
 CUDA_BATCH_PATCHES = 32768  # the same for the largest GPUs
 ITEM_PATCHES = 65536  # 16384 tokens of 2 x 2: the most that a published checkpoint of these families asks for
 QUEUE_BATCHES = 32  # full batches that may wait
-_PROBE_PATCHES = 1024
+_PROBE_SIDE = 16  # tokens
 _SHARE = 0.5  # of the free device memory, for one forward: the allocator's pieces and other programs have the rest
 
 
@@ -43,14 +43,15 @@ def _fitting_patches(mm_part: MultiModalEmbeddingInterface) -> int:
     device, preprocessor = mm_part._device, mm_part.preprocessor
     if device.type != "cuda" or not isinstance(preprocessor, ImagePreprocessor):
         return ITEM_PATCHES
-    side = preprocessor.merge_size * round(_PROBE_PATCHES**0.5 / preprocessor.merge_size)
-    grey = Patches(np.full((side * side, preprocessor.row_bytes), 128, np.uint8), (1, side, side))
+    side = _PROBE_SIDE * preprocessor.merge_size
+    patches = side * side
+    grey = Patches(np.full((patches, preprocessor.row_bytes), 128, np.uint8), (1, side, side))
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     with torch.inference_mode():
         mm_part.mm_process_batch([grey], [MMUrlType.IMAGE], [MMPreprocessConfig()])
     torch.cuda.synchronize(device)
-    a_patch = max(1, (torch.cuda.max_memory_allocated(device) - before) // side * side)
+    a_patch: int = max(1, (torch.cuda.max_memory_allocated(device) - before) // patches)
     free: int = torch.cuda.mem_get_info(device)[0]
-    return max(side * side, int(free * _SHARE) // a_patch)
+    return max(patches, int(free * _SHARE) // a_patch)

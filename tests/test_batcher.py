@@ -1,0 +1,241 @@
+"""The batcher with a device of our own: what goes together, what fails alone, who is dropped."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+import torch
+
+from rtp_mm.engine.batcher import Batcher
+from rtp_mm.engine.caches import Embedded
+from rtp_mm.engine.forward import NonFiniteError, Outcome
+from rtp_mm.engine.waiting_line import Work
+from rtp_mm.errors import ProcessError, WrongFormatError
+from rtp_mm.types import MMPreprocessConfig, MMUrlType
+
+
+class Device:
+    """Answers an item with its own value; `fails` says what is wrong with a batch."""
+
+    def __init__(self, fails: Callable[[list[Any]], None] = lambda _: None) -> None:
+        self.fails = fails
+        self.batches: list[list[Any]] = []
+        self.freed = 0
+        self.is_gone = False
+        self.may_go_on = threading.Event()
+        self.may_go_on.set()
+
+    def __call__(self, batch: Sequence[Work]) -> list[Outcome]:
+        values = [work.value for work in batch]
+        self.batches.append(values)
+        assert self.may_go_on.wait(30)
+        self.fails(values)
+        return [NonFiniteError("NaN") if v == "nan" else Embedded(torch.tensor([[0.0]]), v) for v in values]
+
+    def free_memory(self) -> None:
+        self.freed += 1
+
+    def is_device_gone(self) -> bool:
+        return self.is_gone
+
+
+@asynccontextmanager
+async def batching(device: Device, max_patches: int = 100) -> AsyncIterator[Batcher]:
+    batcher = Batcher(device, max_patches)  # type: ignore[arg-type]
+    yield batcher
+    batcher.close()
+
+
+def run(batcher: Batcher, value: Any, patches: int | None = 10) -> asyncio.Task[Any]:
+    async def answer() -> Any:
+        embedded, _ = await batcher.run(value, patches, MMUrlType.IMAGE, MMPreprocessConfig())
+        return embedded.position_ids
+
+    return asyncio.create_task(answer())
+
+
+async def until(is_so: Callable[[], bool]) -> None:
+    while not is_so():
+        await asyncio.sleep(0.001)
+
+
+async def outcomes(tasks: Sequence[asyncio.Task[Any]]) -> list[Any]:
+    found = await asyncio.gather(*tasks, return_exceptions=True)
+    return [str(outcome) if isinstance(outcome, ProcessError) else outcome for outcome in found]
+
+
+async def test_what_is_ready_when_the_device_is_free_goes_together() -> None:
+    device = Device()
+    device.may_go_on.clear()
+    async with batching(device) as batcher:
+        first = run(batcher, "first")
+        await until(lambda: len(device.batches) == 1)
+        rest = [run(batcher, i, 30) for i in range(5)]
+        await until(lambda: batcher.waiting == 5)
+        assert batcher.waiting_patches == 150
+        device.may_go_on.set()
+        assert await outcomes([first, *rest]) == ["first", 0, 1, 2, 3, 4]
+    assert device.batches == [["first"], [0, 1, 2], [3, 4]]
+    assert (batcher.forwards, batcher.items, batcher.patches) == (3, 6, 160)
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError("/secret"), torch.OutOfMemoryError("/secret")])
+async def test_a_forward_that_fails_is_halved_until_the_bad_stand_alone(error: Exception) -> None:
+    def fails(values: list[Any]) -> None:
+        if 3 in values or 8 in values:
+            raise error
+
+    device = Device(fails)
+    device.may_go_on.clear()
+    async with batching(device) as batcher:
+        tasks = [run(batcher, "first")]
+        await until(lambda: len(device.batches) == 1)
+        tasks += [run(batcher, i) for i in range(10)]
+        await until(lambda: batcher.waiting == 10)
+        device.may_go_on.set()
+        bad = f"the forward failed with {type(error).__name__}"
+        assert await outcomes(tasks) == ["first", 0, 1, 2, bad, 4, 5, 6, 7, bad, 9]
+    is_memory = isinstance(error, torch.OutOfMemoryError)
+    failed = [batch for batch in device.batches if 3 in batch or 8 in batch]
+    assert batcher.failures == len(failed)
+    assert device.freed == (len(failed) if is_memory else 0)
+
+
+async def test_one_bad_item_among_many_costs_a_logarithm_of_forwards() -> None:
+    def fails(values: list[Any]) -> None:
+        if 41 in values:
+            raise ZeroDivisionError
+
+    device = Device(fails)
+    device.may_go_on.clear()
+    async with batching(device, 1000) as batcher:
+        tasks = [run(batcher, "first")]
+        await until(lambda: len(device.batches) == 1)
+        tasks += [run(batcher, i) for i in range(64)]
+        await until(lambda: batcher.waiting == 64)
+        device.may_go_on.set()
+        assert (await outcomes(tasks)).count("the forward failed with ZeroDivisionError") == 1
+    assert len(device.batches) == 1 + 1 + 2 * 6
+
+
+async def test_nan_goes_again_in_smaller_company_and_the_rest_is_answered_at_once() -> None:
+    device = Device()
+    device.may_go_on.clear()
+    async with batching(device) as batcher:
+        tasks = [run(batcher, "first")]
+        await until(lambda: len(device.batches) == 1)
+        tasks += [run(batcher, value) for value in ("a", "nan", "b", "nan")]
+        await until(lambda: batcher.waiting == 4)
+        device.may_go_on.set()
+        assert await outcomes(tasks) == ["first", "a", "NaN", "b", "NaN"]
+    assert device.batches[1:] == [["a", "nan", "b", "nan"], ["nan", "nan"], ["nan"], ["nan"]]
+
+
+async def test_nan_that_a_neighbour_made_is_mended() -> None:
+    """A model that mixes its batch: "bad" poisons whoever goes with it."""
+
+    class Mixing(Device):
+        def __call__(self, batch: Sequence[Work]) -> list[Outcome]:
+            found = super().__call__(batch)
+            return [NonFiniteError("NaN")] * len(batch) if "bad" in self.batches[-1] else found
+
+    device = Mixing()
+    device.may_go_on.clear()
+    async with batching(device) as batcher:
+        tasks = [run(batcher, "first")]
+        await until(lambda: len(device.batches) == 1)
+        tasks += [run(batcher, value) for value in ("a", "b", "bad", "c")]
+        await until(lambda: batcher.waiting == 4)
+        device.may_go_on.set()
+        assert await outcomes(tasks) == ["first", "a", "b", "NaN", "c"]
+
+
+async def test_a_models_own_error_reaches_its_caller() -> None:
+    def fails(values: list[Any]) -> None:
+        raise WrongFormatError("a model's word")
+
+    async with batching(Device(fails)) as batcher:
+        with pytest.raises(WrongFormatError, match="a model's word"):
+            await run(batcher, 1)
+
+
+async def test_who_leaves_before_the_forward_costs_nothing_more() -> None:
+    device = Device()
+    device.may_go_on.clear()
+    async with batching(device) as batcher:
+        first = run(batcher, "first")
+        await until(lambda: len(device.batches) == 1)
+        leaving, staying = run(batcher, "leaving"), run(batcher, "staying")
+        await until(lambda: batcher.waiting == 2)
+        leaving.cancel()
+        await until(lambda: batcher.waiting == 1)
+        assert batcher.waiting_patches == 10
+        device.may_go_on.set()
+        assert await outcomes([first, staying]) == ["first", "staying"]
+    assert device.batches == [["first"], ["staying"]]
+
+
+async def test_a_device_that_is_gone_fails_all_that_waits_and_all_that_comes() -> None:
+    def fails(values: list[Any]) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    device = Device(fails)
+    device.is_gone = True
+    device.may_go_on.clear()
+    async with batching(device) as batcher:
+        tasks = [run(batcher, i) for i in range(3)]
+        await until(lambda: len(device.batches) == 1 and batcher.waiting == 2)
+        device.may_go_on.set()
+        assert await outcomes(tasks) == ["the device is gone: restart the server"] * 3
+        assert batcher.is_device_gone
+        with pytest.raises(ProcessError, match="the device is gone"):
+            await run(batcher, "late")
+    assert device.batches == [[0]]
+
+
+async def test_nobody_waits_for_a_batcher_that_is_closed() -> None:
+    device = Device()
+    device.may_go_on.clear()
+    async with batching(device) as batcher:
+        tasks = [run(batcher, i) for i in range(2)]
+        await until(lambda: len(device.batches) == 1 and batcher.waiting == 1)
+        batcher.close()
+        device.may_go_on.set()
+        assert await outcomes(tasks) == [0, "the engine stopped"]
+        assert await outcomes([run(batcher, 3)]) == ["the engine stopped"]
+
+
+async def test_prepared_memory_is_given_back_with_the_answer() -> None:
+    """No list or future of the batcher's keeps an input whose forward is over, even while nothing else comes."""
+    import weakref
+
+    class Rows:
+        pass
+
+    device = Device()
+    async with batching(device) as batcher:
+        rows = Rows()
+        alive = weakref.ref(rows)
+        task = run(batcher, rows)
+        del rows
+        device.batches.clear()
+        answer = await task
+        assert isinstance(answer, Rows)
+        del answer, task
+        device.batches.clear()
+        await until(lambda: alive() is None)
+
+
+async def test_it_learns_how_fast_the_device_is() -> None:
+    now = iter(range(1000))
+    batcher = Batcher(Device(), 100, clock=lambda: next(now))  # type: ignore[arg-type]
+    assert batcher.seconds_for(1000) == 0
+    await run(batcher, 1, patches=50)
+    assert 0 < batcher.seconds_for(1000) < 1000
+    assert batcher.seconds_for(2000) == 2 * batcher.seconds_for(1000)
+    batcher.close()

@@ -1,0 +1,116 @@
+"""Single-flight: one piece of work for all who want it now, ended when the last of them leaves."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+
+import pytest
+
+from rtp_mm.engine.flights import Flights
+from rtp_mm.errors import WrongFormatError
+
+
+class Source:
+    """Work that ends when it is told to, and counts."""
+
+    def __init__(self) -> None:
+        self.started = self.cancelled = 0
+        self.go_on = asyncio.Event()
+
+    async def work(self) -> int:
+        self.started += 1
+        number = self.started
+        try:
+            await self.go_on.wait()
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+        return number
+
+    async def broken(self) -> int:
+        await self.work()
+        raise WrongFormatError("no image")
+
+
+async def settled(rounds: int = 5) -> None:
+    for _ in range(rounds):
+        await asyncio.sleep(0)
+
+
+async def test_a_hundred_callers_share_one_run() -> None:
+    source, flights = Source(), Flights[int]()
+    callers = [asyncio.create_task(flights.join("a", source.work)) for _ in range(100)]
+    other = asyncio.create_task(flights.join("b", source.work))
+    await settled()
+    source.go_on.set()
+    assert await asyncio.gather(*callers) == [1] * 100
+    assert await other == 2
+
+
+async def test_a_result_is_not_remembered() -> None:
+    source, flights = Source(), Flights[int]()
+    source.go_on.set()
+    assert [await flights.join("a", source.work) for _ in range(2)] == [1, 2]
+
+
+async def test_an_error_goes_to_all_and_is_not_remembered() -> None:
+    source, flights = Source(), Flights[int]()
+    callers = [asyncio.create_task(flights.join("a", source.broken)) for _ in range(3)]
+    await settled()
+    source.go_on.set()
+    assert [type(e) for e in await asyncio.gather(*callers, return_exceptions=True)] == [WrongFormatError] * 3
+    assert await flights.join("a", source.work) == 2
+
+
+@pytest.mark.parametrize("leaver", [0, 1])
+async def test_who_leaves_does_not_take_the_work_from_the_others(leaver: int) -> None:
+    """Neither the first, for whom the work was begun, nor another."""
+    source, flights = Source(), Flights[int]()
+    callers = [asyncio.create_task(flights.join("a", source.work)) for _ in range(2)]
+    await settled()
+    callers[leaver].cancel()
+    await settled()
+    assert callers[leaver].cancelled()
+    source.go_on.set()
+    assert await callers[1 - leaver] == 1
+    assert source.cancelled == 0
+
+
+async def test_when_the_last_leaves_the_work_is_cancelled() -> None:
+    source, flights = Source(), Flights[int]()
+    callers = [asyncio.create_task(flights.join("a", source.work)) for _ in range(2)]
+    await settled()
+    for caller in callers:
+        caller.cancel()
+    await asyncio.wait(callers)
+    await flights.settle()
+    assert source.cancelled == 1
+    assert "a" not in flights
+
+
+async def test_who_comes_after_the_last_left_starts_anew() -> None:
+    """Even while the cancelled work is still ending."""
+    source, flights = Source(), Flights[int]()
+    is_ending, may_end = asyncio.Event(), asyncio.Event()
+
+    async def ends_slowly() -> int:
+        try:
+            return await source.work()
+        finally:
+            is_ending.set()
+            await may_end.wait()
+
+    first = asyncio.create_task(flights.join("a", ends_slowly))
+    await settled()
+    first.cancel()
+    await is_ending.wait()
+    second = asyncio.create_task(flights.join("a", source.work))
+    await settled()
+    may_end.set()
+    await settled()
+    assert "a" in flights  # the end of the first takes nothing from the second
+    source.go_on.set()
+    assert await second == 2
+    with suppress(asyncio.CancelledError):
+        await first
