@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BeforeValidator, DirectoryPath, Field, ValidationError
+from pydantic import AfterValidator, BeforeValidator, DirectoryPath, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict, SettingsError
 
 from rtp_mm.errors import StartError
@@ -21,7 +21,7 @@ Port = Annotated[int, Field(ge=1, le=65534)]  # gRPC listens on the next one
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 PILLOW_MAX_PIXELS = 178956970  # beyond this Pillow itself takes an image for a bomb
-SECRETS = {"download_headers", "mm_fetch_proxy"}  # options whose values no message repeats
+SECRETS = {"download_headers", "mm_fetch_proxy", "mm_auth_token"}  # options whose values no message repeats
 
 
 def _digit(value: Any) -> Any:
@@ -159,7 +159,29 @@ class Settings(BaseSettings):
     mm_embedding_cache_mb: NonNegative = Field(1024, description="embedding cache, MiB of host memory; 0: none")
     mm_patch_cache_mb: NonNegative = Field(64, description="cache of prepared patches, MiB of host memory; 0: none")
 
+    # Security.
+    mm_tls_cert: Path | None = Field(
+        None, description="certificate chain, PEM: TLS on both ports; a client's own with MM_REMOTE_TLS_CA"
+    )
+    mm_tls_key: Path | None = Field(None, description="its key, PEM, not encrypted")
+    mm_tls_client_ca: Path | None = Field(
+        None, description="CA, PEM, whose certificates clients must show (mutual TLS)"
+    )
+    mm_auth_token: SecretStr | None = Field(
+        None, description="bearer token that callers must show, or that a client shows; a flag would be seen in ps"
+    )
+    mm_auth_token_file: Path | None = Field(None, description="file that holds the token, read again when it changes")
+    mm_remote_tls_ca: Path | None = Field(
+        None, description="VIT_SEPARATION=2: CA of the server, PEM; without it the connection is not encrypted"
+    )
+
     # Operation.
+    mm_otel: bool | None = Field(
+        None, description="1: OpenTelemetry spans; default: where OTEL_EXPORTER_OTLP_ENDPOINT is set"
+    )
+    mm_profile_dir: DirectoryPath | None = Field(
+        None, description="folder for traces of POST /debug/profile; unset: off"
+    )
     mm_drain_timeout_ms: NonNegative = Field(30000, description="SIGTERM: time for running calls to finish, ms")
     disable_access_log: bool = Field(False, description="1: no log line per request")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="lowest level logged")

@@ -45,6 +45,13 @@ class NotSupportedError(MMError):
     status = "INVALID_ARGUMENT"
 
 
+class UnauthenticatedError(MMError):
+    """The caller showed no token, or not the server's (`MM_AUTH_TOKEN`)."""
+
+    name = "MM_NOT_SUPPORTED_ERROR"  # RTP-LLM's client does not ask again on this one
+    status = "UNAUTHENTICATED"
+
+
 class DownloadRefusedError(MMError):
     """The source answered 4xx: asking again gives the same answer."""
 

@@ -156,12 +156,14 @@ class MMEmbeddingRes:
     position_ids: [tokens, 3] int32 (t, h, w) in merged-token units; `None` for models without mrope.
     extra_inputs: one flat tensor per item (deepstack), or `None`.
     timings_ms:   milliseconds by stage: fetch, preprocess, queue, forward; the slowest item of each.
+    cached_items: how many came from the embedding cache, or `None` where nobody counted.
     """
 
     embeddings: list[Tensor]
     position_ids: list[Tensor] | None = None
     extra_inputs: list[Tensor] | None = None
     timings_ms: dict[str, float] = field(default_factory=dict)
+    cached_items: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

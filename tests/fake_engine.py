@@ -40,6 +40,8 @@ class FakeEngine:
         self.cancelled = 0
         self.running = 0
         self.is_closed = False
+        self.is_alive = True
+        self.figures = EngineStats()
 
     async def embed(
         self, inputs: Sequence[MultimodalInput], *, caller: Caller = LIBRARY_CALLER, timeout_s: float | None = None
@@ -70,6 +72,7 @@ class FakeEngine:
             [torch.arange(n * 3, dtype=torch.int32).view(n, 3) for n in rows] if self.has_position_ids else None,
             [torch.full((n,), i, dtype=torch.float16) for i, n in enumerate(rows)] if self.has_extra_inputs else None,
             TIMINGS_MS,
+            cached_items=0,
         )
 
     async def _rows(self, url: str) -> int:
@@ -82,13 +85,13 @@ class FakeEngine:
         return int(argument) if kind == "img" else 2
 
     def worker_status(self) -> WorkerStatus:
-        return WorkerStatus(7, 1, self.running, 3.5, 4, 11, True, "bf16", 100, 200, 300)
+        return WorkerStatus(7, 1, self.running, 3.5, 4, 11, self.is_alive, "bf16", 100, 200, 300)
 
     def cache_status(self, *, with_keys: bool = False) -> CacheStatus:
         return CacheStatus(100, 200, version=9, keys=(-3, 1 << 60) if with_keys else ())
 
     def stats(self) -> EngineStats:
-        return EngineStats(requests_running=self.running)
+        return self.figures
 
     def close(self) -> None:
         self.is_closed = True

@@ -18,6 +18,7 @@ from rtp_mm.errors import (
     ProcessError,
     QueueFullError,
     ReplyTooLargeError,
+    UnauthenticatedError,
     WrongFormatError,
 )
 
@@ -32,6 +33,7 @@ TABLE = [
     (LoadingError(""), "MM_EMPTY_ENGINE_ERROR", "UNAVAILABLE"),
     (ReplyTooLargeError(""), "MM_LONG_PROMPT_ERROR", "INVALID_ARGUMENT"),
     (ProcessError(""), "MM_PROCESS_ERROR", "INTERNAL"),
+    (UnauthenticatedError(""), "MM_NOT_SUPPORTED_ERROR", "UNAUTHENTICATED"),
 ]
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
+import re
 import socket
 import time
 from pathlib import Path
@@ -156,6 +157,7 @@ TABLE = [
     ("LoadingError", "MM_EMPTY_ENGINE_ERROR", "UNAVAILABLE"),
     ("ReplyTooLargeError", "MM_LONG_PROMPT_ERROR", "INVALID_ARGUMENT"),
     ("ProcessError", "MM_PROCESS_ERROR", "INTERNAL"),
+    ("UnauthenticatedError", "MM_NOT_SUPPORTED_ERROR", "UNAUTHENTICATED"),
     ("BadItemsError", "MM_WRONG_FORMAT_ERROR", "INVALID_ARGUMENT"),
 ]
 
@@ -328,6 +330,34 @@ async def test_grpc_health_says_not_serving_until_loaded() -> None:
             assert reply.status == health_pb2.HealthCheckResponse.NOT_SERVING
 
 
+async def test_a_lost_device_is_said_everywhere_and_a_device_that_is_back_too() -> None:
+    async with serving() as server, grpc.aio.insecure_channel(server.grpc_address) as channel:
+        statuses = health_pb2.HealthCheckResponse
+        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(service="MultimodalRpcService"))
+        assert (await watch.read()).status == statuses.SERVING
+        server.engine.is_alive = False
+        for path in ("/health", "/ready", "/live"):
+            assert await http_status(server, path) == (503, {"status": "device lost"})
+        assert not (await MultimodalRpcServiceStub(channel).GetWorkerStatus(StatusVersionPB())).alive
+        assert (await watch.read()).status == statuses.NOT_SERVING
+        server.engine.is_alive = True
+        assert (await watch.read()).status == statuses.SERVING
+        assert await http_status(server, "/health") == (200, {"status": "ok"})
+
+
+async def test_live_is_not_ready_while_loading_and_draining() -> None:
+    async with serving(is_loaded=False) as server:
+        for phase in (Phase.LOADING, Phase.DRAINING):
+            server.state.phase = phase
+            assert await http_status(server, "/ready") == (503, {"status": phase})
+            assert await http_status(server, "/live") == (200, {"status": "ok"})
+
+
+async def http_status(server: Any, path: str) -> tuple[int, Any]:
+    async with aiohttp.ClientSession() as http, http.get(f"{server.http_url}{path}") as response:
+        return response.status, await response.json()
+
+
 async def test_the_root_page_says_what_this_is() -> None:
     async with serving() as server, aiohttp.ClientSession() as http, http.get(f"{server.http_url}/") as response:
         about = await response.json()
@@ -371,17 +401,36 @@ async def test_cache_keys_come_only_to_a_caller_that_is_behind_and_wants_them() 
 
 async def test_each_call_leaves_one_line_that_no_url_can_forge(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "rtp_mm")
+    trace = "4bf92f3577b34da6a3ce929d0e0e4736"
     async with serving() as server:
-        await call_raw(server.grpc_address, request("img:3", "img:2").SerializeToString())
+        message = request("img:3", "img:2").SerializeToString()
+        reply, _ = await call_raw(
+            server.grpc_address, message, metadata=(("traceparent", f"00-{trace}-00f067aa0ba902b7-01"),)
+        )
         bad = MultimodalInputPB(multimodal_url='x" status=OK\nINFO call', multimodal_type=9)
         await refusal(server.grpc_address, MultimodalInputsPB(multimodal_inputs=[bad]))
-    ok, refused = [KeyValueFormatter().format(r) for r in caplog.records if r.name == "rtp_mm.access"]
-    assert " INFO call id=" in ok
-    assert " items=2 tokens=5 status=OK ms=" in ok
-    assert ok.endswith("fetch_ms=1.50 forward_ms=20.25")
+        await refusal(server.grpc_address, request("fail:QueueFullError"))
+    ok, refused, full = [KeyValueFormatter().format(r) for r in caplog.records if r.name == "rtp_mm.access"]
+    assert re.fullmatch(
+        rf"\S+ INFO call id=[0-9a-f]{{8}} trace={trace} peer=ipv4:127\.0\.0\.1:\d+ items=2 cached=0 tokens=5"
+        rf" bytes_in=10 bytes_out={len(reply)} status=OK ms=[\d.]+ fetch_ms=1\.50 forward_ms=20\.25",
+        ok,
+    )
     assert "\n" not in refused
     assert " status=INVALID_ARGUMENT " in refused
     assert '\\" status=OK' in refused
+    assert " status=RESOURCE_EXHAUSTED " in full
+    assert full.endswith('retry_after_ms=250 error="[MM_PROCESS_ERROR] full"')
+
+
+@pytest.mark.parametrize("traceparent", ["", "00-" + "0" * 32 + "-00f067aa0ba902b7-01", 'x" status=OK'])
+async def test_a_traceparent_that_is_none_is_left_out(caplog: pytest.LogCaptureFixture, traceparent: str) -> None:
+    caplog.set_level(logging.INFO, "rtp_mm")
+    async with serving() as server:
+        message = request("img:1").SerializeToString()
+        await call_raw(server.grpc_address, message, metadata=(("traceparent", traceparent),))
+    (line,) = [KeyValueFormatter().format(r) for r in caplog.records if r.name == "rtp_mm.access"]
+    assert "trace=" not in line
 
 
 async def test_the_access_log_can_be_turned_off(caplog: pytest.LogCaptureFixture) -> None:

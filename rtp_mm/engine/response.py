@@ -60,7 +60,8 @@ def as_response(
     position_ids = [item.position_ids for item in items if item.position_ids is not None]
     if position_ids and len(position_ids) < len(items):
         raise ProcessError("the model gave position ids for some items and none for others")
-    return MMEmbeddingRes([item.embedding for item in items], position_ids or None, None, timings)
+    cached_items = sum("forward" not in answer.timings_ms for answer in answers)
+    return MMEmbeddingRes([item.embedding for item in items], position_ids or None, None, timings, cached_items)
 
 
 def _as_one_error(failures: Sequence[ItemFailure]) -> MMError:

@@ -22,6 +22,7 @@ from rtp_mm.config import Settings
 from rtp_mm.errors import StartError
 from rtp_mm.logs import log_event
 from rtp_mm.server.http import http_app
+from rtp_mm.server.metrics import Metrics
 from rtp_mm.server.proto import (
     MESSAGE_SIZE_OPTIONS,
     SERVICE,
@@ -29,12 +30,15 @@ from rtp_mm.server.proto import (
     add_MultimodalRpcServiceServicer_to_server,
     file_descriptor,
 )
+from rtp_mm.server.security import Guard, ServerTls, TokenInterceptor, bearer_token
 from rtp_mm.server.servicer import MultimodalServicer
 from rtp_mm.server.state import Loaded, Phase, ServerState
+from rtp_mm.server.tracing import tracing
 
 _log = logging.getLogger(__name__)
 _HEALTH_NAMES = ("", SERVICE)  # "" stands for the server as a whole
 LoadEngine = Callable[[Settings, asyncio.AbstractEventLoop], Loaded]  # blocks; the engine then lives on that loop
+_HEALTH_PERIOD_S = 0.5
 _LAST_WORDS_S = 0.2  # after the drain: for health watchers and refusals to reach their clients
 
 GRPC_OPTIONS = (
@@ -67,7 +71,7 @@ async def serve(settings: Settings, load_engine: LoadEngine) -> bool:
             if not stopped.done():
                 loaded = loading.result()
                 state.serve(loaded)
-                await _set_health(healths, health_pb2.HealthCheckResponse.SERVING)
+                await _set_health(healths, state)
                 _log_ready(loaded, settings, time.perf_counter() - started)
             name = await stopped
             log_event(_log, "draining", signal=name, calls=state.calls)
@@ -85,28 +89,42 @@ async def serve(settings: Settings, load_engine: LoadEngine) -> bool:
 
 @asynccontextmanager
 async def open_ports(state: ServerState, settings: Settings) -> AsyncIterator[health.aio.HealthServicer]:
-    """Both ports open, HTTP and gRPC with health and reflection."""
-    runner = web.AppRunner(http_app(state, settings), access_log=None, shutdown_timeout=_LAST_WORDS_S)
+    """Both ports open: HTTP, and gRPC with health and reflection. Raises `StartError`."""
+    tls, guard, metrics = ServerTls.of(settings), Guard(bearer_token(settings)), Metrics(state)
+    spans = tracing(settings)
+    is_mutual = tls is not None and tls.is_mutual
+    app = http_app(state, settings, metrics, guard, is_mutual=is_mutual)
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=_LAST_WORDS_S)
     await runner.setup()
-    server = grpc.aio.server(options=GRPC_OPTIONS)
+    interceptor = TokenInterceptor(guard, lambda: metrics.refused("grpc"))
+    server = grpc.aio.server(options=GRPC_OPTIONS, interceptors=[interceptor])
     healths = health.aio.HealthServicer()
-    await _set_health(healths, health_pb2.HealthCheckResponse.NOT_SERVING)
+    await _set_health(healths, state)
     health_pb2_grpc.add_HealthServicer_to_server(healths, server)
-    add_MultimodalRpcServiceServicer_to_server(MultimodalServicer(state, settings), server)
+    servicer = MultimodalServicer(state, settings, metrics, spans)
+    add_MultimodalRpcServiceServicer_to_server(servicer, server)
     form: WireForm = "concat" if settings.mm_wire == "concat" else "items"
     names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
     reflection.enable_server_reflection(names, server, pool=reflection_pool(form))
     host, port = settings.mm_bind_address, settings.start_port
+    following: asyncio.Task[None] | None = None
     try:
         _check_port(host, port, "HTTP")
         _check_port(host, port + 1, "gRPC")
-        await web.TCPSite(runner, host, port).start()
-        server.add_insecure_port(_address(host, port + 1))
+        await web.TCPSite(runner, host, port, ssl_context=tls.http_context() if tls else None).start()
+        if tls is None:
+            server.add_insecure_port(_address(host, port + 1))
+        else:
+            server.add_secure_port(_address(host, port + 1), tls.grpc_credentials())
         await server.start()
+        following = asyncio.create_task(_follow_health(healths, state))
         yield healths
     finally:
+        if following is not None:
+            following.cancel()
         await server.stop(grace=_LAST_WORDS_S)
         await runner.cleanup()
+        await asyncio.to_thread(spans.close)
 
 
 def _log_ready(loaded: Loaded, settings: Settings, seconds: float) -> None:
@@ -145,9 +163,22 @@ def _address(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-async def _set_health(healths: health.aio.HealthServicer, status: int) -> None:
+async def _set_health(healths: health.aio.HealthServicer, state: ServerState) -> None:
+    response = health_pb2.HealthCheckResponse
     for name in _HEALTH_NAMES:
-        await healths.set(name, status)
+        await healths.set(name, response.SERVING if state.is_serving else response.NOT_SERVING)
+
+
+async def _follow_health(healths: health.aio.HealthServicer, state: ServerState) -> None:
+    """Tells gRPC's health service when the engine gives up, or is back; runs until it is cancelled."""
+    was_serving = state.is_serving
+    while True:
+        await asyncio.sleep(_HEALTH_PERIOD_S)
+        if state.is_serving != was_serving:
+            was_serving = state.is_serving
+            await _set_health(healths, state)
+            if state.is_lost:
+                log_event(_log, "device lost", logging.ERROR)
 
 
 def _stop_signal() -> asyncio.Future[str]:

@@ -25,6 +25,7 @@ from rtp_mm.errors import (
     QueueFullError,
     RemoteCallError,
     ReplyTooLargeError,
+    UnauthenticatedError,
     WrongFormatError,
 )
 from rtp_mm.server import wire
@@ -36,6 +37,8 @@ from rtp_mm.server.proto import (
     StatusVersionPB,
     method_path,
 )
+from rtp_mm.server.security import authorization, bearer_token, client_credentials
+from rtp_mm.server.tracing import outgoing_context
 from rtp_mm.types import (
     LIBRARY_CALLER,
     CacheStatus,
@@ -69,6 +72,7 @@ _CLASSES: dict[tuple[str, str], type[MMError]] = {
         DrainingError,
         LoadingError,
         ReplyTooLargeError,
+        UnauthenticatedError,
     )
 }
 _NAMED = re.compile(r"\[(\w+)\] (.*)", re.DOTALL)
@@ -79,14 +83,21 @@ class RemoteEngine:
     """The engine of the server at `address`. Implements `rtp_mm.engine.interface.Engine`; for any thread and loop.
 
     `caller` is not passed on: the server goes by the address it sees. Errors arrive as the classes the server raised,
-    save that a `BadItemsError` comes as its verdict's class, with its text.
+    save that a `BadItemsError` comes as its verdict's class, with its text. With `MM_REMOTE_TLS_CA` the connection is
+    TLS; `MM_AUTH_TOKEN` is shown to the server. Raises `StartError` where one of their files is of no use.
     """
 
     def __init__(self, address: str, settings: Settings | None = None) -> None:
         self.address = server_address(address)
         self._settings = settings or load_settings()
         # The sync channel's calls are futures that any thread or event loop can wait for, so one channel serves all.
-        self._channel = grpc.insecure_channel(self.address, options=_OPTIONS)
+        credentials = client_credentials(self._settings)
+        self._channel = (
+            grpc.secure_channel(self.address, credentials, options=_OPTIONS)
+            if credentials
+            else grpc.insecure_channel(self.address, options=_OPTIONS)
+        )
+        self._token = bearer_token(self._settings)
         self._stub = MultimodalRpcServiceStub(self._channel)
         self._embed_call = self._channel.unary_unary(
             method_path("RemoteMultimodalEmbedding"), request_serializer=MultimodalInputsPB.SerializeToString
@@ -151,7 +162,7 @@ class RemoteEngine:
 
     def _start(self, inputs: Sequence[MultimodalInput], timeout_s: float | None) -> grpc.Future:
         limit_s = time_limit_s(inputs, timeout_s, self._settings)
-        metadata = ((wire.WIRE_METADATA, "items"),)
+        metadata = ((wire.WIRE_METADATA, "items"), *authorization(self._token), *outgoing_context())
         try:
             return self._embed_call.future(wire.write_inputs(inputs), timeout=limit_s, metadata=metadata)
         except ValueError:  # what grpc says of a closed channel
@@ -171,7 +182,7 @@ class RemoteEngine:
 
     def _ask(self, method: Any, request: Any) -> Any:
         try:
-            return method(request, timeout=_STATUS_TIMEOUT_S)
+            return method(request, timeout=_STATUS_TIMEOUT_S, metadata=authorization(self._token))
         except grpc.RpcError as error:
             raise self._as_mm_error(error) from None
 

@@ -3,72 +3,47 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import logging
-import secrets
-import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import unquote
 
 import grpc
 
 from rtp_mm.config import Settings
-from rtp_mm.errors import MMError, ProcessError, QueueFullError, WrongFormatError
-from rtp_mm.logs import log_event
+from rtp_mm.errors import MMError, ProcessError, WrongFormatError
 from rtp_mm.server import wire
+from rtp_mm.server.call import Call
+from rtp_mm.server.metrics import Metrics
 from rtp_mm.server.proto import CacheStatusPB, MultimodalRpcServiceServicer, WorkerStatusPB
-from rtp_mm.server.state import Phase, ServerState
-from rtp_mm.types import Caller, MMEmbeddingRes
+from rtp_mm.server.security import is_loopback
+from rtp_mm.server.state import ServerState
+from rtp_mm.server.tracing import Tracing
+from rtp_mm.types import Caller
 
-REQUEST_ID_METADATA = "rtp-mm-request-id"
-_access = logging.getLogger("rtp_mm.access")
 _log = logging.getLogger(__name__)
-
-
-@dataclass(slots=True)
-class Call:
-    """One call in progress: what its log line and its trailing metadata will say."""
-
-    caller: Caller
-    id: str = field(default_factory=lambda: secrets.token_hex(4))
-    started: float = field(default_factory=time.perf_counter)
-    items: int | None = None
-    tokens: int | None = None
-    timings_ms: dict[str, float] = field(default_factory=dict)
-
-    def finished(self, result: MMEmbeddingRes) -> None:
-        self.tokens = sum(embedding.shape[0] for embedding in result.embeddings)
-        self.timings_ms = result.timings_ms
-
-    def trailing_metadata(self, failure: MMError | None = None) -> tuple[tuple[str, str], ...]:
-        """Request id, `rtp-mm-<stage>-ms`, and `retry-after-ms` where the queue was full."""
-        metadata = [(REQUEST_ID_METADATA, self.id)]
-        metadata += [(f"rtp-mm-{stage}-ms", f"{ms:.3f}") for stage, ms in self.timings_ms.items()]
-        if isinstance(failure, QueueFullError):
-            metadata.append((wire.RETRY_AFTER_METADATA, str(failure.retry_after_ms)))
-        return tuple(metadata)
 
 
 class MultimodalServicer(MultimodalRpcServiceServicer):
     """`MultimodalRpcService` of one server process."""
 
-    def __init__(self, state: ServerState, settings: Settings) -> None:
+    def __init__(self, state: ServerState, settings: Settings, metrics: Metrics, tracing: Tracing) -> None:
         self._state = state
         self._settings = settings
+        self._metrics = metrics
+        self._tracing = tracing
 
     async def RemoteMultimodalEmbedding(self, request: Any, context: Any) -> bytes:
-        async with self._answering(request, context) as call:
+        async with self._observed(context) as call, self._answering(request, context, call):
             return await self._embed(request, context, call)
 
     async def GetWorkerStatus(self, request: Any, context: Any) -> Any:
-        async with self._answering(request, context, is_logged=False):
+        async with self._answering(request, context, Call(caller_of(context.peer()))):
             return self._worker_status()
 
     async def GetCacheStatus(self, request: Any, context: Any) -> Any:
-        async with self._answering(request, context, is_logged=False):
+        async with self._answering(request, context, Call(caller_of(context.peer()))):
             return self._cache_status(request)
 
     async def _embed(self, request: Any, context: Any, call: Call) -> bytes:
@@ -78,9 +53,11 @@ class MultimodalServicer(MultimodalRpcServiceServicer):
         context.add_done_callback(lambda _: self._state.leave())  # runs once the reply is sent, or the caller gone
         form = wire.choose_form(request, context.invocation_metadata() or (), self._settings)
         inputs = wire.read_inputs(request)
+        call.received(inputs)
         result = await engine.embed(inputs, caller=call.caller, timeout_s=context.time_remaining())
-        call.finished(result)
-        return wire.write_result(result, form)
+        reply = wire.write_result(result, form)
+        call.answered(result, reply)
+        return reply
 
     def _worker_status(self) -> Any:
         """Zeros and `alive` false where nothing is loaded yet; `alive` false while draining, too."""
@@ -98,7 +75,7 @@ class MultimodalServicer(MultimodalRpcServiceServicer):
             dp_size=1,
             tp_size=1,
             status_version=status.finished_version,
-            alive=status.is_alive and self._state.phase is Phase.SERVING,
+            alive=self._state.is_serving,
             precision=status.precision,
             available_kv_cache=status.cache_available_bytes,
             total_kv_cache=status.cache_total_bytes,
@@ -122,46 +99,38 @@ class MultimodalServicer(MultimodalRpcServiceServicer):
         )
 
     @asynccontextmanager
-    async def _answering(self, request: Any, context: Any, *, is_logged: bool = True) -> AsyncIterator[Call]:
-        """Turns whatever ends the call into its status, message, trailing metadata and log line."""
-        call = Call(caller_of(context.peer()))
-        failure: MMError | None = None
-        status = "OK"
+    async def _observed(self, context: Any) -> AsyncIterator[Call]:
+        """A call that, however it ends, leaves its log line, metrics and span."""
+        trace = self._tracing.begin(context.invocation_metadata() or ())
+        call = Call(caller_of(context.peer()), trace_id=trace.id)
+        try:
+            yield call
+        finally:
+            call.ended()
+            if not self._settings.disable_access_log:
+                call.log()
+            self._metrics.observe(call)
+            trace.end(call)
+
+    @asynccontextmanager
+    async def _answering(self, request: Any, context: Any, call: Call) -> AsyncIterator[None]:
+        """Turns whatever ends the call into its status, message and trailing metadata."""
         try:
             if request is None:
                 raise WrongFormatError("the request does not parse")
-            yield call
+            yield
         except MMError as error:
-            failure = error
+            call.failed(error)
         except asyncio.CancelledError:
-            status = "CANCELLED"
+            call.status = "CANCELLED"
             raise
         except Exception:  # noqa: BLE001 - the one place
             _log.exception("internal error, id %s", call.id)
-            failure = ProcessError(f"internal error, id {call.id}")
-        finally:
-            if is_logged and not self._settings.disable_access_log:
-                _log_access(call, failure, failure.status if failure else status)
-        metadata = call.trailing_metadata(failure)
-        if failure:
-            await context.abort(grpc.StatusCode[failure.status], failure.wire_message, metadata)
-        context.set_trailing_metadata(metadata)
-
-
-def _log_access(call: Call, failure: MMError | None, status: str) -> None:
-    stages: dict[str, Any] = {f"{stage}_ms": ms for stage, ms in call.timings_ms.items()}
-    log_event(
-        _access,
-        "call",
-        id=call.id,
-        peer=call.caller.peer,
-        items=call.items,
-        tokens=call.tokens,
-        status=status,
-        ms=(time.perf_counter() - call.started) * 1e3,
-        **stages,
-        error=failure.wire_message if failure else None,
-    )
+            call.failed(ProcessError(f"internal error, id {call.id}"))
+        if call.failure:
+            message = call.failure.wire_message
+            await context.abort(grpc.StatusCode[call.status], message, call.trailing_metadata())
+        context.set_trailing_metadata(call.trailing_metadata())
 
 
 def caller_of(peer: str) -> Caller:
@@ -174,10 +143,4 @@ def caller_of(peer: str) -> Caller:
         return Caller(peer, is_local=True)
     if scheme not in ("ipv4", "ipv6"):
         return Caller(peer, is_local=False)
-    host = address.rpartition(":")[0].strip("[]").partition("%")[0]
-    try:
-        ip = ipaddress.ip_address(host)
-    except ValueError:
-        return Caller(peer, is_local=False)
-    mapped = getattr(ip, "ipv4_mapped", None)
-    return Caller(peer, is_local=(mapped or ip).is_loopback)
+    return Caller(peer, is_local=is_loopback(address.rpartition(":")[0].strip("[]")))

@@ -38,6 +38,15 @@ class ServerState:
     def serve(self, loaded: Loaded) -> None:
         self.loaded, self.phase = loaded, Phase.SERVING
 
+    @property
+    def is_lost(self) -> bool:
+        """Whether the engine gave up, its device gone: nothing but a new process helps."""
+        return self.loaded is not None and not self.loaded.engine.worker_status().is_alive
+
+    @property
+    def is_serving(self) -> bool:
+        return self.phase is Phase.SERVING and not self.is_lost
+
     def admit(self) -> Engine:
         """The engine, for a new call. Raises `LoadingError`, `DrainingError`."""
         if self.phase is Phase.DRAINING:

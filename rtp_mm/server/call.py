@@ -1,0 +1,83 @@
+"""One embedding call, from its first byte to its last: what its log line, metrics, span and trailing metadata say."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rtp_mm.errors import MMError, QueueFullError
+from rtp_mm.logs import log_event
+from rtp_mm.server.wire import RETRY_AFTER_METADATA
+from rtp_mm.types import Caller, MMEmbeddingRes, MultimodalInput
+
+REQUEST_ID_METADATA = "rtp-mm-request-id"
+_access = logging.getLogger("rtp_mm.access")
+
+
+@dataclass(slots=True)
+class Call:
+    """A call in progress, or, once `seconds` is set, one that has ended."""
+
+    caller: Caller
+    id: str = field(default_factory=lambda: secrets.token_hex(4))
+    trace_id: str | None = None
+    started: float = field(default_factory=time.perf_counter)
+    seconds: float | None = None
+    items: int | None = None
+    types: Counter[str] = field(default_factory=Counter)  # items by `multimodal_type`
+    tokens: int | None = None
+    cached_items: int | None = None
+    received_bytes: int | None = None  # of URLs, data URLs and tensors
+    sent_bytes: int | None = None
+    timings_ms: dict[str, float] = field(default_factory=dict)
+    status: str = "OK"
+    failure: MMError | None = None
+
+    def received(self, inputs: Sequence[MultimodalInput]) -> None:
+        self.types.update(item.mm_type.name.lower() for item in inputs)
+        self.received_bytes = sum(len(item.url) + getattr(item.tensor, "nbytes", 0) for item in inputs)
+
+    def answered(self, result: MMEmbeddingRes, reply: bytes) -> None:
+        self.tokens = sum(embedding.shape[0] for embedding in result.embeddings)
+        self.cached_items = result.cached_items
+        self.timings_ms = result.timings_ms
+        self.sent_bytes = len(reply)
+
+    def failed(self, failure: MMError) -> None:
+        self.failure, self.status = failure, failure.status
+
+    def ended(self) -> None:
+        self.seconds = time.perf_counter() - self.started
+
+    def trailing_metadata(self) -> tuple[tuple[str, str], ...]:
+        """Request id, `rtp-mm-<stage>-ms`, and `retry-after-ms` where the queue was full."""
+        metadata = [(REQUEST_ID_METADATA, self.id)]
+        metadata += [(f"rtp-mm-{stage}-ms", f"{ms:.3f}") for stage, ms in self.timings_ms.items()]
+        if isinstance(self.failure, QueueFullError):
+            metadata.append((RETRY_AFTER_METADATA, str(self.failure.retry_after_ms)))
+        return tuple(metadata)
+
+    def log(self) -> None:
+        stages: dict[str, Any] = {f"{stage}_ms": ms for stage, ms in self.timings_ms.items()}
+        log_event(
+            _access,
+            "call",
+            id=self.id,
+            trace=self.trace_id,
+            peer=self.caller.peer,
+            items=self.items,
+            cached=self.cached_items,
+            tokens=self.tokens,
+            bytes_in=self.received_bytes,
+            bytes_out=self.sent_bytes,
+            status=self.status,
+            ms=(self.seconds or 0.0) * 1e3,
+            **stages,
+            retry_after_ms=self.failure.retry_after_ms if isinstance(self.failure, QueueFullError) else None,
+            error=self.failure.wire_message if self.failure else None,
+        )
