@@ -125,7 +125,8 @@ def _grpc_configuration(certificates: Certificates) -> grpc.ServerCertificateCon
 
 def _server_certificates(cert: Path, key: Path, client_ca: Path | None) -> Certificates:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.num_tickets = 0  # a resumed session would outlive the certificates it began with
+    context.options |= ssl.OP_NO_TICKET
+    context.num_tickets = 0  # TLS 1.3; a resumed session would outlive the certificates it began with
     _load_pair(context, cert, key)
     if client_ca is not None:
         _load_ca(context, client_ca, "MM_TLS_CLIENT_CA")
