@@ -1,0 +1,163 @@
+"""Every limit just below, at and just above it. Of the options' own bounds all are tried; those of queues and bytes in
+flight stand with the engine's tests.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import annotated_types
+import grpc
+import pytest
+from fake_engine import serving
+from test_error_table import REFUSED, WRONG_FORMAT, data_url, item, message, png, said, served
+from test_servicer import call_raw, request
+from web_source import Source
+
+from rtp_mm.config import Settings, load_settings
+from rtp_mm.errors import MAX_MESSAGE_BYTES, ProcessError, StartError
+from rtp_mm.models.multimodal_mixin import MultimodalMixin
+from rtp_mm.models.registry import load_model
+from rtp_mm.server import app
+from rtp_mm.server.http import _seconds
+from rtp_mm.types import MMUrlType
+
+
+def bounds() -> list[tuple[str, int, int]]:
+    """Option, the last value that it takes, and the first that it does not."""
+    found = []
+    for name, field in Settings.model_fields.items():
+        for bound in field.metadata:
+            match bound:
+                case annotated_types.Gt(int(limit)):
+                    found.append((name, limit + 1, limit))
+                case annotated_types.Ge(int(limit)):
+                    found.append((name, limit, limit - 1))
+                case annotated_types.Lt(int(limit)):
+                    found.append((name, limit - 1, limit))
+                case annotated_types.Le(int(limit)):
+                    found.append((name, limit, limit + 1))
+    return found
+
+
+def test_bounds_are_found() -> None:
+    assert {("start_port", 1, 0), ("start_port", 65534, 65535), ("mm_fetch_retries", 10, 11)} <= set(bounds())
+    assert len(bounds()) > 12
+
+
+@pytest.mark.parametrize(("name", "last", "beyond"), bounds())
+def test_an_option_takes_its_bound_and_nothing_beyond(name: str, last: int, beyond: int) -> None:
+    assert getattr(load_settings([f"--{name}={last}"]), name) == last
+    with pytest.raises(StartError, match=rf"{name.upper()}='{beyond}'"):
+        load_settings([f"--{name}={beyond}"])
+
+
+@pytest.fixture(scope="module")
+def model(tiny_qwen2_5_vl: Path) -> MultimodalMixin:
+    return load_model(
+        load_settings(None, checkpoint_path=tiny_qwen2_5_vl, act_type="fp32", device="cpu", mm_max_pixels=40_000)
+    )
+
+
+async def test_pixels(model: MultimodalMixin) -> None:
+    async with served(model) as server:
+        for width in (199, 200):
+            await call_raw(server.grpc_address, message(item(data_url(png(width, 200)))).SerializeToString())
+        pattern = "40200.*40000.*MM_MAX_PIXELS"
+        await said(server, message(item(data_url(png(201, 200)))), WRONG_FORMAT, pattern)
+
+
+def padded(size: int) -> bytes:
+    """A PNG file of that many bytes; what follows its end is nobody's."""
+    file = png(60, 60)
+    return file + bytes(size - len(file))
+
+
+@pytest.mark.parametrize("where", ["data", "file", "http"])
+async def test_bytes_of_an_image_file(model: MultimodalMixin, tmp_path: Path, where: str) -> None:
+    async with (
+        Source.serving() as source,
+        served(model, mm_image_max_file_size_kb=1, mm_allow_private_network=True) as server,
+    ):
+
+        def url(size: int) -> str:
+            if where == "data":
+                return data_url(padded(size))
+            if where == "http":
+                return source.answers_with(f"/{size}", body=padded(size))
+            path = tmp_path / f"{size}.png"
+            path.write_bytes(padded(size))
+            return str(path)
+
+        for size in (1023, 1024):
+            await call_raw(server.grpc_address, message(item(url(size))).SerializeToString())
+        await said(server, message(item(url(1025))), WRONG_FORMAT, "1024.*MM_IMAGE_MAX_FILE_SIZE_KB")
+
+
+async def test_redirects(model: MultimodalMixin) -> None:
+    options = {"mm_max_redirects": 2, "mm_allow_private_network": True}
+    async with Source.serving() as source, served(model, **options) as server:
+        source.answers_with("/0", body=png(60, 60))
+        urls = [source.redirects(f"/{hops}", f"/{hops - 1}") for hops in (1, 2, 3)]
+        for url in urls[:2]:
+            await call_raw(server.grpc_address, message(item(url)).SerializeToString())
+        await said(server, message(item(urls[2])), REFUSED, "more than 2 redirects")
+
+
+@pytest.mark.parametrize(("ratio", "is_served"), [(199, True), (200, True), (201, False)])
+async def test_aspect_ratio(model: MultimodalMixin, ratio: int, is_served: bool) -> None:
+    async with served(model) as server:
+        request_ = message(item(data_url(png(ratio * 2, 2))))
+        if is_served:
+            await call_raw(server.grpc_address, request_.SerializeToString())
+        else:
+            await said(server, request_, WRONG_FORMAT, "aspect ratio over the limit of 200")
+
+
+async def test_a_request_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The limit is 1 GiB; here a smaller one stands in its place."""
+    largest = 10_000
+    options = [(name, largest if name == "grpc.max_receive_message_length" else v) for name, v in app.GRPC_OPTIONS]
+    assert dict(app.GRPC_OPTIONS)["grpc.max_receive_message_length"] == 1 << 30
+    monkeypatch.setattr(app, "GRPC_OPTIONS", options)
+    overhead = len(request("img:1".ljust(largest)).SerializeToString()) - largest
+
+    def of_size(size: int) -> bytes:
+        data: bytes = request("img:1".ljust(size - overhead)).SerializeToString()
+        assert len(data) == size
+        return data
+
+    async with serving() as server:
+        for size in (largest - 1, largest):
+            await call_raw(server.grpc_address, of_size(size))
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await call_raw(server.grpc_address, of_size(largest + 1))
+        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert len(server.engine.asked) == 2
+
+
+@pytest.mark.parametrize(("beyond", "is_cut"), [(-1, False), (0, False), (1, True)])
+def test_an_error_message(beyond: int, is_cut: bool) -> None:
+    text = "x" * (MAX_MESSAGE_BYTES - len("[MM_PROCESS_ERROR] ") + beyond)
+    message_ = ProcessError(text).wire_message
+    assert message_.endswith("...") is is_cut
+    assert len(message_) == min(MAX_MESSAGE_BYTES, MAX_MESSAGE_BYTES + beyond)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("59.9", 59.9), ("60", 60.0), ("60.1", None), ("1e-3", 1e-3), ("0", None)]
+)
+def test_seconds_of_a_profile(text: str, seconds: float | None) -> None:
+    assert _seconds(text) == seconds
+
+
+@pytest.mark.parametrize(("number", "is_known"), [(-1, False), (0, True), (5, True), (6, False)])
+async def test_multimodal_type(number: int, is_known: bool) -> None:
+    items: Any = [item("img:1", MMUrlType.DEFAULT)]
+    items[0].multimodal_type = number
+    async with serving() as server:
+        if is_known:
+            await call_raw(server.grpc_address, message(*items).SerializeToString())
+        else:
+            await said(server, message(*items), WRONG_FORMAT, f"multimodal_type {number} is none of")
