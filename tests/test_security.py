@@ -25,6 +25,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from test_servicer import EMBED, refusal, request, until
 
 from rtp_mm import errors
+from rtp_mm.cli import main as cli
 from rtp_mm.config import load_settings
 from rtp_mm.errors import StartError
 from rtp_mm.logs import KeyValueFormatter
@@ -425,3 +426,17 @@ async def test_a_client_that_hangs_in_the_handshake_holds_nobody_up(authority: A
         assert await embed(server, mm_remote_tls_ca=authority.cert) == 3
         assert await get(server, "/health", trusting(authority)) == 200
         await until(lambda: server.state.calls == 0)
+
+
+async def test_the_command_line_speaks_tls_and_shows_certificate_and_token(
+    authority: Authority, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    friend = authority.issue("friend")
+    options = {"mm_tls_client_ca": authority.cert, "mm_auth_token": TOKEN}
+    async with serving(**authority.issue("server").as_server(**options)) as server:
+        own = {"MM_REMOTE_TLS_CA": authority.cert, "MM_TLS_CERT": friend.cert, "MM_TLS_KEY": friend.key}
+        for name, value in (own | {"MM_AUTH_TOKEN": TOKEN}).items():
+            monkeypatch.setenv(name, str(value))
+        assert await asyncio.to_thread(cli, ["embed", "img:3", "--server", server.grpc_address]) == 0
+        assert await asyncio.to_thread(cli, ["status", server.grpc_address]) == 0
+        assert "fake bf16 on cpu" in capsys.readouterr().out

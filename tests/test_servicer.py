@@ -39,7 +39,7 @@ from rtp_mm.server.proto import (
 from rtp_mm.server.servicer import caller_of
 from rtp_mm.server.state import Loaded, Phase, ServerState
 from rtp_mm.server.tensors import trans_tensor
-from rtp_mm.types import MMPreprocessConfig, MultimodalInput
+from rtp_mm.types import MMPreprocessConfig, MultimodalInput, WorkerStatus
 
 EMBED = method_path("RemoteMultimodalEmbedding")
 
@@ -378,6 +378,17 @@ async def test_worker_status_follows_the_engine_and_the_phase() -> None:
         assert (status.available_kv_cache, status.total_kv_cache, status.max_batch_tokens_size) == (100, 200, 300)
         server.state.phase = Phase.DRAINING
         assert not (await stub.GetWorkerStatus(StatusVersionPB())).alive
+
+
+async def test_counts_that_outgrow_the_wire_stop_at_its_largest(monkeypatch: pytest.MonkeyPatch) -> None:
+    grown = WorkerStatus(1 << 40, 1 << 40, 1 << 40, 1.0, 1 << 31, 1 << 40, True, "bf16", 1 << 40, 1 << 41, 1 << 40)
+    monkeypatch.setattr(FakeEngine, "worker_status", lambda _: grown)
+    async with serving() as server, grpc.aio.insecure_channel(server.grpc_address) as channel:
+        status = await MultimodalRpcServiceStub(channel).GetWorkerStatus(StatusVersionPB())
+    largest = (1 << 31) - 1
+    assert (status.available_concurrency, status.waiting_query_len, status.running_query_len) == (largest,) * 3
+    assert status.iterate_count == largest
+    assert (status.status_version, status.total_kv_cache, status.max_batch_tokens_size) == (1 << 40, 1 << 41, 1 << 40)
 
 
 async def test_cache_keys_come_only_to_a_caller_that_is_behind_and_wants_them() -> None:

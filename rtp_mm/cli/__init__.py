@@ -1,4 +1,4 @@
-"""`rtp-mm`: serve, embed, compare, look, init-checkpoint, options.
+"""`rtp-mm`: serve, embed, status, compare, look, init-checkpoint, options.
 
 This file knows the commands and their flags; what they do is imported when one runs, so that `--help` is instant.
 """
@@ -102,6 +102,14 @@ def embed(
 
     mm_type = MMUrlType[media.name.upper()]
     run(urls, checkpoint, server, save, mm_type, min_pixels, max_pixels, act_type.value, device)
+
+
+@app.command()
+def status(server: Annotated[str, typer.Argument(help="ip[:port] (gRPC) of a server")]) -> None:
+    """Show what a running server is doing. MM_REMOTE_TLS_CA and MM_AUTH_TOKEN count, as for embed --server."""
+    from rtp_mm.cli.status import run
+
+    run(server)
 
 
 @app.command()

@@ -134,17 +134,26 @@ def _server_certificates(cert: Path, key: Path, client_ca: Path | None) -> Certi
     return Certificates(cert.read_bytes(), key.read_bytes(), client_ca.read_bytes() if client_ca else None, context)
 
 
-def client_credentials(settings: Settings) -> grpc.ChannelCredentials | None:
-    """For a channel to a server with TLS; `None` where `MM_REMOTE_TLS_CA` names no CA. Raises `StartError`."""
+def client_context(settings: Settings) -> ssl.SSLContext | None:
+    """For HTTPS to a server with TLS; `None` where `MM_REMOTE_TLS_CA` names no CA. Raises `StartError`."""
     ca, cert, key = settings.mm_remote_tls_ca, settings.mm_tls_cert, settings.mm_tls_key
     if ca is None:
         return None
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     _load_ca(context, ca, "MM_REMOTE_TLS_CA")
-    if cert is None or key is None:
-        return grpc.ssl_channel_credentials(ca.read_bytes())
-    _load_pair(context, cert, key)
-    return grpc.ssl_channel_credentials(ca.read_bytes(), key.read_bytes(), cert.read_bytes())
+    if cert is not None and key is not None:
+        _load_pair(context, cert, key)
+    return context
+
+
+def client_credentials(settings: Settings) -> grpc.ChannelCredentials | None:
+    """The same for a gRPC channel."""
+    ca, cert, key = settings.mm_remote_tls_ca, settings.mm_tls_cert, settings.mm_tls_key
+    if ca is None:
+        return None
+    client_context(settings)  # sees that the files are what they should be; gRPC would not say
+    own = (key.read_bytes(), cert.read_bytes()) if cert and key else ()
+    return grpc.ssl_channel_credentials(ca.read_bytes(), *own)
 
 
 def _load_pair(context: ssl.SSLContext, cert: Path, key: Path) -> None:

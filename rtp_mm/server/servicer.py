@@ -67,11 +67,11 @@ class MultimodalServicer(MultimodalRpcServiceServicer):
         status = loaded.engine.worker_status()
         return WorkerStatusPB(
             role="VIT",
-            available_concurrency=status.available_concurrency,
-            waiting_query_len=status.waiting,
-            running_query_len=status.running,
+            available_concurrency=_int32(status.available_concurrency),
+            waiting_query_len=_int32(status.waiting),
+            running_query_len=_int32(status.running),
             step_latency_ms=status.step_latency_ms,
-            iterate_count=status.iterations,
+            iterate_count=_int32(status.iterations),
             dp_size=1,
             tp_size=1,
             status_version=status.finished_version,
@@ -131,6 +131,11 @@ class MultimodalServicer(MultimodalRpcServiceServicer):
             message = call.failure.wire_message
             await context.abort(grpc.StatusCode[call.status], message, call.trailing_metadata())
         context.set_trailing_metadata(call.trailing_metadata())
+
+
+def _int32(value: int) -> int:
+    """The wire's largest for what is larger: forwards are counted past it in a month."""
+    return min(value, (1 << 31) - 1)
 
 
 def caller_of(peer: str) -> Caller:

@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import sys
+import threading
 import time
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Protocol
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 Metadata = Iterable[tuple[str, Any]]
 _log = logging.getLogger(__name__)
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}(-.*)?")
+_CLOSE_LIMIT_S = 2.0
 _ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
 
 
@@ -32,7 +34,7 @@ class Tracing(Protocol):
         """The trace of a call that came with this metadata."""
 
     def close(self) -> None:
-        """Sends what is left; blocks."""
+        """Sends what is left; blocks for `_CLOSE_LIMIT_S` at most."""
 
 
 class Trace(Protocol):
@@ -99,7 +101,8 @@ class OpenTelemetry:
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
         named = "OTEL_SERVICE_NAME" in os.environ or "service.name=" in os.environ.get("OTEL_RESOURCE_ATTRIBUTES", "")
-        self._provider = TracerProvider(resource=Resource.create({} if named else {SERVICE_NAME: "rtp_mm"}))
+        resource = Resource.create({} if named else {SERVICE_NAME: "rtp_mm"})
+        self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)
         self._provider.add_span_processor(BatchSpanProcessor(exporter))
         self._tracer = self._provider.get_tracer("rtp_mm")
 
@@ -121,7 +124,10 @@ class OpenTelemetry:
         return _SpanTrace(self._tracer, span)
 
     def close(self) -> None:
-        self._provider.shutdown()
+        """A collector that is gone would hold up the end of the process for as long as the exporter tries again."""
+        closing = threading.Thread(target=self._provider.shutdown, daemon=True)
+        closing.start()
+        closing.join(_CLOSE_LIMIT_S)
 
 
 class _SpanTrace:
