@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
 from datetime import UTC, datetime
 from typing import Any
 
 _FIELDS = "rtp_mm_fields"  # attribute of a LogRecord
+_BARE = re.compile(r"[!#-<>-\[\]-~]+")  # printable ASCII without space, quote, = and backslash
 
 
 def setup_logs(level: str) -> None:
@@ -44,5 +46,4 @@ def _value(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.2f}"
     text = str(value)
-    is_bare = text.isascii() and text.isprintable() and not any(c in text for c in ' "=\\')
-    return text if text and is_bare else json.dumps(text)
+    return text if _BARE.fullmatch(text) else json.dumps(text)

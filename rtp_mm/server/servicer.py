@@ -19,7 +19,7 @@ from rtp_mm.server.metrics import Metrics
 from rtp_mm.server.proto import CacheStatusPB, MultimodalRpcServiceServicer, WorkerStatusPB
 from rtp_mm.server.security import is_loopback
 from rtp_mm.server.state import ServerState
-from rtp_mm.server.tracing import Tracing
+from rtp_mm.server.tracing import Trace, Tracing
 from rtp_mm.types import Caller
 
 _log = logging.getLogger(__name__)
@@ -100,17 +100,20 @@ class MultimodalServicer(MultimodalRpcServiceServicer):
 
     @asynccontextmanager
     async def _observed(self, context: Any) -> AsyncIterator[Call]:
-        """A call that, however it ends, leaves its log line, metrics and span."""
+        """A call that, however it ends, leaves its log line, metrics and span, once its reply is on its way."""
         trace = self._tracing.begin(context.invocation_metadata() or ())
         call = Call(caller_of(context.peer()), trace_id=trace.id)
         try:
             yield call
         finally:
             call.ended()
-            if not self._settings.disable_access_log:
-                call.log()
-            self._metrics.observe(call)
-            trace.end(call)
+            asyncio.get_running_loop().call_soon(self._observe, call, trace)
+
+    def _observe(self, call: Call, trace: Trace) -> None:
+        if not self._settings.disable_access_log:
+            call.log()
+        self._metrics.observe(call)
+        trace.end(call)
 
     @asynccontextmanager
     async def _answering(self, request: Any, context: Any, call: Call) -> AsyncIterator[None]:
