@@ -148,7 +148,7 @@ class Patches:
         return self.rows.nbytes
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, weakref_slot=True)
 class MMEmbeddingRes:
     """The answer to one request, a tensor per item in the order of the inputs.
 

@@ -287,6 +287,40 @@ async def test_bytes_in_flight_are_limited(tiny_qwen2_5_vl: Path, urls: list[str
         assert await w.ask(too_large)
 
 
+async def test_a_download_is_refused_while_it_comes(tiny_qwen2_5_vl: Path, urls: list[str], source: Source) -> None:
+    """By its Content-Length, or where there is none, by what has come; alone it is welcome."""
+    body = b"x" * (3 << 19)
+
+    async def chunked(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse()
+        await response.prepare(request)
+        await response.write(body)
+        return response
+
+    announced, streamed = source.answers_with("/announced", body=body), source.answers_by("/streamed", chunked)
+    async with watched(tiny_qwen2_5_vl, mm_max_bytes_in_flight_mb=1) as w:
+        w.may_forward.clear()
+        first = w.ask(urls[0])
+        await until(lambda: len(w.forwards) == 1)
+        for url in (announced, streamed):
+            with pytest.raises(QueueFullError, match="MM_MAX_BYTES_IN_FLIGHT_MB"):
+                await w.ask(url)
+        w.may_forward.set()
+        await first
+        for url in (announced, streamed):
+            with pytest.raises(BadItemsError, match="no image"):
+                await w.ask(url)
+
+
+async def test_an_answer_counts_until_nobody_holds_it(tiny_qwen2_5_vl: Path, urls: list[str]) -> None:
+    """A server holds it until its caller has read it; a library's caller may keep it for ever."""
+    async with watched(tiny_qwen2_5_vl) as w:
+        library, server = await w.ask(urls[0]), await w.ask(urls[0], caller=STRANGER)
+        assert w.engine.stats().bytes_in_flight == server.embeddings[0].nbytes == library.embeddings[0].nbytes
+        del server
+        await until(lambda: w.engine.stats().bytes_in_flight == 0)
+
+
 async def test_what_cannot_come_in_time_is_refused_at_once(tiny_qwen2_5_vl: Path, urls: list[str]) -> None:
     async with watched(tiny_qwen2_5_vl) as w:
         await w.ask(urls[0])  # it learns how fast the device is

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import weakref
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -54,12 +55,20 @@ class Admission:
         self._seconds_for = seconds_for
         self._visits: dict[Visit, None] = {}  # the oldest first
         self.patches = 0
-        self.nbytes = 0
+        self._nbytes = 0
+        self._returned: deque[int] = deque()  # bytes that are held no more
         self.rejections: Counter[str] = Counter()
 
     @property
     def requests(self) -> int:
         return len(self._visits)
+
+    @property
+    def nbytes(self) -> int:
+        """Held for all requests in progress."""
+        while self._returned:
+            self._nbytes -= self._returned.popleft()
+        return self._nbytes
 
     @contextmanager
     def visiting(self, nbytes: int, ends_at: float) -> Iterator[Visit]:
@@ -74,24 +83,48 @@ class Admission:
             yield visit
         finally:
             del self._visits[visit]
-            self.nbytes -= visit.nbytes
+            self._nbytes -= visit.nbytes
 
     @contextmanager
     def holding(self, visit: Visit, cost: Cost) -> Iterator[None]:
         """Work for `visit` that costs so much while it is under way. Raises `QueueFullError`."""
         self._check(visit, cost)
         self.patches += cost.patches
-        self.nbytes += cost.nbytes
+        self._nbytes += cost.nbytes
         try:
             yield
         finally:
             self.patches -= cost.patches
-            self.nbytes -= cost.nbytes
+            self._nbytes -= cost.nbytes
+
+    @contextmanager
+    def metering(self, visit: Visit) -> Iterator[Callable[[int], None]]:
+        """Something for `visit` that grows, as a download does: to be told its size so far. That raises
+        `QueueFullError`.
+        """
+        held = 0
+
+        def grow(nbytes: int) -> None:
+            nonlocal held
+            if nbytes > held:
+                self._check(visit, Cost(0, nbytes - held))
+                self._nbytes += nbytes - held
+                held = nbytes
+
+        try:
+            yield grow
+        finally:
+            self._nbytes -= held
+
+    def follow(self, answer: object, nbytes: int) -> None:
+        """Counts `nbytes` for as long as somebody holds `answer`: on its way to a caller who may read slowly."""
+        self._nbytes += nbytes
+        weakref.finalize(answer, self._returned.append, nbytes)  # on any thread, amid anything: so no more than that
 
     def keep(self, visit: Visit, nbytes: int) -> None:
         """Bytes that are there already, held until `visit` ends."""
         visit.nbytes += nbytes
-        self.nbytes += nbytes
+        self._nbytes += nbytes
 
     def check_in_time(self, visit: Visit, wait_s: float, now: float) -> None:
         """Refuses what would wait past its deadline: who is told now can still ask another server."""

@@ -64,6 +64,10 @@ class ByteCache(Generic[Key, Value]):
         self._used_bytes = self._hits = self._misses = self._evictions = 0
         self.version = time.time_ns()  # of the set of keys; no process's first is another's last
 
+    def __contains__(self, key: Key) -> bool:
+        """Counts neither as a hit nor as a miss."""
+        return key in self._values
+
     def __iter__(self) -> Iterator[Key]:
         return iter(self._values)
 

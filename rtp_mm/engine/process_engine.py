@@ -11,6 +11,7 @@ from rtp_mm.config import Settings, load_settings
 from rtp_mm.engine.admission import Admission, Cost, Visit
 from rtp_mm.engine.batcher import Batcher
 from rtp_mm.engine.caches import ByteCache, Embedded, EmbeddingKey, PatchKey, cache_status
+from rtp_mm.engine.contents import Content, SeenDataUrls, is_data_url
 from rtp_mm.engine.flights import Flights
 from rtp_mm.engine.forward import Forward, WholeForward
 from rtp_mm.engine.home import Home, closed
@@ -21,7 +22,6 @@ from rtp_mm.engine.workers import Prepared, PreprocessWorkers
 from rtp_mm.errors import DeadlineError
 from rtp_mm.media.fetch import Fetcher
 from rtp_mm.media.limits import SizeLimit
-from rtp_mm.media.sniff import sniff
 from rtp_mm.models.multimodal_common import ACT_DTYPES, MultiModalEmbeddingInterface
 from rtp_mm.models.multimodal_mixin import MultimodalMixin
 from rtp_mm.types import (
@@ -35,6 +35,7 @@ from rtp_mm.types import (
     MMUrlType,
     MultimodalInput,
     Patches,
+    PreprocessOptions,
     WorkerStatus,
 )
 
@@ -83,6 +84,7 @@ class MMProcessEngine:
         )
         self._fetcher = Fetcher(settings)
         self._fetches = Flights[Blob]()
+        self._seen = SeenDataUrls()
         self._workers = PreprocessWorkers(mm_part, settings.mm_preprocess_max_workers)
         self._computations = Flights[Answer]()
         self._requests: set[asyncio.Future[Any]] = set()  # the work of each running request
@@ -97,23 +99,42 @@ class MMProcessEngine:
         self._fetcher.check_access(item, caller)
         if self._is_whole:
             return Answer(*await self._batcher.run(item, None, item.mm_type, config))
+        if (embedded := self._recall(item, options)) is not None:
+            return self._answer(embedded, {}, visit)
         timings: Timings = {}
         with Stopwatch(timings, "fetch"):
-            blob = await self._fetch(item, caller)
-        patch_key = PatchKey(blob.content_hash, _type_of(blob, item.mm_type), options, self._preprocess_key)
-        key = EmbeddingKey(patch_key, self._tower_key)
-        if (embedded := self._embeddings.get(key)) is None:
-            cost = self._admit(patch_key, blob, visit, is_under_way=key in self._computations)
-            compute = partial(self._compute, key, blob, config, cost, visit)
-            embedded, computed = await self._computations.join(key, compute)
-            timings |= computed
+            blob = await self._fetch(item, caller, visit)
+        content = Content.of(blob, item.mm_type)
+        self._seen.put(item, content)
+        key = self._key(content, options)
+        if (embedded := self._embeddings.get(key)) is not None:
+            return self._answer(embedded, timings, visit)
+        cost = self._admit(key.patches, blob, visit, is_under_way=key in self._computations)
+        embedded, computed = await self._computations.join(key, partial(self._compute, key, blob, config, cost, visit))
+        return self._answer(embedded, timings | computed, visit)
+
+    def _answer(self, embedded: Embedded, timings: Timings, visit: Visit) -> Answer:
         self._admission.keep(visit, embedded.nbytes)
         return Answer(embedded, timings)
 
-    async def _fetch(self, item: MultimodalInput, caller: Caller) -> Blob:
+    def _key(self, content: Content, options: PreprocessOptions) -> EmbeddingKey:
+        return EmbeddingKey(PatchKey(*content, options, self._preprocess_key), self._tower_key)
+
+    def _recall(self, item: MultimodalInput, options: PreprocessOptions) -> Embedded | None:
+        """The cached answer to a data URL that was seen before, without decoding it."""
+        content = self._seen.get(item)
+        if content is None or (key := self._key(content, options)) not in self._embeddings:
+            return None
+        return self._embeddings.get(key)
+
+    async def _fetch(self, item: MultimodalInput, caller: Caller, visit: Visit) -> Blob:
         """One download for all who want the same now. What came with the message itself is at hand already."""
-        fetch = partial(self._fetcher.fetch, item, caller)
-        if item.mm_type is MMUrlType.TENSOR or item.url[:5].lower() == "data:":
+
+        async def fetch() -> Blob:
+            with self._admission.metering(visit) as meter:
+                return await self._fetcher.fetch(item, caller, meter)
+
+        if item.mm_type is MMUrlType.TENSOR or is_data_url(item):
             return await fetch()
         return await self._fetches.join((item.url, SizeLimit.of(self._settings, item.mm_type)), fetch)
 
@@ -188,7 +209,11 @@ class MMProcessEngine:
             finally:
                 self._requests.discard(work)
                 self._finished += 1
-            return as_response(inputs, outcomes, is_own=caller is not LIBRARY_CALLER)
+            is_own = caller is not LIBRARY_CALLER
+            response = as_response(inputs, outcomes, is_own=is_own)
+            if is_own:  # the library's caller may keep it for ever
+                self._admission.follow(response, sum(embedding.nbytes for embedding in response.embeddings))
+            return response
 
     # --- figures
 
@@ -248,13 +273,6 @@ class MMProcessEngine:
         self._workers.close()
         self._batcher.close()
         await self._fetcher.close()
-
-
-def _type_of(blob: Blob, asked: MMUrlType) -> MMUrlType:
-    """DEFAULT is told from the bytes, so that it shares an answer with the type that it turns out to be."""
-    if asked is MMUrlType.DEFAULT and isinstance(blob.data, bytes):
-        return sniff(blob.data) or asked
-    return asked
 
 
 def _message_bytes(item: MultimodalInput) -> int:

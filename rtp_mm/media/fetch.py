@@ -63,8 +63,8 @@ class Fetcher:
             case scheme:
                 raise NotSupportedError(f"scheme {scheme[:20]!r}; allowed are http, https, file, data and plain paths")
 
-    async def fetch(self, item: MultimodalInput, caller: Caller) -> Blob:
-        """The item's bytes, or a TENSOR item's array as `as_array` gives it.
+    async def fetch(self, item: MultimodalInput, caller: Caller, meter: Callable[[int], None] | None = None) -> Blob:
+        """The item's bytes, or a TENSOR item's array as `as_array` gives it. `meter`: see `SizeLimit`.
 
         Raises, besides `check_access`'s: `DownloadRefusedError`, `DownloadFailedError`, `WrongFormatError` (malformed,
         empty, or over the limit for its type). Cancelling closes the connection.
@@ -72,7 +72,7 @@ class Fetcher:
         self.check_access(item, caller)
         if item.mm_type is MMUrlType.TENSOR:
             return await asyncio.to_thread(_tensor_blob, item.tensor)
-        data = await self._fetch_bytes(item.url, SizeLimit.of(self._settings, item.mm_type))
+        data = await self._fetch_bytes(item.url, SizeLimit.of(self._settings, item.mm_type).metered(meter))
         if not data:
             raise WrongFormatError("the source is empty")
         return Blob(data, await _run(len(data), lambda: blake3(data).digest()), redact(item.url))

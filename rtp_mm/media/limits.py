@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 
 from rtp_mm.config import Settings
 from rtp_mm.errors import WrongFormatError
@@ -11,10 +12,16 @@ from rtp_mm.types import MMUrlType
 
 @dataclass(frozen=True, slots=True)
 class SizeLimit:
-    """The largest file admitted, in bytes, and the option that says so."""
+    """The largest file admitted, in bytes, and the option that says so. `meter`, where there is one, is told of every
+    size that is checked, announced or reached, and raises where the server has no room for it.
+    """
 
     nbytes: int
     option: str
+    meter: Callable[[int], None] | None = field(default=None, compare=False)
+
+    def metered(self, meter: Callable[[int], None] | None) -> SizeLimit:
+        return replace(self, meter=meter)
 
     @classmethod
     def of(cls, settings: Settings, mm_type: MMUrlType) -> SizeLimit:
@@ -27,3 +34,5 @@ class SizeLimit:
         """Raises `WrongFormatError` if a file of at least `nbytes` is too large."""
         if nbytes > self.nbytes:
             raise WrongFormatError(f"{nbytes} bytes or more, over the limit of {self.nbytes} ({self.option})")
+        if self.meter is not None:
+            self.meter(nbytes)
