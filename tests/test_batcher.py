@@ -37,6 +37,9 @@ class Device:
         self.fails(values)
         return [NonFiniteError("NaN") if v == "nan" else Embedded(torch.tensor([[0.0]]), v) for v in values]
 
+    def enter_thread(self) -> None:
+        self.thread = threading.current_thread()
+
     def free_memory(self) -> None:
         self.freed += 1
 

@@ -35,7 +35,7 @@ class Batcher:
     def __init__(self, forward: Forward, max_patches: int, clock: Callable[[], float] = time.perf_counter) -> None:
         self._forward = forward
         self._clock = clock
-        self._device_thread = ThreadPoolExecutor(1, thread_name_prefix="rtp_mm-device")
+        self._device_thread = ThreadPoolExecutor(1, "rtp_mm-device", forward.enter_thread)
         self._lock = threading.Lock()  # over all below
         self._line = WaitingLine(max_patches)
         self._halves: list[list[Work]] = []  # of forwards that failed: they go next
@@ -149,7 +149,6 @@ class Batcher:
             self._start_next()
         answered = [(w, outcome) for w, outcome in zip(batch, outcomes, strict=True) if w not in suspects]
         for work, _ in answered:
-            work.value = None  # memory that others may be waiting for
             work.timings_ms = {"queue": (started - work.queued_at) * 1e3, "forward": seconds * 1e3}
         if answered:
             loop = answered[0][0].answer.get_loop()

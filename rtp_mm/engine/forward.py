@@ -41,6 +41,11 @@ class Forward:
             [work.value for work in batch], [work.mm_type for work in batch], [work.config for work in batch]
         )
 
+    def enter_thread(self) -> None:
+        """On the thread that will call: a thread starts on the first device, and kernels run on the thread's."""
+        if self.device.type == "cuda" and self.device.index is not None:
+            torch.cuda.set_device(self.device)
+
     def free_memory(self) -> None:
         """Gives what the allocator keeps back to the device, so that a smaller forward finds room in one piece."""
         if self.device.type == "cuda":

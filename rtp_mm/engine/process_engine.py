@@ -99,23 +99,19 @@ class MMProcessEngine:
         self._fetcher.check_access(item, caller)
         if self._is_whole:
             return Answer(*await self._batcher.run(item, None, item.mm_type, config))
-        if (embedded := self._recall(item, options)) is not None:
-            return self._answer(embedded, {}, visit)
+        if (known := self._recall(item, options)) is not None:
+            return Answer(known, {})
         timings: Timings = {}
         with Stopwatch(timings, "fetch"):
             blob = await self._fetch(item, caller, visit)
         content = Content.of(blob, item.mm_type)
         self._seen.put(item, content)
         key = self._key(content, options)
-        if (embedded := self._embeddings.get(key)) is not None:
-            return self._answer(embedded, timings, visit)
+        if (known := self._embeddings.get(key)) is not None:
+            return Answer(known, timings)
         cost = self._admit(key.patches, blob, visit, is_under_way=key in self._computations)
         embedded, computed = await self._computations.join(key, partial(self._compute, key, blob, config, cost, visit))
-        return self._answer(embedded, timings | computed, visit)
-
-    def _answer(self, embedded: Embedded, timings: Timings, visit: Visit) -> Answer:
-        self._admission.keep(visit, embedded.nbytes)
-        return Answer(embedded, timings)
+        return Answer(embedded, timings | computed)
 
     def _key(self, content: Content, options: PreprocessOptions) -> EmbeddingKey:
         return EmbeddingKey(PatchKey(*content, options, self._preprocess_key), self._tower_key)
@@ -195,7 +191,7 @@ class MMProcessEngine:
     ) -> MMEmbeddingRes:
         limit_s = time_limit_s(inputs, timeout_s, self._settings)
         with self._admission.visiting(sum(map(_message_bytes, inputs)), self._home.loop.time() + limit_s) as visit:
-            work = asyncio.gather(*(self._embed_item(i, caller, visit) for i in inputs), return_exceptions=True)
+            work = asyncio.gather(*(self._keep_item(i, caller, visit) for i in inputs), return_exceptions=True)
             self._requests.add(work)
             try:
                 async with asyncio.timeout(limit_s):
@@ -214,6 +210,12 @@ class MMProcessEngine:
             if is_own:  # the library's caller may keep it for ever
                 self._admission.follow(response, sum(embedding.nbytes for embedding in response.embeddings))
             return response
+
+    async def _keep_item(self, item: MultimodalInput, caller: Caller, visit: Visit) -> Answer:
+        """The answer counts as held from now on, while other items of the request are still under way."""
+        answer = await self._embed_item(item, caller, visit)
+        self._admission.keep(visit, answer.embedded.nbytes)
+        return answer
 
     # --- figures
 

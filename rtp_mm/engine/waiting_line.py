@@ -16,7 +16,7 @@ PATIENCE_S = 1e-4  # per patch: a photo of 1000 patches yields for 0.1 s, the la
 
 @dataclass(slots=True, eq=False)
 class Work:
-    """A prepared input on its way through the device. `value` is dropped as soon as nobody needs it."""
+    """A prepared input on its way through the device."""
 
     value: Any
     patches: int | None  # `None`: goes alone
