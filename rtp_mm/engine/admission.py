@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import threading
 import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
@@ -41,7 +43,8 @@ class Visit:
 
 
 class Admission:
-    """Counts what requests in progress hold and refuses what would be too much, at once. For one event loop: no locks.
+    """Counts what requests in progress hold and refuses what would be too much, at once. For one event loop, save that
+    a download may tell its size from any thread.
 
     The oldest request is never refused: an idle server takes any, however large, and of several that together are too
     large for it one always goes on.
@@ -56,6 +59,7 @@ class Admission:
         self._visits: dict[Visit, None] = {}  # the oldest first
         self.patches = 0
         self._nbytes = 0
+        self._lock = threading.RLock()  # over `_visits`, `_nbytes` and `rejections`
         self._returned: deque[int] = deque()  # bytes that are held no more
         self.rejections: Counter[str] = Counter()
 
@@ -66,9 +70,14 @@ class Admission:
     @property
     def nbytes(self) -> int:
         """Held for all requests in progress."""
-        while self._returned:
-            self._nbytes -= self._returned.popleft()
-        return self._nbytes
+        with self._lock:
+            while self._returned:
+                self._nbytes -= self._returned.popleft()
+            return self._nbytes
+
+    def _add(self, nbytes: int) -> None:
+        with self._lock:
+            self._nbytes += nbytes
 
     @contextmanager
     def visiting(self, nbytes: int, ends_at: float) -> Iterator[Visit]:
@@ -76,26 +85,28 @@ class Admission:
         if self.requests >= self._max_requests:
             raise self._refusal("requests", f"{self.requests} requests are in the server (MM_MAX_QUEUE_SIZE)")
         visit = Visit(0, ends_at)
-        self._visits[visit] = None
+        with self._lock:
+            self._visits[visit] = None
         try:
             self._check(visit, Cost(0, nbytes))
             self.keep(visit, nbytes)
             yield visit
         finally:
-            del self._visits[visit]
-            self._nbytes -= visit.nbytes
+            with self._lock:
+                del self._visits[visit]
+            self._add(-visit.nbytes)
 
     @contextmanager
     def holding(self, visit: Visit, cost: Cost) -> Iterator[None]:
         """Work for `visit` that costs so much while it is under way. Raises `QueueFullError`."""
         self._check(visit, cost)
         self.patches += cost.patches
-        self._nbytes += cost.nbytes
+        self._add(cost.nbytes)
         try:
             yield
         finally:
             self.patches -= cost.patches
-            self._nbytes -= cost.nbytes
+            self._add(-cost.nbytes)
 
     @contextmanager
     def metering(self, visit: Visit) -> Iterator[Callable[[int], None]]:
@@ -106,25 +117,28 @@ class Admission:
 
         def grow(nbytes: int) -> None:
             nonlocal held
-            if nbytes > held:
-                self._check(visit, Cost(0, nbytes - held))
-                self._nbytes += nbytes - held
-                held = nbytes
+            with self._lock:
+                if nbytes > held:
+                    self._check(visit, Cost(0, nbytes - held))
+                    self._add(nbytes - held)
+                    held = nbytes
 
         try:
             yield grow
         finally:
-            self._nbytes -= held
+            with self._lock:
+                self._add(-held)
+                held = sys.maxsize  # a thread whose download was given up may still tell: of no interest any more
 
     def follow(self, answer: object, nbytes: int) -> None:
         """Counts `nbytes` for as long as somebody holds `answer`: on its way to a caller who may read slowly."""
-        self._nbytes += nbytes
+        self._add(nbytes)
         weakref.finalize(answer, self._returned.append, nbytes)  # on any thread, amid anything: so no more than that
 
     def keep(self, visit: Visit, nbytes: int) -> None:
         """Bytes that are there already, held until `visit` ends."""
         visit.nbytes += nbytes
-        self._nbytes += nbytes
+        self._add(nbytes)
 
     def check_in_time(self, visit: Visit, wait_s: float, now: float) -> None:
         """Refuses what would wait past its deadline: who is told now can still ask another server."""
@@ -163,8 +177,10 @@ class Admission:
             raise self._refusal("bytes", f"{self.nbytes >> 20} MiB are in flight (MM_MAX_BYTES_IN_FLIGHT_MB)")
 
     def _is_oldest(self, visit: Visit) -> bool:
-        return next(iter(self._visits), visit) is visit
+        with self._lock:
+            return next(iter(self._visits), visit) is visit
 
     def _refusal(self, reason: str, text: str) -> QueueFullError:
-        self.rejections[reason] += 1
+        with self._lock:
+            self.rejections[reason] += 1
         return QueueFullError(text, max(MIN_RETRY_AFTER_MS, round(self._seconds_for(self.patches) * 1e3)))

@@ -1,0 +1,62 @@
+"""What the server takes on: the sums come out even, and the oldest request always goes on."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from rtp_mm.engine.admission import Admission, Cost
+from rtp_mm.errors import QueueFullError
+
+
+def new_admission() -> Admission:
+    return Admission(max_requests=3, max_patches=100, max_bytes=1000, seconds_for=lambda patches: patches / 50)
+
+
+def test_the_oldest_request_is_never_refused_and_the_next_becomes_it() -> None:
+    admission = new_admission()
+    with admission.visiting(5000, 0) as first, admission.holding(first, Cost(500, 5000)):
+        with pytest.raises(QueueFullError, match="MM_MAX_BYTES_IN_FLIGHT_MB"), admission.visiting(1, 0):
+            pass
+    with admission.visiting(0, 0) as first:
+        with admission.visiting(0, 0) as second:
+            with admission.holding(first, Cost(100, 0)):
+                with pytest.raises(QueueFullError) as caught, admission.holding(second, Cost(1, 0)):
+                    pass
+                assert caught.value.retry_after_ms == 2000
+            with admission.holding(second, Cost(100, 1000)):
+                pass
+    with admission.visiting(0, 0) as second, admission.holding(second, Cost(101, 1001)):
+        assert (admission.patches, admission.nbytes) == (101, 1001)
+    assert (admission.requests, admission.patches, admission.nbytes) == (0, 0, 0)
+    assert admission.rejections == {"bytes": 1, "patches": 1}
+
+
+def test_requests_are_counted_below_at_and_above_the_limit() -> None:
+    admission = new_admission()
+    with admission.visiting(0, 0), admission.visiting(0, 0), admission.visiting(0, 0):
+        with pytest.raises(QueueFullError, match="MM_MAX_QUEUE_SIZE"), admission.visiting(0, 0):
+            pass
+        assert admission.requests == 3
+
+
+def test_what_grows_is_counted_from_any_thread_and_given_back_once() -> None:
+    """Two threads tell sizes in any order, one of them after its download was given up."""
+    admission = new_admission()
+    with admission.visiting(0, 0) as first:
+        with admission.metering(first) as grow:
+            threads = [threading.Thread(target=lambda: [grow(n) for n in range(500)]) for _ in range(4)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            assert admission.nbytes == 499
+        grow(900)
+        assert admission.nbytes == 0
+        with admission.visiting(0, 0) as second, admission.metering(second) as grow:
+            grow(1000)
+            with pytest.raises(QueueFullError):
+                grow(1001)
+            assert admission.nbytes == 1000
+    assert admission.nbytes == 0
