@@ -16,17 +16,20 @@ def new_admission() -> Admission:
 
 def test_the_oldest_request_is_never_refused_and_the_next_becomes_it() -> None:
     admission = new_admission()
-    with admission.visiting(5000, 0) as first, admission.holding(first, Cost(500, 5000)):
-        with pytest.raises(QueueFullError, match="MM_MAX_BYTES_IN_FLIGHT_MB"), admission.visiting(1, 0):
-            pass
-    with admission.visiting(0, 0) as first:
-        with admission.visiting(0, 0) as second:
-            with admission.holding(first, Cost(100, 0)):
-                with pytest.raises(QueueFullError) as caught, admission.holding(second, Cost(1, 0)):
-                    pass
-                assert caught.value.retry_after_ms == 2000
-            with admission.holding(second, Cost(100, 1000)):
+    with (
+        admission.visiting(5000, 0) as first,
+        admission.holding(first, Cost(500, 5000)),
+        pytest.raises(QueueFullError, match="MM_MAX_BYTES_IN_FLIGHT_MB"),
+        admission.visiting(1, 0),
+    ):
+        pass
+    with admission.visiting(0, 0) as first, admission.visiting(0, 0) as second:
+        with admission.holding(first, Cost(100, 0)):
+            with pytest.raises(QueueFullError) as caught, admission.holding(second, Cost(1, 0)):
                 pass
+            assert caught.value.retry_after_ms == 2000
+        with admission.holding(second, Cost(100, 1000)):
+            pass
     with admission.visiting(0, 0) as second, admission.holding(second, Cost(101, 1001)):
         assert (admission.patches, admission.nbytes) == (101, 1001)
     assert (admission.requests, admission.patches, admission.nbytes) == (0, 0, 0)

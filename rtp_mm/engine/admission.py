@@ -171,9 +171,9 @@ class Admission:
     def _check(self, visit: Visit, cost: Cost) -> None:
         if self._is_oldest(visit):
             return
-        if self.patches + cost.patches > self._max_patches:
+        if cost.patches and self.patches + cost.patches > self._max_patches:
             raise self._refusal("patches", f"{self.patches} patches are waiting or running (MM_MAX_QUEUE_PATCHES)")
-        if self.nbytes + cost.nbytes > self._max_bytes:
+        if cost.nbytes and self.nbytes + cost.nbytes > self._max_bytes:
             raise self._refusal("bytes", f"{self.nbytes >> 20} MiB are in flight (MM_MAX_BYTES_IN_FLIGHT_MB)")
 
     def _is_oldest(self, visit: Visit) -> bool:
