@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,10 @@ from fake_engine import TIMINGS_MS, FakeEngine, Serving, serving
 from prometheus_client.parser import text_string_to_metric_families
 from test_servicer import call_raw, refusal, request, until
 
+from rtp_mm.config import load_settings
+from rtp_mm.engine.process_engine import MMProcessEngine
+from rtp_mm.logs import KeyValueFormatter
+from rtp_mm.models.registry import load_model
 from rtp_mm.types import CacheStats, EngineStats
 
 OPERATION = (Path(__file__).parents[1] / "docs" / "OPERATION.md").read_text()
@@ -142,3 +147,27 @@ async def test_two_servers_in_a_process_count_apart() -> None:
         await call_raw(first.grpc_address, request("img:3").SerializeToString())
         counts = [samples(await scrape(server))["rtp_mm_tokens_total", ()] for server in (first, second)]
     assert counts == [3, 0]
+
+
+async def test_an_engine_with_a_tower_fills_its_part(
+    tiny_qwen2_5_vl: Path, photo_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "rtp_mm.access")
+    settings = load_settings(None, checkpoint_path=tiny_qwen2_5_vl, act_type="fp32", device="cpu")
+    engine: Any = MMProcessEngine(load_model(settings), settings)
+    async with serving(engine) as server:
+        for _ in range(2):
+            await call_raw(server.grpc_address, request(str(photo_path)).SerializeToString())
+        found = samples(await scrape(server))
+    await engine.aclose()
+    assert found["rtp_mm_batches_total", ()] == found["rtp_mm_batch_items_total", ()] == 1
+    assert found["rtp_mm_batch_patches_total", ()] == 32 * 22
+    budget = found["rtp_mm_batch_budget_patches", ()]
+    assert found["rtp_mm_batch_fill_ratio", ()] == pytest.approx(32 * 22 / budget)
+    embeddings = (("cache", "embeddings"),)
+    assert found["rtp_mm_cache_hits_total", embeddings] == found["rtp_mm_cache_misses_total", embeddings] == 1
+    assert found["rtp_mm_cache_used_bytes", embeddings] > 0
+    for stage, count in {"fetch": 2, "preprocess": 1, "queue": 1, "forward": 1}.items():
+        assert found["rtp_mm_stage_duration_seconds_count", (("stage", stage),)] == count
+    lines = [KeyValueFormatter().format(record) for record in caplog.records]
+    assert [re.findall(r" cached=(\d)", line) for line in lines] == [["0"], ["1"]]
