@@ -1,0 +1,242 @@
+"""The service under load against Hugging Face's model behind the same interface, both on this machine at the same time.
+
+    python -m benchmarks.bench_service tiny     the service itself: a tower of one tiny block, 1024x768 JPEGs
+    python -m benchmarks.bench_service tower    tower-bound: four blocks of the published 3B width, small photographs
+    python -m benchmarks.bench_service overload three times our own capacity for a minute, then normal load again
+
+Every image is distinct and comes over HTTP from a server of its own; caches are off. First the capacity of both, in
+turns, with `--callers` requests at once; then Poisson arrivals at 0.3, 0.6 and 0.9 of the peer's capacity, and at one
+and a half of it. The client and the web server share the machine's cores with whoever is measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import shutil
+import statistics
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from safetensors.torch import load_file, save_file
+
+from benchmarks.load import (
+    Client,
+    Cost,
+    free_ports,
+    hugging_face,
+    image_requests,
+    is_listening,
+    ours,
+    started,
+)
+from benchmarks.report import RESULTS, write_result
+from rtp_mm.models.random_checkpoint import write_checkpoint
+
+SIZES = {"tiny": ["1024x768"], "tower": ["112x112", "112x168", "224x112", "168x168"], "overload": ["1024x768"]}
+# Size, blocks kept, and those of them that attend to the whole image; a block costs what it costs in the whole tower.
+TOWERS = {"tiny": ("tiny", 1, []), "tower": ("3b", 4, [3]), "overload": ("tiny", 1, [])}
+LEVELS = (0.3, 0.6, 0.9, 1.5)  # of the peer's capacity
+OVERLOAD = 3.0  # of our own
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    name: str
+    address: str
+    process: Any
+
+
+@contextmanager
+def contenders(options: argparse.Namespace, checkpoint: Path) -> Iterator[tuple[list[Contender], str]]:
+    """Both servers and the source of photographs, running; the source's base URL."""
+    own, peer, photos = free_ports(3)
+    with ExitStack() as stack:
+        stack.enter_context(started(["benchmarks.photo_source", "--port", str(photos)], lambda: is_listening(photos)))
+        command = ours(checkpoint, own, options.dtype, *options.option)
+        servers = [
+            Contender("ours", f"127.0.0.1:{own + 1}", stack.enter_context(started(command, lambda: is_healthy(own))))
+        ]
+        if options.scenario != "overload":
+            command = hugging_face(checkpoint, peer, options.dtype)
+            process = stack.enter_context(started(command, lambda: is_listening(peer)))
+            servers.append(Contender("Hugging Face", f"127.0.0.1:{peer}", process))
+        yield servers, f"http://127.0.0.1:{photos}"
+
+
+def is_healthy(port: int) -> bool:
+    import urllib.error
+    import urllib.request
+
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as reply:
+            return bool(reply.status == 200)
+    except OSError:
+        return False
+
+
+async def measure(options: argparse.Namespace, servers: list[Contender], photos: str) -> dict[str, Any]:
+    sizes = SIZES[options.scenario]
+    requests = image_requests(lambda number: f"{photos}/{sizes[number % len(sizes)]}/{number}.jpg")
+    clients = {server.name: Client(server.address, requests) for server in servers}
+    for client in clients.values():  # warm
+        await client.closed_loop(2, 2)
+    capacities: dict[str, list[float]] = {server.name: [] for server in servers}
+    costs: dict[str, dict[str, float]] = {}
+    for _ in track(range(options.rounds), "capacity"):
+        for server in servers:
+            with Cost(server.process) as cost:
+                outcome = await clients[server.name].closed_loop(options.callers, options.seconds)
+            capacities[server.name].append(len(outcome.latencies_s) / outcome.seconds)
+            answers = max(1, len(outcome.latencies_s))
+            costs[server.name] = {"cpu_ms_per_image": cost.cpu_s / answers * 1e3, "peak_pss_bytes": cost.peak_bytes}
+            if outcome.errors:
+                raise SystemExit(f"{server.name} at its capacity: {dict(outcome.errors)}")
+    capacity = {name: statistics.median(rates) for name, rates in capacities.items()}
+    result: dict[str, Any] = {"capacity_per_second": capacity, "rounds": capacities, "cost": costs}
+    if options.scenario == "overload":
+        rate = capacity["ours"]
+        plan = {"0.5x": 0.5, "3x": OVERLOAD, "0.5x again": 0.5}
+        seconds = {"3x": options.overload_seconds}
+        result["levels"] = {
+            name: {"ours": (await clients["ours"].open_loop(x * rate, seconds.get(name, options.seconds))).summary()}
+            for name, x in plan.items()
+        }
+    else:
+        base = capacity["Hugging Face"]
+        result["levels"] = {}
+        for level in track(LEVELS, "arrivals"):
+            seconds = max(options.seconds, options.answers / (level * base))
+            result["levels"][f"{level}x"] = {
+                server.name: (await clients[server.name].open_loop(level * base, seconds)).summary()
+                for server in servers
+            }
+        result["speedup"] = capacity["ours"] / base
+    for client in clients.values():
+        await client.close()
+    return result
+
+
+def tower_ratio(checkpoint: Path, dtype: str) -> dict[str, float]:
+    """Hugging Face's time over ours for the forwards alone, on the sizes of the load, one image at a time."""
+    import torch
+
+    from benchmarks.harness import interleave
+    from benchmarks.photo_source import photograph
+    from rtp_mm.cli.hugging_face import HuggingFacePeer
+    from rtp_mm.config import load_settings
+    from rtp_mm.models.multimodal_common import ACT_DTYPES
+    from rtp_mm.models.registry import load_model
+    from rtp_mm.types import Blob, MMPreprocessConfig, MMUrlType
+
+    model = load_model(load_settings(checkpoint_path=checkpoint, act_type=dtype))
+    peer = HuggingFacePeer(checkpoint, ACT_DTYPES[dtype], torch.device("cpu"))
+    photos = [photograph(*map(int, size.split("x"))) for size in SIZES["tower"]]
+    prepared = [model.mm_part.prepare(Blob(photo, b"", ""), MMUrlType.IMAGE, MMPreprocessConfig()) for photo in photos]
+    inputs = [peer.preprocess(photo) for photo in photos]
+
+    def one_by_one() -> None:
+        for item in prepared:
+            model.mm_part.mm_process_batch([item], [MMUrlType.IMAGE], [MMPreprocessConfig()])
+
+    def peers() -> None:
+        for item in inputs:
+            peer.forward(item)
+
+    timings = interleave({"ours": one_by_one, "Hugging Face": peers}, rounds=5)
+    return {name: timing.median for name, timing in timings.items()}
+
+
+def write_tower(folder: Path, scenario: str) -> None:
+    """A checkpoint of the published layout with the first blocks only."""
+    size, depth, full = TOWERS[scenario]
+    whole = folder.with_name("whole")
+    write_checkpoint(whole, "qwen2_5_vl", size)
+    tensors = load_file(whole / "model.safetensors")
+    kept = {name: t for name, t in tensors.items() if ".blocks." not in name or int(name.split(".")[2]) < depth}
+    folder.mkdir()
+    save_file(kept, folder / "model.safetensors")
+    config = json.loads((whole / "config.json").read_text())
+    config["vision_config"] |= {"depth": depth, "fullatt_block_indexes": full}
+    (folder / "preprocessor_config.json").write_text((whole / "preprocessor_config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config))
+    shutil.rmtree(whole)
+
+
+def show(result: dict[str, Any]) -> None:
+    table = Table("arrivals", "", "answers/s", "p50 ms", "p95 ms", "p99 ms", "errors")
+    for level, servers in result["levels"].items():
+        for name, s in servers.items():
+            figures = [f"{s[key]:.1f}" for key in ("per_second", "p50_ms", "p95_ms", "p99_ms")]
+            table.add_row(level, name, *figures, ", ".join(f"{n} {status}" for status, n in s["errors"].items()))
+    console = Console()
+    for name, rate in result["capacity_per_second"].items():
+        cost = result["cost"][name]
+        console.print(
+            f"{name}: {rate:.1f} images/s, {cost['cpu_ms_per_image']:.1f} CPU ms an image, "
+            f"{cost['peak_pss_bytes'] / 1e6:.0f} MB"
+        )
+    console.print(table)
+
+
+def plot(path: Path, result: dict[str, Any]) -> None:
+    """Latency over offered load."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    base = result["capacity_per_second"]["Hugging Face"]
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    loads = [float(level.removesuffix("x")) * base for level in result["levels"]]
+    for name in result["capacity_per_second"]:
+        for quantile, style in (("p50_ms", "-"), ("p99_ms", "--")):
+            values = [servers[name][quantile] for servers in result["levels"].values()]
+            axes.plot(loads, values, style, marker="o", label=f"{name}, {quantile[:3]}")
+    axes.set_yscale("log")
+    axes.set_xlabel("images per second offered")
+    axes.set_ylabel("latency, ms")
+    axes.set_title(f"Poisson arrivals; capacity of the peer {base:.1f} images/s")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("scenario", choices=SIZES)
+    parser.add_argument("--dtype", default="bf16")
+    parser.add_argument("--callers", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=10, help="of each run")
+    parser.add_argument("--answers", type=int, default=150, help="at least so many arrivals a level")
+    parser.add_argument("--overload-seconds", type=float, default=60)
+    parser.add_argument("--option", action="append", default=[], help="a flag for our server, --name=value")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = Path(folder) / "checkpoint"
+        result: dict[str, Any] = {"scenario": options.scenario, "dtype": options.dtype, "callers": options.callers}
+        write_tower(checkpoint, options.scenario)
+        if options.scenario == "tower":
+            result["tower_ms"] = tower_ratio(checkpoint, options.dtype)
+            result["tower_speedup"] = result["tower_ms"]["Hugging Face"] / result["tower_ms"]["ours"]
+        with contenders(options, checkpoint) as (servers, photos):
+            result |= asyncio.run(measure(options, servers, photos))
+    show(result)
+    name = f"service_{options.scenario}" + ("" if options.dtype == "bf16" else f"_{options.dtype}")
+    if "Hugging Face" in result["capacity_per_second"]:
+        plot(RESULTS / f"{name}.png", result)
+    write_result(name, result)
+
+
+if __name__ == "__main__":
+    main()
