@@ -34,6 +34,7 @@ from benchmarks.load import (
     free_ports,
     hugging_face,
     image_requests,
+    is_healthy,
     is_listening,
     ours,
     started,
@@ -70,17 +71,6 @@ def contenders(options: argparse.Namespace, checkpoint: Path) -> Iterator[tuple[
             process = stack.enter_context(started(command, lambda: is_listening(peer)))
             servers.append(Contender("Hugging Face", f"127.0.0.1:{peer}", process))
         yield servers, f"http://127.0.0.1:{photos}"
-
-
-def is_healthy(port: int) -> bool:
-    import urllib.error
-    import urllib.request
-
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as reply:
-            return bool(reply.status == 200)
-    except OSError:
-        return False
 
 
 async def measure(options: argparse.Namespace, servers: list[Contender], photos: str) -> dict[str, Any]:

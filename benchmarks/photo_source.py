@@ -1,5 +1,5 @@
 """A web server of photographs that are all distinct: `/640x480/17.jpg` is the same picture for every number, as another
-file (the number stands in a JPEG comment), so that no cache keyed by content knows it.
+file (the number stands in a JPEG comment), so that no cache keyed by content knows it. `?max_age=60` lets it be cached.
 
     python -m benchmarks.photo_source --port 9000
 """
@@ -34,7 +34,9 @@ def numbered(jpeg: bytes, number: int) -> bytes:
 async def answer(request: web.Request) -> web.Response:
     width, height = map(int, request.match_info["size"].split("x"))
     jpeg = numbered(photograph(width, height), int(request.match_info["number"]))
-    return web.Response(body=jpeg, content_type="image/jpeg")
+    max_age = request.query.get("max_age")
+    headers = {"Cache-Control": f"max-age={max_age}"} if max_age else {}
+    return web.Response(body=jpeg, content_type="image/jpeg", headers=headers)
 
 
 def main() -> None:

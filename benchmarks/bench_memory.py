@@ -1,0 +1,121 @@
+"""Memory of the server's process tree over ten thousand requests for distinct images of many sizes.
+
+    python -m benchmarks.bench_memory [--requests 10000]
+
+PSS counts a page that several processes share once. Flat is what it has to be once caches and buffers are full.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import tempfile
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+from rich.progress import Progress
+
+from benchmarks.bench_service import write_tower
+from benchmarks.load import (
+    Client,
+    Outcome,
+    free_ports,
+    image_requests,
+    is_healthy,
+    is_listening,
+    ours,
+    pss,
+    started,
+    tree,
+)
+from benchmarks.report import RESULTS, write_result
+
+SIZES = ["112x112", "224x336", "640x480", "333x777", "1024x768", "256x256", "800x90", "480x640"]
+CALLERS = 8
+SAMPLES = 200
+CACHES_MB = 64  # small, so that they are full early
+
+
+async def load(address: str, requests: Any, total: int, root: psutil.Process) -> tuple[list[dict[str, float]], Outcome]:
+    client, outcome, samples, sent = Client(address, requests), Outcome(), [], 0
+    step = max(CALLERS, total // SAMPLES)
+    started_at = time.perf_counter()
+    with Progress() as progress:
+        bar = progress.add_task("requests", total=total)
+        while sent < total:
+            for _ in range(0, step, CALLERS):
+                await asyncio.gather(*(client.send(outcome, time.perf_counter()) for _ in range(CALLERS)))
+            sent += -(-step // CALLERS) * CALLERS
+            processes = tree(root)
+            samples.append(
+                {
+                    "requests": sent,
+                    "pss_bytes": pss(root),
+                    "processes": len(processes),
+                    "descriptors": sum(process.num_fds() for process in processes),
+                    "threads": sum(process.num_threads() for process in processes),
+                }
+            )
+            progress.update(bar, completed=sent)
+    outcome.seconds = time.perf_counter() - started_at
+    await client.close()
+    return samples, outcome
+
+
+def plot(path: Path, samples: list[dict[str, float]]) -> None:
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 4), layout="constrained")
+    axes.plot([s["requests"] for s in samples], [s["pss_bytes"] / 1e6 for s in samples])
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("requests answered")
+    axes.set_ylabel("PSS of the process tree, MB")
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--requests", type=int, default=10_000)
+    parser.add_argument("--option", action="append", default=[], help="a flag for our server, --name=value")
+    options = parser.parse_args()
+    own, photos = free_ports(2)
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        checkpoint = Path(folder) / "checkpoint"
+        write_tower(checkpoint, "tiny")
+        stack.enter_context(started(["benchmarks.photo_source", "--port", str(photos)], lambda: is_listening(photos)))
+        command = ours(checkpoint, own, "bf16", f"--mm_embedding_cache_mb={CACHES_MB}", *options.option)
+        process = stack.enter_context(started(command, lambda: is_healthy(own)))
+        root = psutil.Process(process.pid)
+        idle = pss(root)
+        requests = image_requests(lambda n: f"http://127.0.0.1:{photos}/{SIZES[n % len(SIZES)]}/{n}.jpg")
+        samples, outcome = asyncio.run(load(f"127.0.0.1:{own + 1}", requests, options.requests, root))
+    half = samples[len(samples) // 2 :]
+    slope = float(np.polyfit([s["requests"] for s in half], [s["pss_bytes"] for s in half], 1)[0])
+    result = {
+        "requests": options.requests,
+        "idle_bytes": idle,
+        "peak_bytes": max(s["pss_bytes"] for s in samples),
+        "last_bytes": samples[-1]["pss_bytes"],
+        "bytes_a_request_in_the_second_half": slope,
+        "outcome": outcome.summary(),
+        "samples": samples,
+    }
+    plot(RESULTS / "memory.png", samples)
+    print(
+        f"idle {idle / 1e6:.0f} MB, peak {result['peak_bytes'] / 1e6:.0f} MB, at the end "
+        f"{result['last_bytes'] / 1e6:.0f} MB, {slope:.0f} bytes a request in the second half; {outcome.summary()}"
+    )
+    write_result("memory", result)
+
+
+if __name__ == "__main__":
+    main()
