@@ -1,4 +1,4 @@
-// rtp_mm._core: what a preprocess worker calls. Knows numpy, not torch; every call releases the GIL.
+// rtp_mm._core: what a preprocess worker calls. Knows numpy, not torch; calls release the GIL.
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -9,8 +9,10 @@
 #include <optional>
 #include <string>
 #include <utility>
+#include <variant>
 #include <vector>
 
+#include "cpu/probe.h"
 #include "cpu/resize.h"
 
 namespace py = pybind11;
@@ -118,6 +120,20 @@ py::array resize_patchify_array(const py::array& image, int64_t height, int64_t 
   return rows;
 }
 
+py::object probe_bytes(const py::buffer& data) {
+  const py::buffer_info file = data.request();
+  if (file.ndim != 1 || file.itemsize != 1 || file.strides[0] != 1) throw py::value_error("probe: data must be bytes");
+  const ProbeResult result = [&] {
+    py::gil_scoped_release release;
+    return probe(static_cast<const uint8_t*>(file.ptr), file.size);
+  }();
+  if (const auto* more = std::get_if<NeedsMore>(&result)) return py::int_(more->bytes);
+  const auto* header = std::get_if<ImageHeader>(&result);
+  if (!header) return py::none();
+  const py::object frames = header->frames ? py::object(py::int_(header->frames)) : py::none();
+  return py::make_tuple(header->format, header->width, header->height, frames);
+}
+
 }  // namespace
 }  // namespace rtp_mm
 
@@ -128,5 +144,7 @@ PYBIND11_MODULE(_core, m) {
         py::arg("filter") = "bicubic", py::arg("temporal_patch_size") = 1, py::arg("slot") = 0,
         py::arg("level") = py::none(), py::arg("out") = py::none(),
         "[H, W, 3] uint8 -> [height/P * width/P, 3 * T * P * P] uint8: Pillow's resize, cut into patch rows.");
+  m.def("probe", &rtp_mm::probe_bytes, py::arg("data"),
+        "An image file's first bytes -> (format, width, height, frames), bytes needed to tell, or None.");
   m.def("resize_levels", &rtp_mm::resize_levels, "Instruction sets that this CPU can run, slowest first.");
 }

@@ -4,6 +4,7 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from typing_extensions import Buffer
 
 def resize_patchify(
     image: NDArray[np.uint8],
@@ -30,6 +31,13 @@ def resize_patchify(
 
     Rows are in merge-block order, (block row, block column, row in block, column in block), columns (channel, frame,
     y, x). Raises `ValueError` that says what came.
+    """
+
+def probe(data: Buffer) -> tuple[str, int, int, int | None] | int | None:
+    """An image file's header from its first bytes: see `rtp_mm.media.probe`; releases the GIL meanwhile.
+
+    (Pillow's name of the format, width, height, frames or `None`); or the number of bytes, from the beginning, that it
+    takes to tell; or `None` for what begins no image.
     """
 
 def resize_levels() -> list[str]:

@@ -1,0 +1,99 @@
+// Between probe.cpp and the files that know a format each.
+
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <string_view>
+
+#include "cpu/probe.h"
+
+namespace rtp_mm::probing {
+
+// How reading ends where there is no header; caught in probe().
+struct EndsEarly {
+  uint64_t needed;  // bytes that the file would have to have
+};
+struct NoImage {};
+
+enum class Endian { kBig, kLittle };
+
+constexpr uint64_t kNoEnd = uint64_t{1} << 62;  // past every file, and far from overflow
+
+// The bytes of a file from its beginning. Offsets may be anything: what is not there throws.
+class Bytes {
+ public:
+  Bytes(const uint8_t* data, uint64_t size) : data_(data), size_(size) {}
+
+  uint64_t number(uint64_t offset, int bytes, Endian endian) const {
+    require(offset, bytes);
+    uint64_t value = 0;
+    for (int i = 0; i < bytes; ++i) value = value << 8 | data_[offset + (endian == Endian::kBig ? i : bytes - 1 - i)];
+    return value;
+  }
+  uint64_t big(uint64_t offset, int bytes) const { return number(offset, bytes, Endian::kBig); }
+  uint64_t little(uint64_t offset, int bytes) const { return number(offset, bytes, Endian::kLittle); }
+  uint8_t operator[](uint64_t offset) const { return static_cast<uint8_t>(big(offset, 1)); }
+
+  bool has(uint64_t offset, std::string_view text) const {
+    require(offset, text.size());
+    return std::memcmp(data_ + offset, text.data(), text.size()) == 0;
+  }
+
+  // `has` for a file's signature: one that ends early begins with no signature.
+  bool begins_with(std::string_view text, uint64_t offset = 0) const {
+    return size_ >= offset + text.size() && has(offset, text);
+  }
+
+  // Where a block of `length` bytes at `offset` ends.
+  static uint64_t end_of(uint64_t offset, uint64_t length) { return length < kNoEnd ? offset + length : kNoEnd; }
+
+  // Stands in every loop over what a file holds. 64 MiB of full GIF blocks are 2^18 steps.
+  void step() const {
+    if (++steps_ > kMostSteps) throw NoImage{};
+  }
+
+ private:
+  static constexpr int kMostSteps = 1 << 20;
+
+  void require(uint64_t offset, uint64_t count) const {
+    if (offset >= kNoEnd) throw NoImage{};
+    if (offset + count > size_) throw EndsEarly{offset + count};
+  }
+
+  const uint8_t* data_;
+  uint64_t size_;
+  mutable int steps_ = 0;
+};
+
+// The result of `count`, or 0 where the bytes end, or too many of them pass, before it is known.
+template <class Count>
+uint64_t frames_or_unknown(Count count) {
+  try {
+    return count();
+  } catch (EndsEarly) {
+    return 0;
+  } catch (NoImage) {
+    return 0;
+  }
+}
+
+// Each reads the header of a file that begins as its format does.
+ImageHeader jpeg(const Bytes& file);
+ImageHeader tiff(const Bytes& file);
+
+ImageHeader png(const Bytes& file);
+ImageHeader gif(const Bytes& file);
+ImageHeader webp(const Bytes& file);
+
+ImageHeader bmp(const Bytes& file);
+ImageHeader ico(const Bytes& file);
+ImageHeader qoi(const Bytes& file);
+ImageHeader pnm(const Bytes& file);
+ImageHeader tga(const Bytes& file);
+
+ImageHeader jpeg2000_boxes(const Bytes& file);
+ImageHeader jpeg2000_codestream(const Bytes& file);
+ImageHeader heif(const Bytes& file);
+
+}  // namespace rtp_mm::probing

@@ -1,0 +1,52 @@
+// The header probe on any bytes: it stays within them (a heap block of their exact size), its answer is well-formed,
+// and that of a file's beginning is that of the file, or asks for more.
+
+#include <algorithm>
+#include <cstdlib>
+#include <memory>
+#include <string_view>
+
+#include "cpu/probe.h"
+
+namespace rtp_mm {
+namespace {
+
+void require(bool condition) {
+  if (!condition) std::abort();
+}
+
+ProbeResult probe_exactly(const uint8_t* data, size_t size) {
+  const std::unique_ptr<uint8_t[]> block(new uint8_t[size]);
+  std::copy_n(data, size, block.get());
+  const ProbeResult result = probe(block.get(), size);
+  if (const auto* more = std::get_if<NeedsMore>(&result)) require(more->bytes > size);
+  if (const auto* header = std::get_if<ImageHeader>(&result)) require(header->width > 0 && header->height > 0);
+  return result;
+}
+
+void check_beginning(const ProbeResult& beginning, const ProbeResult& whole) {
+  if (std::holds_alternative<NeedsMore>(beginning)) return;
+  require(beginning.index() == whole.index());
+  if (const auto* now = std::get_if<ImageHeader>(&beginning)) {
+    const auto& then = std::get<ImageHeader>(whole);
+    require(std::string_view(now->format) == then.format && now->width == then.width && now->height == then.height);
+    require(now->frames == 0 || now->frames == then.frames);
+  }
+}
+
+}  // namespace
+}  // namespace rtp_mm
+
+extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
+  const rtp_mm::ProbeResult whole = rtp_mm::probe_exactly(data, size);
+  // Where files are cut: at the input's choice, its last byte, and where the probe says that it stopped.
+  size_t cut = size ? data[size - 1] * size / 256 : 0;
+  for (int i = 0; i < 8 && cut < size; ++i) {
+    const rtp_mm::ProbeResult beginning = rtp_mm::probe_exactly(data, cut);
+    rtp_mm::check_beginning(beginning, whole);
+    const auto* more = std::get_if<rtp_mm::NeedsMore>(&beginning);
+    if (!more) break;
+    cut = more->bytes;
+  }
+  return 0;
+}

@@ -1,0 +1,66 @@
+"""An image file of every supported format, in its variants: what mutations and fuzzers begin from.
+
+`python tests/image_seeds.py FOLDER` writes them.
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+Variant = tuple[str, str, dict[str, Any]]  # format, mode, options of Pillow's encoder
+
+STILL: list[Variant] = [
+    ("JPEG", "RGB", {}),
+    ("JPEG", "L", {"progressive": True}),
+    ("PNG", "RGB", {}),
+    ("WEBP", "RGB", {}),
+    ("WEBP", "RGB", {"lossless": True}),
+    ("WEBP", "RGBA", {}),
+    ("GIF", "P", {"comment": b"a comment"}),
+    ("BMP", "RGB", {}),
+    ("TIFF", "RGB", {}),
+    ("TIFF", "L", {"big_tiff": True}),
+    ("TIFF", "RGB", {"compression": "tiff_lzw"}),
+    ("AVIF", "RGB", {}),
+    ("AVIF", "RGBA", {}),
+    ("JPEG2000", "RGB", {}),
+    ("JPEG2000", "RGB", {"no_jp2": True}),
+    ("ICO", "RGBA", {"sizes": [(16, 16), (8, 8)]}),
+    ("ICO", "RGBA", {"sizes": [(16, 16)], "bitmap_format": "bmp"}),
+    ("PPM", "RGB", {}),
+    ("PPM", "1", {}),
+    ("PPM", "F", {}),
+    ("QOI", "RGB", {}),
+    ("TGA", "RGB", {}),
+    ("TGA", "P", {"compression": "tga_rle"}),
+]
+ANIMATED = ["PNG", "GIF", "WEBP", "AVIF", "TIFF", "MPO"]
+
+
+def encode(image: Image.Image, format: str, **options: Any) -> bytes:
+    file = io.BytesIO()
+    image.save(file, format, **options)
+    return file.getvalue()
+
+
+def seeds(size: tuple[int, int] = (18, 17)) -> Iterator[tuple[str, bytes]]:
+    """A name and a file, one of each kind."""
+    image = Image.linear_gradient("L").resize(size)
+    for number, (format, mode, options) in enumerate(STILL):
+        yield f"{number:02}.{format.lower()}", encode(image.convert(mode), format, **options)
+    for format in ANIMATED:
+        frames = [image.convert("RGB").rotate(90 * turns) for turns in range(3)]
+        yield f"animated.{format.lower()}", encode(frames[0], format, save_all=True, append_images=frames[1:])
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, data in seeds():
+        (folder / name).write_bytes(data)
