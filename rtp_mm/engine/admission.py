@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import numpy as np
 
 from rtp_mm.errors import QueueFullError, WrongFormatError
-from rtp_mm.media.image import probe
+from rtp_mm.media.probe import probe
 from rtp_mm.types import Blob, MMUrlType, PreprocessOptions
 
 MIN_RETRY_AFTER_MS = 100  # before any forward has shown how long one takes
@@ -157,6 +157,8 @@ class Admission:
             _, height, width, _ = blob.data.shape
         elif mm_type in (MMUrlType.IMAGE, MMUrlType.DEFAULT):
             header = probe(blob.data)
+            if header is None:
+                return None
             width, height = header.width, header.height
         else:
             return None

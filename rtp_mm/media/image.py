@@ -7,7 +7,6 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
-from typing import NamedTuple
 
 import numpy as np
 import PIL
@@ -17,6 +16,8 @@ from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 from rtp_mm.errors import NotSupportedError, WrongFormatError
 from rtp_mm.media.jpeg import DECODER as JPEG_DECODER
 from rtp_mm.media.jpeg import decode_jpeg
+from rtp_mm.media.limits import check_pixels
+from rtp_mm.media.probe import probe
 from rtp_mm.media.sniff import sniff
 from rtp_mm.types import MMUrlType
 
@@ -30,21 +31,6 @@ _DECODE_ERRORS = (
     OSError, SyntaxError, ValueError, RuntimeError, LookupError, EOFError, struct.error, MemoryError,
     Image.DecompressionBombError, Image.DecompressionBombWarning,
 )  # fmt: skip
-
-
-class ImageHeader(NamedTuple):
-    """What an image says of itself. `mode` is Pillow's; width and height are in pixels, before any EXIF turn."""
-
-    format: str
-    width: int
-    height: int
-    mode: str
-
-
-def probe(data: bytes) -> ImageHeader:
-    """Reads the header only. Raises `WrongFormatError`, or `NotSupportedError` for a video or sound."""
-    with _named_errors(data), _open(data) as image:
-        return ImageHeader(image.format or "", image.width, image.height, image.mode)
 
 
 def decoders() -> tuple[str, ...]:
@@ -62,6 +48,8 @@ def decode(data: bytes, *, max_pixels: int, allow_truncated: bool, exif_transpos
     Pillow's `convert("RGB")`. Raises `WrongFormatError` for a broken image or one of more than `max_pixels` (before it
     is decoded), `NotSupportedError` for a video or sound.
     """
+    if (header := probe(data)) is not None:
+        check_pixels(header.width, header.height, max_pixels)  # Pillow opens an icon by decoding it
     with _named_errors(data), _TRUNCATION.decoding(allow_truncated), _open(data) as image:
         check_pixels(*image.size, max_pixels)
         if image.format in ("JPEG", "MPO") and not exif_transpose:
@@ -70,18 +58,9 @@ def decode(data: bytes, *, max_pixels: int, allow_truncated: bool, exif_transpos
                 pixels.flags.writeable = False
                 return pixels
         image.load()
-        check_pixels(*image.size, max_pixels)  # an ICO's directory may have told another size than its image
         if exif_transpose:
             ImageOps.exif_transpose(image, in_place=True)
         return np.asarray(_to_rgb(image))
-
-
-def check_pixels(width: int, height: int, max_pixels: int) -> None:
-    """Raises `WrongFormatError` for an image of more pixels."""
-    if width * height > max_pixels:
-        raise WrongFormatError(
-            f"{width}x{height} is {width * height} pixels, over the limit of {max_pixels} (MM_MAX_PIXELS)"
-        )
 
 
 def _open(data: bytes) -> ImageFile.ImageFile:

@@ -1,4 +1,4 @@
-"""How large a fetched file may be."""
+"""How large a fetched file may be, in bytes and in pixels."""
 
 from __future__ import annotations
 
@@ -36,3 +36,11 @@ class SizeLimit:
             raise WrongFormatError(f"{nbytes} bytes or more, over the limit of {self.nbytes} ({self.option})")
         if self.meter is not None:
             self.meter(nbytes)
+
+
+def check_pixels(width: int, height: int, max_pixels: int) -> None:
+    """Raises `WrongFormatError` for an image of more pixels."""
+    if width * height > max_pixels:
+        raise WrongFormatError(
+            f"{width}x{height} is {width * height} pixels, over the limit of {max_pixels} (MM_MAX_PIXELS)"
+        )

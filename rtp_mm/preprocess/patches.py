@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from rtp_mm import _core
 from rtp_mm.config import Settings
 from rtp_mm.errors import NotSupportedError, WrongFormatError
-from rtp_mm.media.image import check_pixels, decode, decoders
+from rtp_mm.media.image import decode, decoders
+from rtp_mm.media.limits import check_pixels
 from rtp_mm.media.sniff import sniff
 from rtp_mm.preprocess.image_config import ImageProcessorConfig
 from rtp_mm.preprocess.resize_order import ResizeRule, installed_rule, resize_order
