@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gzip
+import io
 import re
 import zlib
 from collections.abc import AsyncIterator
@@ -13,6 +14,7 @@ import pytest
 import pytest_asyncio
 from aiohttp import web
 from blake3 import blake3
+from PIL import Image
 from web_source import Source
 
 from rtp_mm.config import load_settings
@@ -25,6 +27,7 @@ from rtp_mm.errors import (
     WrongFormatError,
 )
 from rtp_mm.media.fetch import Fetcher
+from rtp_mm.media.probe import probe
 from rtp_mm.types import Blob, Caller, MMUrlType, MultimodalInput
 
 REMOTE = Caller(peer="ipv4:192.0.2.1:4711", is_local=False)
@@ -148,6 +151,59 @@ async def test_a_body_without_length_is_cut_at_the_limit(source: Source) -> None
     caught = await refusal(source.answers_by("/x", endless))
     assert "over the limit of 65536" in str(caught)
     assert sent < 100 * LIMIT  # what the sockets between us hold
+
+
+def large_png(side: int, before: bytes = b"") -> bytes:
+    """The header of a PNG, chunks before its pixels, and as many zeros as a download never wants."""
+    header = b"IHDR" + side.to_bytes(4, "big") * 2 + bytes([8, 2, 0, 0, 0])
+    return b"\x89PNG\r\n\x1a\n\0\0\0\x0d" + header + bytes(4) + before
+
+
+async def sent_before_the_end(source: Source, head: bytes, error: str | None, **options: Any) -> int:
+    """Chunks of 0.1 MB that the source could send of a file that begins with `head`, until it was refused with this error."""
+    sent = 0
+
+    async def endless(request: web.Request) -> web.StreamResponse:
+        nonlocal sent
+        response = web.StreamResponse()
+        await response.prepare(request)
+        await response.write(head)
+        for _ in range(200):
+            await response.write(bytes(102_400))
+            sent += 1
+        return response
+
+    options = {"mm_image_max_file_size_kb": 25_000, "mm_max_pixels": 10_000, **options}
+    if error is None:
+        await fetch(source.answers_by("/x", endless), **options)
+    else:
+        assert str(await refusal(source.answers_by("/x", endless), **options)) == error
+    return sent
+
+
+async def test_a_download_ends_once_its_header_tells_too_many_pixels(source: Source) -> None:
+    error = "101x101 is 10201 pixels, over the limit of 10000 (MM_MAX_PIXELS)"
+    assert await sent_before_the_end(source, large_png(101), error) < 120  # of 200: sockets hold some
+    assert await sent_before_the_end(source, large_png(100), None) == 200
+    assert await sent_before_the_end(source, large_png(101), None, mm_type=MMUrlType.VIDEO,
+                                     mm_video_max_file_size_kb=25_000) == 200  # fmt: skip
+
+
+async def test_a_header_behind_the_first_look_is_found_by_a_later_one(source: Source) -> None:
+    photo = io.BytesIO()
+    Image.new("RGB", (101, 101)).save(photo, "JPEG")
+    segment = b"\xff\xe1\xff\xff" + bytes(65533)
+    head = photo.getvalue()[:2] + 5 * segment + photo.getvalue()[2:]
+    error = "101x101 is 10201 pixels, over the limit of 10000 (MM_MAX_PIXELS)"
+    assert await sent_before_the_end(source, head, error) < 120
+
+
+async def test_a_video_that_looks_like_a_huge_tga_is_not_refused_for_that(source: Source) -> None:
+    mpeg = b"\0\0\1\xba" + b"\0" * 8 + b"\xff\xff\xff\xff" + b"\x18\0" + bytes(30)
+    header = probe(mpeg)
+    assert header is not None
+    assert header[:3] == ("TGA", 65535, 65535)
+    assert await sent_before_the_end(source, mpeg, None, mm_type=MMUrlType.DEFAULT) == 200
 
 
 async def test_the_limit_itself_passes_and_video_has_its_own(source: Source) -> None:

@@ -19,7 +19,7 @@ from rtp_mm.errors import NotSupportedError, WrongFormatError
 from rtp_mm.media.array import as_array
 from rtp_mm.media.data_url import DataUrl
 from rtp_mm.media.http import HttpSource
-from rtp_mm.media.limits import SizeLimit
+from rtp_mm.media.limits import PixelLimit, SizeLimit
 from rtp_mm.media.local import LocalFiles, local_path
 from rtp_mm.media.redact import redact
 from rtp_mm.types import Blob, Caller, MMUrlType, MultimodalInput
@@ -67,20 +67,21 @@ class Fetcher:
         """The item's bytes, or a TENSOR item's array as `as_array` gives it. `meter`: see `SizeLimit`.
 
         Raises, besides `check_access`'s: `DownloadRefusedError`, `DownloadFailedError`, `WrongFormatError` (malformed,
-        empty, or over the limit for its type). Cancelling closes the connection.
+        empty, or over a limit for its type). Cancelling closes the connection.
         """
         self.check_access(item, caller)
         if item.mm_type is MMUrlType.TENSOR:
             return await asyncio.to_thread(_tensor_blob, item.tensor)
-        data = await self._fetch_bytes(item.url, SizeLimit.of(self._settings, item.mm_type).metered(meter))
+        data = await self._fetch_bytes(item, SizeLimit.of(self._settings, item.mm_type).metered(meter))
         if not data:
             raise WrongFormatError("the source is empty")
         return Blob(data, await _run(len(data), lambda: blake3(data).digest()), redact(item.url))
 
-    async def _fetch_bytes(self, url: str, limit: SizeLimit) -> bytes:
+    async def _fetch_bytes(self, item: MultimodalInput, limit: SizeLimit) -> bytes:
+        url = item.url
         match _scheme(url):
             case "http" | "https":
-                return await self._http.download(url, limit)
+                return await self._http.download(url, limit, PixelLimit.of(self._settings, item.mm_type))
             case "data":
                 return await _run(len(url), lambda: DataUrl.parse(url).decode(limit))
             case _:

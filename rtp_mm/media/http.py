@@ -32,7 +32,7 @@ from rtp_mm.errors import (
     WrongFormatError,
 )
 from rtp_mm.media.addresses import CheckedResolver, Destinations
-from rtp_mm.media.limits import SizeLimit
+from rtp_mm.media.limits import PixelLimit, SizeLimit
 from rtp_mm.media.redact import redact
 
 if TYPE_CHECKING:
@@ -96,14 +96,14 @@ class HttpSource:
         if self._resolver is not None:
             await self._resolver.close()
 
-    async def download(self, url: str, limit: SizeLimit) -> bytes:
-        """The body behind `url`.
+    async def download(self, url: str, limit: SizeLimit, pixels: PixelLimit | None = None) -> bytes:
+        """The body behind `url`, as far as `limit` and, if given, `pixels` let it come.
 
         A passing failure is tried again, `MM_FETCH_RETRIES` times. A refusal is remembered for `REFUSAL_TTL_S`, so that
         a client that retries does not hammer the source; the URL alone is the key, because the headers are the same
         for all. Raises `DownloadRefusedError` (4xx, too many redirects), `DownloadFailedError` (408, 429, 5xx, no
         connection, silence, an early end), `NotSupportedError` (a host or address that is not allowed, a redirect away
-        from http), `WrongFormatError` (no URL, or a body over the limit).
+        from http), `WrongFormatError` (no URL, or a body over a limit).
         """
         if (refusal := self._refusals.get(url)) is not None:
             raise DownloadRefusedError(refusal)
@@ -111,7 +111,7 @@ class HttpSource:
         tries = 0
         while True:
             try:
-                return await self._follow(target, limit)
+                return await self._follow(target, limit, pixels)
             except DownloadRefusedError as error:
                 self._refusals[url] = str(error)
                 raise
@@ -122,13 +122,13 @@ class HttpSource:
             await self._sleep(pause_s)
             tries += 1
 
-    async def _follow(self, url: URL, limit: SizeLimit) -> bytes:
+    async def _follow(self, url: URL, limit: SizeLimit, pixels: PixelLimit | None) -> bytes:
         headers = self._headers
         for _ in range(self._max_redirects + 1):
             async with self._get(url, headers) as response:
                 if response.status not in REDIRECTS or "Location" not in response.headers:
                     _check_status(response)
-                    return await _read(response, limit)
+                    return await _read(response, limit, pixels)
                 target = _redirect_target(url, response.headers["Location"])
             if target.origin() != url.origin():
                 headers = {}  # they may hold secrets, and were meant for the first origin only: not even back to it
@@ -253,14 +253,17 @@ def _check_status(response: aiohttp.ClientResponse) -> None:
     raise DownloadRefusedError(f"the source answered {response.status}")
 
 
-async def _read(response: aiohttp.ClientResponse, limit: SizeLimit) -> bytes:
+async def _read(response: aiohttp.ClientResponse, limit: SizeLimit, pixels: PixelLimit | None) -> bytes:
     """The body, decompressed. Content-Length is believed only to refuse early."""
     limit.check(response.content_length or 0)
+    encoding = response.headers.get("Content-Encoding", "identity").strip().lower()
     body = io.BytesIO()
     async for chunk in response.content.iter_any():
         limit.check(body.tell() + len(chunk))
         body.write(chunk)
-    encoding = response.headers.get("Content-Encoding", "identity").strip().lower()
+        if pixels is not None and encoding == "identity" and body.tell() >= pixels.next_look:
+            with body.getbuffer() as here:
+                pixels.check(here, len(here))
     if encoding == "identity":
         return body.getvalue()
     if encoding not in ("gzip", "x-gzip", "deflate"):

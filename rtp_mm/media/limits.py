@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from rtp_mm.config import Settings
 from rtp_mm.errors import WrongFormatError
+from rtp_mm.media.probe import ImageHeader, NeedsMore, probe_start
 from rtp_mm.types import MMUrlType
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+FIRST_LOOK_BYTES = 65536  # holds the header of nearly every image; shorter files are here before a look pays
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,3 +52,31 @@ def check_pixels(width: int, height: int, max_pixels: int) -> None:
         raise WrongFormatError(
             f"{width}x{height} is {width * height} pixels, over the limit of {max_pixels} (MM_MAX_PIXELS)"
         )
+
+
+class PixelLimit:
+    """Looks at a file while it arrives, and ends that as soon as its header tells more pixels than MM_MAX_PIXELS."""
+
+    def __init__(self, max_pixels: int) -> None:
+        self._max_pixels = max_pixels
+        self.next_look: float = FIRST_LOOK_BYTES
+
+    @classmethod
+    def of(cls, settings: Settings, mm_type: MMUrlType) -> PixelLimit | None:
+        """None for video and audio."""
+        return None if mm_type in (MMUrlType.VIDEO, MMUrlType.AUDIO) else cls(settings.mm_max_pixels)
+
+    def check(self, data: Buffer, nbytes: int) -> None:
+        """The file's first `nbytes`, once there are `next_look`. Raises `WrongFormatError`.
+
+        A header that is not whole yet is looked for again in twice the bytes or more, so that all looks together cost
+        no more than two at the whole. TGA has no signature, so what looks like one may be a video.
+        """
+        match probe_start(data):
+            case NeedsMore(needed):
+                self.next_look = max(needed, 2 * nbytes)
+            case ImageHeader(format, width, height, _) if format != "TGA":
+                self.next_look = math.inf
+                check_pixels(width, height, self._max_pixels)
+            case _:
+                self.next_look = math.inf
