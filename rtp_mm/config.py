@@ -105,6 +105,10 @@ class Settings(BaseSettings):
     mm_fetch_retries: Annotated[int, Field(ge=0, le=10)] = Field(
         2, description="further tries of a download that met a refused or broken connection, 408, 429 or 5xx"
     )
+    mm_bytes_cache_mb: NonNegative = Field(256, description="downloads kept, MiB of host memory; 0: none")
+    mm_bytes_cache_ttl_s: NonNegative = Field(
+        60, description="how long a download is good whose source does not say (Cache-Control, Expires), seconds"
+    )
     mm_allow_private_network: bool = Field(False, description="1: downloads may reach addresses that are not public")
     mm_allowed_media_domains: Annotated[
         tuple[Annotated[str, AfterValidator(_as_host)], ...] | None, NoDecode, BeforeValidator(_split)

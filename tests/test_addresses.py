@@ -72,9 +72,9 @@ def network(web: Source) -> PretendNetwork:
     return network
 
 
-async def download(network: PretendNetwork, url: str, **options: Any) -> bytes:
+async def download(network: PretendNetwork, url: str, **options: Any) -> bytes | None:
     async with network.source(**options) as source:
-        return await source.download(url, LIMIT)
+        return (await source.download(url, LIMIT)).body
 
 
 async def refusal(network: PretendNetwork, url: str, **options: Any) -> str:
@@ -147,7 +147,7 @@ async def test_the_answer_that_was_checked_is_the_one_dialled(network: PretendNe
 async def test_every_new_answer_is_checked(network: PretendNetwork) -> None:
     network.name("rebinds.example", [PUBLIC_V4], ["127.0.0.1"])
     async with network.source(reuse=False) as source:
-        assert await source.download("http://rebinds.example/x", LIMIT) == b"body"
+        assert (await source.download("http://rebinds.example/x", LIMIT)).body == b"body"
         with pytest.raises(NotSupportedError):
             await source.download("http://rebinds.example/x", LIMIT)
     assert network.asked == ["rebinds.example"] * 2

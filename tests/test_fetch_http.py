@@ -160,7 +160,7 @@ def large_png(side: int, before: bytes = b"") -> bytes:
 
 
 async def sent_before_the_end(source: Source, head: bytes, error: str | None, **options: Any) -> int:
-    """Chunks of 0.1 MB that the source could send of a file that begins with `head`, until it was refused with this error."""
+    """Chunks of 0.1 MB that the source could send after `head`, until it was refused with this error."""
     sent = 0
 
     async def endless(request: web.Request) -> web.StreamResponse:

@@ -41,9 +41,9 @@ def network(source: Source) -> PretendNetwork:
     return network
 
 
-async def download(network: PretendNetwork, url: str = "http://a.example/x", **options: Any) -> bytes:
+async def download(network: PretendNetwork, url: str = "http://a.example/x", **options: Any) -> bytes | None:
     async with network.source(reuse=False, **options) as source:
-        return await source.download(url, LIMIT)
+        return (await source.download(url, LIMIT)).body
 
 
 async def failure(network: PretendNetwork, url: str = "http://a.example/x", **options: Any) -> MMError:

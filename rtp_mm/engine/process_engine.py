@@ -253,7 +253,11 @@ class MMProcessEngine:
             batch_patches_budget=self._limits.batch,
             forward_failures=self._batcher.failures,
             rejections=dict(self._admission.rejections),
-            caches={"patches": self._patches.stats(), "embeddings": self._embeddings.stats()},
+            caches={
+                "bytes": self._fetcher.bytes_cache_stats(),
+                "patches": self._patches.stats(),
+                "embeddings": self._embeddings.stats(),
+            },
         )
 
     # --- the end

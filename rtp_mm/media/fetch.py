@@ -15,14 +15,15 @@ import numpy as np
 from blake3 import blake3
 
 from rtp_mm.config import Settings
-from rtp_mm.errors import NotSupportedError, WrongFormatError
+from rtp_mm.errors import DownloadRefusedError, NotSupportedError, WrongFormatError
 from rtp_mm.media.array import as_array
+from rtp_mm.media.bytes_cache import BytesCache
 from rtp_mm.media.data_url import DataUrl
 from rtp_mm.media.http import HttpSource
 from rtp_mm.media.limits import PixelLimit, SizeLimit
 from rtp_mm.media.local import LocalFiles, local_path
 from rtp_mm.media.redact import redact
-from rtp_mm.types import Blob, Caller, MMUrlType, MultimodalInput
+from rtp_mm.types import Blob, CacheStats, Caller, MMUrlType, MultimodalInput
 
 T = TypeVar("T")
 
@@ -34,8 +35,10 @@ class Fetcher:
     """Fetches items; one per event loop."""
 
     def __init__(self, settings: Settings, clock: Callable[[], float] = time.monotonic) -> None:
-        """`clock` tells the age of remembered refusals, in seconds."""
+        """`clock` tells the age of remembered refusals and downloads, in seconds."""
         self._settings = settings
+        self._clock = clock
+        self._cache = BytesCache(settings.mm_bytes_cache_mb << 20, settings.mm_bytes_cache_ttl_s, clock)
         self._http = HttpSource(settings, clock)
         self._files = LocalFiles(settings)
 
@@ -72,20 +75,40 @@ class Fetcher:
         self.check_access(item, caller)
         if item.mm_type is MMUrlType.TENSOR:
             return await asyncio.to_thread(_tensor_blob, item.tensor)
-        data = await self._fetch_bytes(item, SizeLimit.of(self._settings, item.mm_type).metered(meter))
-        if not data:
-            raise WrongFormatError("the source is empty")
-        return Blob(data, await _run(len(data), lambda: blake3(data).digest()), redact(item.url))
+        limit = SizeLimit.of(self._settings, item.mm_type).metered(meter)
+        if _scheme(item.url) in ("http", "https"):
+            return await self._download(item, limit)
+        return await _file_blob(await self._read(item.url, limit), item.url)
 
-    async def _fetch_bytes(self, item: MultimodalInput, limit: SizeLimit) -> bytes:
+    def bytes_cache_stats(self) -> CacheStats:
+        """Of the downloads that are kept."""
+        return self._cache.stats()
+
+    async def _download(self, item: MultimodalInput, limit: SizeLimit) -> Blob:
+        """From the cache if it is fresh there, else from the source, which is asked only for what has changed."""
         url = item.url
-        match _scheme(url):
-            case "http" | "https":
-                return await self._http.download(url, limit, PixelLimit.of(self._settings, item.mm_type))
-            case "data":
-                return await _run(len(url), lambda: DataUrl.parse(url).decode(limit))
-            case _:
-                return await asyncio.to_thread(self._files.read, local_path(url), limit)
+        if (blob := self._cache.fresh(url)) is None:
+            stored = self._cache.stale(url)
+            asked_at = self._clock()
+            try:
+                download = await self._http.download(
+                    url, limit, PixelLimit.of(self._settings, item.mm_type), None if stored is None else stored.answer
+                )
+            except DownloadRefusedError:
+                self._cache.discard(url)
+                raise
+            if download.body is None and stored is not None:
+                blob = self._cache.confirm(url, stored, download.answers, asked_at)
+            else:
+                blob = await _file_blob(download.body or b"", url)
+                self._cache.put(url, blob, download.answers, asked_at)
+        limit.check(blob.nbytes)  # it may be kept from an item of another type
+        return blob
+
+    async def _read(self, url: str, limit: SizeLimit) -> bytes:
+        if _scheme(url) == "data":
+            return await _run(len(url), lambda: DataUrl.parse(url).decode(limit))
+        return await asyncio.to_thread(self._files.read, local_path(url), limit)
 
 
 def _scheme(url: str) -> str:
@@ -97,6 +120,12 @@ def _scheme(url: str) -> str:
 async def _run(nbytes: int, function: Callable[[], T]) -> T:
     """Calls a function whose time grows with `nbytes`: in a thread unless they are few."""
     return function() if nbytes <= _SMALL else await asyncio.to_thread(function)
+
+
+async def _file_blob(data: bytes, url: str) -> Blob:
+    if not data:
+        raise WrongFormatError("the source is empty")
+    return Blob(data, await _run(len(data), lambda: blake3(data).digest()), redact(url))
 
 
 def _tensor_blob(tensor: Any) -> Blob:

@@ -5,16 +5,16 @@ there the host is checked. `addresses.py` says which hosts and addresses pass.
 from __future__ import annotations
 
 import asyncio
-import io
 import os
 import random
 import re
 import socket
 import time
-import zlib
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
+from http import HTTPStatus
 from typing import TYPE_CHECKING
 
 import aiohttp
@@ -32,6 +32,8 @@ from rtp_mm.errors import (
     WrongFormatError,
 )
 from rtp_mm.media.addresses import CheckedResolver, Destinations
+from rtp_mm.media.freshness import Answer
+from rtp_mm.media.http_body import read_body
 from rtp_mm.media.limits import PixelLimit, SizeLimit
 from rtp_mm.media.redact import redact
 
@@ -59,6 +61,17 @@ class _UnavailableError(Exception):
         super().__init__(status)
         self.status = status
         self.retry_after_s = retry_after_s
+
+
+@dataclass(frozen=True, slots=True)
+class Download:
+    """What a URL led to. `body` is `None` where the source says that it has not changed.
+
+    answers: of the sources on the way, redirects first.
+    """
+
+    body: bytes | None
+    answers: tuple[Answer, ...]
 
 
 class HttpSource:
@@ -96,8 +109,11 @@ class HttpSource:
         if self._resolver is not None:
             await self._resolver.close()
 
-    async def download(self, url: str, limit: SizeLimit, pixels: PixelLimit | None = None) -> bytes:
-        """The body behind `url`, as far as `limit` and, if given, `pixels` let it come.
+    async def download(
+        self, url: str, limit: SizeLimit, pixels: PixelLimit | None = None, known: Answer | None = None
+    ) -> Download:
+        """The body behind `url`, as far as `limit` and, if given, `pixels` let it come; no body if it has not changed
+        since the source answered `known`.
 
         A passing failure is tried again, `MM_FETCH_RETRIES` times. A refusal is remembered for `REFUSAL_TTL_S`, so that
         a client that retries does not hammer the source; the URL alone is the key, because the headers are the same
@@ -111,7 +127,7 @@ class HttpSource:
         tries = 0
         while True:
             try:
-                return await self._follow(target, limit, pixels)
+                return await self._follow(target, limit, pixels, known)
             except DownloadRefusedError as error:
                 self._refusals[url] = str(error)
                 raise
@@ -122,13 +138,18 @@ class HttpSource:
             await self._sleep(pause_s)
             tries += 1
 
-    async def _follow(self, url: URL, limit: SizeLimit, pixels: PixelLimit | None) -> bytes:
+    async def _follow(self, url: URL, limit: SizeLimit, pixels: PixelLimit | None, known: Answer | None) -> Download:
         headers = self._headers
+        answers: list[Answer] = []
         for _ in range(self._max_redirects + 1):
-            async with self._get(url, headers) as response:
+            conditions = known.conditions if known is not None and known.url == str(url) else {}
+            async with self._get(url, headers, conditions) as response:
+                answers.append(Answer.of(str(url), response.status, response.headers))
+                if known is not None and conditions and response.status == HTTPStatus.NOT_MODIFIED:
+                    return Download(None, (*answers[:-1], known.confirmed_by(answers[-1])))
                 if response.status not in REDIRECTS or "Location" not in response.headers:
                     _check_status(response)
-                    return await _read(response, limit, pixels)
+                    return Download(await read_body(response, limit, pixels), tuple(answers))
                 target = _redirect_target(url, response.headers["Location"])
             if target.origin() != url.origin():
                 headers = {}  # they may hold secrets, and were meant for the first origin only: not even back to it
@@ -136,12 +157,15 @@ class HttpSource:
         raise DownloadRefusedError(f"more than {self._max_redirects} redirects (MM_MAX_REDIRECTS)")
 
     @asynccontextmanager
-    async def _get(self, url: URL, headers: Mapping[str, str]) -> AsyncIterator[aiohttp.ClientResponse]:
+    async def _get(
+        self, url: URL, headers: Mapping[str, str], conditions: Mapping[str, str]
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
         self._destinations.check(url.raw_host or "")
         if self._session is None:
             self._session = self._open()
         sent = CIMultiDict(DEFAULT_HEADERS)
         sent.update(headers)
+        sent.update(conditions)
         if url.user is not None or url.password is not None:
             sent.popall("Authorization", None)  # the URL's own credentials win
         async with self._session.get(url, headers=sent, allow_redirects=False, proxy=self._proxy) as response:
@@ -251,35 +275,3 @@ def _check_status(response: aiohttp.ClientResponse) -> None:
     if response.status in TRANSIENT or response.status >= 500:
         raise _UnavailableError(response.status, _retry_after_s(response.headers.get("Retry-After", "")))
     raise DownloadRefusedError(f"the source answered {response.status}")
-
-
-async def _read(response: aiohttp.ClientResponse, limit: SizeLimit, pixels: PixelLimit | None) -> bytes:
-    """The body, decompressed. Content-Length is believed only to refuse early."""
-    limit.check(response.content_length or 0)
-    encoding = response.headers.get("Content-Encoding", "identity").strip().lower()
-    body = io.BytesIO()
-    async for chunk in response.content.iter_any():
-        limit.check(body.tell() + len(chunk))
-        body.write(chunk)
-        if pixels is not None and encoding == "identity" and body.tell() >= pixels.next_look:
-            with body.getbuffer() as here:
-                pixels.check(here, len(here))
-    if encoding == "identity":
-        return body.getvalue()
-    if encoding not in ("gzip", "x-gzip", "deflate"):
-        raise DownloadRefusedError(
-            f"the source answered in Content-Encoding {encoding[:20]!r}, which it was not asked for"
-        )
-    return await asyncio.to_thread(_inflate, body.getvalue(), limit)
-
-
-def _inflate(data: bytes, limit: SizeLimit) -> bytes:
-    inflater = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32)  # gzip or zlib, told from the header
-    try:
-        inflated = inflater.decompress(data, limit.nbytes + 1)
-    except zlib.error:
-        raise WrongFormatError("the body is not what its Content-Encoding says") from None
-    limit.check(len(inflated))
-    if not inflater.eof:
-        raise DownloadFailedError("the compressed body ends early")
-    return inflated

@@ -1,0 +1,48 @@
+"""The body of an HTTP answer, within its limits."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import zlib
+
+import aiohttp
+
+from rtp_mm.errors import DownloadFailedError, DownloadRefusedError, WrongFormatError
+from rtp_mm.media.limits import PixelLimit, SizeLimit
+
+
+async def read_body(response: aiohttp.ClientResponse, limit: SizeLimit, pixels: PixelLimit | None) -> bytes:
+    """The body, decompressed. Content-Length is believed only to refuse early.
+
+    Raises `WrongFormatError` over a limit or for a malformed compression, `DownloadRefusedError` for an unknown one,
+    `DownloadFailedError` for one that ends early.
+    """
+    limit.check(response.content_length or 0)
+    encoding = response.headers.get("Content-Encoding", "identity").strip().lower()
+    body = io.BytesIO()
+    async for chunk in response.content.iter_any():
+        limit.check(body.tell() + len(chunk))
+        body.write(chunk)
+        if pixels is not None and encoding == "identity" and body.tell() >= pixels.next_look:
+            with body.getbuffer() as here:
+                pixels.check(here, len(here))
+    if encoding == "identity":
+        return body.getvalue()
+    if encoding not in ("gzip", "x-gzip", "deflate"):
+        raise DownloadRefusedError(
+            f"the source answered in Content-Encoding {encoding[:20]!r}, which it was not asked for"
+        )
+    return await asyncio.to_thread(_inflate, body.getvalue(), limit)
+
+
+def _inflate(data: bytes, limit: SizeLimit) -> bytes:
+    inflater = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32)  # gzip or zlib, told from the header
+    try:
+        inflated = inflater.decompress(data, limit.nbytes + 1)
+    except zlib.error:
+        raise WrongFormatError("the body is not what its Content-Encoding says") from None
+    limit.check(len(inflated))
+    if not inflater.eof:
+        raise DownloadFailedError("the compressed body ends early")
+    return inflated
