@@ -5,26 +5,30 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
+from image_seeds import seeds
+from mutations import mutated
 
 ROOT = Path(__file__).resolve().parent.parent
-CSRC, CPP = ROOT / "csrc", ROOT / "tests" / "cpp"
+CSRC, CPP, FUZZ = ROOT / "csrc", ROOT / "tests" / "cpp", ROOT / "tests" / "fuzz"
 ALGORITHMS = [path for path in sorted((CSRC / "cpu").glob("*.cpp")) if not path.stem.endswith("_op")]
 KERNELS = sorted((CSRC / "cuda").glob("*.cu"))
 FLAGS = ["-std=c++20", "-g", "-pthread", "-Wall", "-Wextra", "-Werror"]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
 
 
-def compile_and_run(folder: Path, *sources: Path) -> subprocess.CompletedProcess[str]:
+def compile_and_run(folder: Path, *sources: Path, arguments: Sequence[Path] = ()) -> subprocess.CompletedProcess[str]:
     """.cu files are compiled as C++ against `cuda_on_cpu`."""
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
     assert compiler, "the extension was built, so there is a C++ compiler"
     program = folder / "program"
-    includes = [f"-I{path}" for path in (CSRC, CPP, CPP / "cuda_on_cpu")]
+    includes = [f"-I{path}" for path in (CSRC, CPP, CPP / "cuda_on_cpu", FUZZ)]
     subprocess.run([compiler, *FLAGS, *SANITIZERS, *includes, "-x", "c++", *sources, "-o", program], check=True)
-    return subprocess.run([program], capture_output=True, text=True, check=False)
+    return subprocess.run([program, *arguments], capture_output=True, text=True, check=False)
 
 
 def test_algorithms_are_clean(tmp_path: Path) -> None:
@@ -41,6 +45,34 @@ def test_the_resize_stays_within_its_memory(tmp_path: Path) -> None:
 def test_cuda_kernels_are_clean_and_agree_with_the_cpu(tmp_path: Path) -> None:
     result = compile_and_run(tmp_path, CPP / "test_cuda_kernels.cpp", *KERNELS, *ALGORITHMS)
     assert result.returncode == 0, result.stderr
+
+
+def probe_inputs(rng: np.random.Generator) -> Iterator[bytes]:
+    """Files of every format, whole, cut and damaged."""
+    for _, data in seeds():
+        yield data
+        yield from (mutated(data, rng) for _ in range(100))
+
+
+def resize_inputs(rng: np.random.Generator) -> Iterator[bytes]:
+    """What the harness reads sizes, filters and pixels from."""
+    yield b""
+    yield from (rng.bytes(int(rng.integers(1, 120))) for _ in range(150))
+
+
+@pytest.mark.parametrize(("name", "inputs"), [("probe", probe_inputs), ("resize", resize_inputs)])
+def test_the_fuzz_harnesses_pass_in_short_form(
+    tmp_path: Path, name: str, inputs: Callable[[np.random.Generator], Iterator[bytes]]
+) -> None:
+    files = []
+    for number, data in enumerate(inputs(np.random.default_rng(11))):
+        files.append(tmp_path / str(number))
+        files[-1].write_bytes(data)
+    algorithm = [path for path in ALGORITHMS if path.stem.startswith((name, "patch_rows"))]
+    sources = [FUZZ / "replay.cpp", FUZZ / f"fuzz_{name}.cpp", *algorithm]
+    result = compile_and_run(tmp_path, *sources, arguments=files)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == f"{len(files)} files\n"
 
 
 @pytest.mark.parametrize(

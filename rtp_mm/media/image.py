@@ -25,10 +25,10 @@ from rtp_mm.types import MMUrlType
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "ICO", "PPM", "QOI", "TGA")
 _HEIC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx"}
 
-# What Pillow's readers raise for broken files; RuntimeError is AVIF's. The warning is an exception where warnings are
-# errors.
+# What Pillow's readers raise for broken files. RuntimeError and ArithmeticError (a time scale of 0) are AVIF's. The
+# warning is an exception where warnings are errors.
 _DECODE_ERRORS = (
-    OSError, SyntaxError, ValueError, RuntimeError, LookupError, EOFError, struct.error, MemoryError,
+    OSError, SyntaxError, ValueError, RuntimeError, LookupError, EOFError, struct.error, MemoryError, ArithmeticError,
     Image.DecompressionBombError, Image.DecompressionBombWarning,
 )  # fmt: skip
 
