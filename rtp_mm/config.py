@@ -51,6 +51,14 @@ def _as_host(pattern: str) -> str:
         return pattern.lower()
 
 
+def _as_scheme(scheme: str) -> str:
+    if not re.fullmatch(r"[a-z][a-z0-9+.-]*", scheme, re.IGNORECASE):
+        raise ValueError(f"{scheme!r} is no URL scheme")
+    if scheme.lower() in {"http", "https", "file", "local", "data"}:
+        raise ValueError(f"{scheme!r} has options of its own")
+    return scheme.lower()
+
+
 def _as_proxy(url: str) -> str:
     try:
         parts = urlsplit(url)
@@ -116,6 +124,9 @@ class Settings(BaseSettings):
         None,
         description="hosts that downloads may reach, and no others: names, addresses, *.suffix, separated by commas",
     )
+    mm_allowed_schemes: Annotated[
+        tuple[Annotated[str, AfterValidator(_as_scheme)], ...], NoDecode, BeforeValidator(_split)
+    ] = Field((), description="further URL schemes, read by fsspec: s3, gs, ... separated by commas; see the README")
     mm_fetch_proxy: Annotated[str, AfterValidator(_as_proxy)] | None = Field(
         None, description="http://[user:password@]host[:port] that downloads go through; the environment's is ignored"
     )

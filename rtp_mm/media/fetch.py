@@ -9,6 +9,7 @@ import asyncio
 import re
 import time
 from collections.abc import Callable
+from http import HTTPStatus
 from typing import Any, Self, TypeVar
 
 import numpy as np
@@ -19,7 +20,9 @@ from rtp_mm.errors import DownloadRefusedError, NotSupportedError, WrongFormatEr
 from rtp_mm.media.array import as_array
 from rtp_mm.media.bytes_cache import BytesCache
 from rtp_mm.media.data_url import DataUrl
-from rtp_mm.media.http import HttpSource
+from rtp_mm.media.filesystems import Filesystems
+from rtp_mm.media.freshness import Answer
+from rtp_mm.media.http import Download, HttpSource
 from rtp_mm.media.limits import PixelLimit, SizeLimit
 from rtp_mm.media.local import LocalFiles, local_path
 from rtp_mm.media.redact import redact
@@ -40,6 +43,7 @@ class Fetcher:
         self._clock = clock
         self._cache = BytesCache(settings.mm_bytes_cache_mb << 20, settings.mm_bytes_cache_ttl_s, clock)
         self._http = HttpSource(settings, clock)
+        self._filesystems = Filesystems(settings)
         self._files = LocalFiles(settings)
 
     async def __aenter__(self) -> Self:
@@ -50,6 +54,7 @@ class Fetcher:
 
     async def close(self) -> None:
         """Closes all connections; idempotent."""
+        self._filesystems.close()
         await self._http.close()
 
     def check_access(self, item: MultimodalInput, caller: Caller) -> None:
@@ -64,7 +69,7 @@ class Fetcher:
             case "file" | "":
                 self._files.check(local_path(item.url), caller)
             case scheme:
-                raise NotSupportedError(f"scheme {scheme[:20]!r}; allowed are http, https, file, data and plain paths")
+                self._filesystems.check(scheme, item.url)
 
     async def fetch(self, item: MultimodalInput, caller: Caller, meter: Callable[[int], None] | None = None) -> Blob:
         """The item's bytes, or a TENSOR item's array as `as_array` gives it. `meter`: see `SizeLimit`.
@@ -75,25 +80,28 @@ class Fetcher:
         self.check_access(item, caller)
         if item.mm_type is MMUrlType.TENSOR:
             return await asyncio.to_thread(_tensor_blob, item.tensor)
-        limit = SizeLimit.of(self._settings, item.mm_type).metered(meter)
-        if _scheme(item.url) in ("http", "https"):
-            return await self._download(item, limit)
-        return await _file_blob(await self._read(item.url, limit), item.url)
+        url, limit = item.url, SizeLimit.of(self._settings, item.mm_type).metered(meter)
+        match _scheme(url):
+            case "data":
+                data = await _run(len(url), lambda: DataUrl.parse(url).decode(limit))
+            case "file" | "":
+                data = await asyncio.to_thread(self._files.read, local_path(url), limit)
+            case _:
+                return await self._downloaded(item, limit)
+        return await _file_blob(data, url)
 
     def bytes_cache_stats(self) -> CacheStats:
         """Of the downloads that are kept."""
         return self._cache.stats()
 
-    async def _download(self, item: MultimodalInput, limit: SizeLimit) -> Blob:
+    async def _downloaded(self, item: MultimodalInput, limit: SizeLimit) -> Blob:
         """From the cache if it is fresh there, else from the source, which is asked only for what has changed."""
         url = item.url
         if (blob := self._cache.fresh(url)) is None:
             stored = self._cache.stale(url)
             asked_at = self._clock()
             try:
-                download = await self._http.download(
-                    url, limit, PixelLimit.of(self._settings, item.mm_type), None if stored is None else stored.answer
-                )
+                download = await self._download(item, limit, None if stored is None else stored.answer)
             except DownloadRefusedError:
                 self._cache.discard(url)
                 raise
@@ -105,10 +113,12 @@ class Fetcher:
         limit.check(blob.nbytes)  # it may be kept from an item of another type
         return blob
 
-    async def _read(self, url: str, limit: SizeLimit) -> bytes:
-        if _scheme(url) == "data":
-            return await _run(len(url), lambda: DataUrl.parse(url).decode(limit))
-        return await asyncio.to_thread(self._files.read, local_path(url), limit)
+    async def _download(self, item: MultimodalInput, limit: SizeLimit, known: Answer | None) -> Download:
+        url, pixels = item.url, PixelLimit.of(self._settings, item.mm_type)
+        if _scheme(url) in ("http", "https"):
+            return await self._http.download(url, limit, pixels, known)
+        body = await self._filesystems.read(url, limit, pixels)
+        return Download(body, (Answer(url, HTTPStatus.OK, {}),))  # says nothing of how long it is good
 
 
 def _scheme(url: str) -> str:
