@@ -1,4 +1,6 @@
-"""Fixtures every test may use: tiny checkpoints, real photographs, and `require` for optional features."""
+"""Fixtures every test may use: tiny checkpoints, real photographs, and `require` for optional features; and a guard: no
+test dials or resolves anything but this machine (`no_network.py`).
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,7 @@ import importlib.util
 import io
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import numpy as np
 import pytest
 import skimage.data
 import torch
+from no_network import forbidden_calls, watch_sockets
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -43,6 +46,17 @@ def require(feature: str) -> None:
     if feature in os.environ.get("RTP_MM_REQUIRE", "").split(","):
         pytest.fail(f"RTP_MM_REQUIRE names {feature}, and it is not here")
     pytest.skip(f"no {feature}")
+
+
+watch_sockets()
+
+
+@pytest.fixture(autouse=True)
+def dialled_elsewhere() -> Iterator[list[str]]:
+    """What the test tried to reach beyond this machine; the test fails if it is more than nothing."""
+    forbidden_calls.clear()
+    yield forbidden_calls
+    assert not forbidden_calls
 
 
 @pytest.fixture(scope="session")
