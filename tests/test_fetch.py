@@ -85,7 +85,7 @@ async def test_a_data_url_is_sized_before_it_is_decoded(encode: Any, monkeypatch
 @pytest.mark.parametrize("url", ["s3://bucket/key", "ftp://h/x", "javascript://x", "gs://b/k", "HTTPX://h"])
 async def test_another_scheme_is_refused_by_name(url: str) -> None:
     scheme = url.partition(":")[0].lower()
-    with pytest.raises(NotSupportedError, match=f"scheme '{scheme}'; allowed are http, https, file, data and plain"):
+    with pytest.raises(NotSupportedError, match=f"scheme '{scheme}'; allowed are http, https, file, data, plain paths"):
         await fetch(url)
 
 

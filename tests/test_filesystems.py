@@ -56,6 +56,7 @@ async def test_a_file_comes_back_whole_with_its_hash() -> None:
     assert blob.data == BODY
     assert blob.content_hash == blake3(BODY).digest()
     assert blob.source == "memory://bucket/x.jpg"
+    assert (await fetch("Memory://bucket/x.jpg")).data == BODY
 
 
 async def test_no_scheme_is_read_unless_it_is_allowed() -> None:

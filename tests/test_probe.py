@@ -279,17 +279,25 @@ def test_headers_that_promise_the_most_are_read_as_they_stand() -> None:
 @pytest.mark.parametrize(
     "data",
     [
-        b"\xff\xd8\xff" + b"\xff" * 20_000_000,  # fill bytes
-        b"\xff\xd8\xff" + b"\xff\xd0" * 10_000_000,  # markers
-        b"GIF89a" + bytes(7) + b"!\xfe" + b"\1x" * 10_000_000,  # blocks of one byte
-        b"P6 #" + b"x" * 20_000_000,  # a comment
-        b"II\x2b\0\x08\0\0\0\x10\0\0\0\0\0\0\0" + b"\xff" * 22_000_000,  # entries
-        box("ftyp", b"avif", bytes(4)) + box("free") * 2_500_000,
+        b"\xff\xd8\xff" + b"\xff" * 2_000_000,  # fill bytes
+        b"\xff\xd8\xff" + b"\xff\xd0" * 1_000_000,  # markers
+        b"GIF89a" + bytes(7) + b"!\xfe" + b"\1x" * 1_000_000,  # blocks of one byte
+        b"P6 #" + b"x" * 2_000_000,  # a comment
+        b"II\x2b\0\x08\0\0\0\x10\0\0\0\0\0\0\0" + b"\xff" * 2_000_000,  # entries
+        box("ftyp", b"avif", bytes(4)) + box("free") * 250_000,
     ],
     ids=["fill", "markers", "blocks", "comment", "tags", "boxes"],
 )
 def test_a_file_of_nothing_but_headers_is_given_up(data: bytes) -> None:
     assert probe_start(data) is None
+
+
+def test_frames_in_too_many_blocks_are_not_counted() -> None:
+    def gif(blocks: int) -> bytes:
+        return b"GIF89a" + bytes(7) + b"," + bytes(4) + b"\3\0\4\0\0\2" + b"\1x" * blocks + b"\0;"
+
+    assert probe(gif(65_000)) == ("GIF", 3, 4, 1)
+    assert probe(gif(66_000)) == ("GIF", 3, 4, None)
 
 
 @settings(max_examples=120, deadline=None)

@@ -83,7 +83,8 @@ class Filesystems:
 def _open(url: str) -> Any:
     import fsspec
 
-    filesystem, path = fsspec.url_to_fs(url)
+    scheme, _, rest = url.partition("://")
+    filesystem, path = fsspec.url_to_fs(f"{scheme.lower()}://{rest}")
     return filesystem.open(path, "rb")
 
 
