@@ -82,7 +82,7 @@ def main() -> None:
         checkpoint = Path(folder) / "checkpoint"
         write_checkpoint(checkpoint, "qwen2_5_vl", "tiny")
         stack.enter_context(started(["benchmarks.photo_source", "--port", str(photos)], lambda: is_listening(photos)))
-        command = ours(checkpoint, own, "bf16", "--mm_embedding_cache_mb=256")
+        command = ours(checkpoint, own, "bf16", "--mm_bytes_cache_mb=256", "--mm_embedding_cache_mb=256")
         stack.enter_context(started(command, lambda: is_healthy(own)))
         address = f"127.0.0.1:{own + 1}"
         nbytes = asyncio.run(reply_bytes(address, requests["http"]))

@@ -210,6 +210,7 @@ def ours(checkpoint: Path, port: int, dtype: str, *options: str) -> list[str]:
         "mm_bind_address": "127.0.0.1",
         "checkpoint_path": checkpoint,
         "act_type": dtype,
+        "mm_bytes_cache_mb": 0,
         "mm_embedding_cache_mb": 0,
         "mm_allow_private_network": 1,
         "disable_access_log": 1,

@@ -46,6 +46,7 @@ OPTIONS: dict[str, object] = {
     "mm_allowed_media_domains": "127.0.0.1",
     "mm_fetch_timeout_ms": SILENCE_MS,
     "mm_fetch_retries": 1,
+    "mm_bytes_cache_mb": 1,
     "mm_embedding_cache_mb": 1,
     "mm_image_max_file_size_kb": 2048,
     "disable_access_log": 1,
