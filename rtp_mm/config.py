@@ -147,8 +147,14 @@ class Settings(BaseSettings):
     mm_preprocess_max_workers: Positive = Field(
         default_factory=lambda: len(os.sched_getaffinity(0)), description="preprocess workers; default: one a core"
     )
-    use_local_preprocess: Annotated[Literal[1], BeforeValidator(_digit)] = Field(
-        1, description="1: preprocess in threads of this process (the only way so far)"
+    use_local_preprocess: Annotated[Literal[0, 1], BeforeValidator(_digit)] = Field(
+        0, description="1: preprocess in threads of this process instead of worker processes"
+    )
+    mm_worker_memory_mb: Annotated[int, Field(ge=64)] = Field(
+        2048, description="data that one preprocess worker may hold, MiB; an item that needs more fails"
+    )
+    mm_slab_mb: Positive = Field(
+        2048, description="patch rows between preprocess workers and the device, MiB; memory is taken as it is used"
     )
 
     # Engine.

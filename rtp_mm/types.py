@@ -4,7 +4,7 @@ MMEmbeddingRes. Imports no torch: preprocess workers read this.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -146,6 +146,8 @@ class Patches:
     @property
     def nbytes(self) -> int:
         return self.rows.nbytes
+
+RowAllocator = Callable[[tuple[int, int]], NDArray[np.uint8]]  # gives the [N, C] array that rows are written to
 
 
 @dataclass(slots=True, weakref_slot=True)

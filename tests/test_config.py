@@ -39,7 +39,7 @@ def test_headers_are_a_json_object(monkeypatch: pytest.MonkeyPatch) -> None:
         ("START_PORT", "0"),
         ("ACT_TYPE", "int8"),
         ("VIT_SEPARATION", "3"),
-        ("USE_LOCAL_PREPROCESS", "0"),
+        ("USE_LOCAL_PREPROCESS", "2"),
         ("MM_TIMEOUT_MS", "-1"),
         ("MM_LOCAL_MEDIA", "maybe"),
         ("DOWNLOAD_HEADERS", "{"),

@@ -85,7 +85,7 @@ class MMProcessEngine:
         self._fetcher = Fetcher(settings)
         self._fetches = Flights[Blob]()
         self._seen = SeenDataUrls()
-        self._workers = PreprocessWorkers(mm_part, settings.mm_preprocess_max_workers)
+        self._workers = PreprocessWorkers(mm_part, settings)
         self._computations = Flights[Answer]()
         self._requests: set[asyncio.Future[Any]] = set()  # the work of each running request
         self._finished = 0

@@ -1,17 +1,23 @@
-"""The CPU-bound half, off the event loop."""
+"""The CPU-bound half, off the event loop: in worker processes, or in threads of this one."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import threading
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
-from rtp_mm.errors import MMError, ProcessError
+from rtp_mm.config import Settings
+from rtp_mm.engine.worker_pool import WorkerPool
+from rtp_mm.errors import DeadlineError, MMError, ProcessError, WrongFormatError
 from rtp_mm.models.multimodal_common import MultiModalEmbeddingInterface
 from rtp_mm.types import Blob, MMPreprocessConfig, MMUrlType
 
 _log = logging.getLogger(__name__)
+
+_LARGEST_MESSAGE = 1 << 30  # bytes that a gRPC call may bring
 
 
 class Prepared(NamedTuple):
@@ -21,29 +27,93 @@ class Prepared(NamedTuple):
     patches: int | None
 
 
+class WorkerStats(NamedTuple):
+    """Live figures. `restarts` only grow: crash (while it held an item), overrun (killed after the item's caller had
+    left), idle (died without an item), start (a replacement that did not start).
+    """
+
+    workers: int
+    busy: int
+    restarts: Mapping[str, int]
+
+
 class PreprocessWorkers:
-    """Threads: decoding, resizing and patchifying release the GIL."""
+    """Processes for a `mm_part` with a `preprocessor`, which imports no torch; threads for any other, and for all where
+    USE_LOCAL_PREPROCESS=1.
 
-    def __init__(self, mm_part: MultiModalEmbeddingInterface, count: int) -> None:
+    Rows that come from processes lie in shared memory, which is used again once they and all views of them are garbage:
+    whoever copies them to a device asynchronously keeps them until the copy has ended.
+    """
+
+    def __init__(self, mm_part: MultiModalEmbeddingInterface, settings: Settings) -> None:
+        """Blocks until the workers are ready. Raises `StartError`."""
         self._mm_part = mm_part
-        self._threads = ThreadPoolExecutor(count, thread_name_prefix="rtp_mm-preprocess")
+        self._count = settings.mm_preprocess_max_workers
+        self._running, self._counting = 0, threading.Lock()  # threads at work
+        self._processes: WorkerPool | None = None
+        self._threads: ThreadPoolExecutor | None = None
+        if mm_part.preprocessor is None or settings.use_local_preprocess:
+            self._threads = ThreadPoolExecutor(self._count, thread_name_prefix="rtp_mm-preprocess")
+        else:
+            self._processes = WorkerPool(
+                mm_part.preprocessor,
+                count=self._count,
+                memory_mb=settings.mm_worker_memory_mb,
+                slab_mb=settings.mm_slab_mb,
+                inbox_bytes=max(_LARGEST_MESSAGE, settings.mm_video_max_file_size_kb * 1024),
+            )
 
-    async def prepare(self, blob: Blob, mm_type: MMUrlType, config: MMPreprocessConfig) -> Prepared:
-        """What the model's `prepare` gives. Raises `MMError`; a third party's own exception becomes `ProcessError`."""
-        work = asyncio.get_running_loop().run_in_executor(self._threads, self._prepare, blob, mm_type, config)
+    async def prepare(
+        self, blob: Blob, mm_type: MMUrlType, config: MMPreprocessConfig, deadline: float | None = None
+    ) -> Prepared:
+        """What the model's `prepare` gives, before `deadline` by the loop's clock.
+
+        Raises `MMError`; a third party's own exception becomes `ProcessError`. Cancelled or late, a process that still
+        runs a second later is killed; a thread goes on to its end.
+        """
+        loop = asyncio.get_running_loop()
+        limit_s = None if deadline is None else max(0.0, deadline - loop.time())
+        work = loop.create_task(self._prepare(blob, mm_type, config))
         try:
-            await asyncio.wait([work])
+            done, _ = await asyncio.wait([work], timeout=limit_s)
         finally:
-            work.cancel()  # where the caller left before it began, it never runs
+            work.cancel()  # where nobody waits any more; else it is done
+        if not done:
+            raise DeadlineError("preprocessing did not end before the deadline")
         error = work.exception()
-        if error is not None and not isinstance(error, MMError):
-            _log.error("preprocessing of %s failed", blob.source, exc_info=error)
-            raise ProcessError(f"preprocessing failed with {type(error).__name__}")
-        return work.result()
+        if error is None or isinstance(error, MMError):
+            return work.result()
+        if isinstance(error, MemoryError):
+            raise WrongFormatError("preprocessing needs more memory than there is")
+        _log.error("preprocessing of %s failed", blob.source, exc_info=error)
+        raise ProcessError(f"preprocessing failed with {type(error).__name__}")
 
-    def _prepare(self, blob: Blob, mm_type: MMUrlType, config: MMPreprocessConfig) -> Prepared:
-        value = self._mm_part.prepare(blob, mm_type, config)
-        return Prepared(value, self._mm_part.patches(value))
+    async def _prepare(self, blob: Blob, mm_type: MMUrlType, config: MMPreprocessConfig) -> Prepared:
+        if self._processes is not None:
+            patches = await self._processes.run(blob, mm_type, config.options())
+            return Prepared(patches, self._mm_part.patches(patches))
+        return await asyncio.get_running_loop().run_in_executor(
+            self._threads, self._prepare_in_thread, blob, mm_type, config
+        )
+
+    def _prepare_in_thread(self, blob: Blob, mm_type: MMUrlType, config: MMPreprocessConfig) -> Prepared:
+        with self._counting:
+            self._running += 1
+        try:
+            value = self._mm_part.prepare(blob, mm_type, config)
+            return Prepared(value, self._mm_part.patches(value))
+        finally:
+            with self._counting:
+                self._running -= 1
+
+    def stats(self) -> WorkerStats:
+        if self._processes is not None:
+            return WorkerStats(self._processes.ready, self._processes.busy, dict(self._processes.restarts))
+        return WorkerStats(self._count, self._running, {})
 
     def close(self) -> None:
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        """For the event loop; processes are gone when it returns, a thread goes on to the end of what it does."""
+        if self._processes is not None:
+            self._processes.close()
+        if self._threads is not None:
+            self._threads.shutdown(wait=False, cancel_futures=True)

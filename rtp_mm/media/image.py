@@ -26,9 +26,9 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "ICO
 _HEIC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx"}
 
 # What Pillow's readers raise for broken files. RuntimeError and ArithmeticError (a time scale of 0) are AVIF's. The
-# warning is an exception where warnings are errors.
+# warning is an exception where warnings are errors. A MemoryError is for the caller, who knows the memory's limit.
 _DECODE_ERRORS = (
-    OSError, SyntaxError, ValueError, RuntimeError, LookupError, EOFError, struct.error, MemoryError, ArithmeticError,
+    OSError, SyntaxError, ValueError, RuntimeError, LookupError, EOFError, struct.error, ArithmeticError,
     Image.DecompressionBombError, Image.DecompressionBombWarning,
 )  # fmt: skip
 

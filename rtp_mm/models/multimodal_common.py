@@ -10,10 +10,10 @@ also set `preprocessor`, which runs in torch-free workers, and `mm_process_batch
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from PIL import Image
@@ -32,11 +32,21 @@ from rtp_mm.types import (
     MultimodalInput,
     Patches,
     PreprocessOptions,
+    RowAllocator,
 )
 
 ACT_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
-Preprocessor = Callable[[Blob, MMUrlType, PreprocessOptions], Patches]
+
+class Preprocessor(Protocol):
+    """Bytes to patch rows. Torch-free, as are its module's imports, and picklable: it runs in worker processes."""
+
+    def __call__(
+        self, blob: Blob, mm_type: MMUrlType, options: PreprocessOptions, allocate: RowAllocator = ...
+    ) -> Patches:
+        """`allocate` is asked once, for the `rows` of the result."""
+
+
 Embedding = tuple[Tensor, Tensor | None]  # [tokens, hidden]; [tokens, 3] int32 (t, h, w) for models with mrope
 
 
@@ -50,9 +60,7 @@ class MultiModalEmbeddingInterface:
 
     data_type = "bf16"
     settings: Settings | None = None  # the server's
-    preprocessor: Preprocessor | None = (
-        None  # torch-free and picklable; runs instead of `_mm_preprocess` where it is set
-    )
+    preprocessor: Preprocessor | None = None  # runs instead of `_mm_preprocess` where it is set
 
     def __init__(self, config: GptInitModelParameters | None = None) -> None:
         if config:

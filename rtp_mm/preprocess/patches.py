@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import astuple, dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rtp_mm import _core
-from rtp_mm.config import Settings
 from rtp_mm.errors import NotSupportedError, WrongFormatError
 from rtp_mm.media.image import decode, decoders
 from rtp_mm.media.limits import check_pixels
@@ -16,9 +16,17 @@ from rtp_mm.media.sniff import sniff
 from rtp_mm.preprocess.image_config import ImageProcessorConfig
 from rtp_mm.preprocess.resize_order import ResizeRule, installed_rule, resize_order
 from rtp_mm.preprocess.sizes import crop_pixels, smart_resize
-from rtp_mm.types import Blob, MMUrlType, Patches, PreprocessOptions
+from rtp_mm.types import Blob, MMUrlType, Patches, PreprocessOptions, RowAllocator
+
+if TYPE_CHECKING:
+    from rtp_mm.config import Settings  # its pydantic would be half of a worker's memory
 
 __all__ = ["ImagePreprocessor", "ImageProcessorConfig"]
+
+
+def new_rows(shape: tuple[int, int]) -> NDArray[np.uint8]:
+    """A `RowAllocator`: memory of the process's own."""
+    return np.empty(shape, np.uint8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +84,10 @@ class ImagePreprocessor:
         height, width = self._target_size(height, width, options)
         return (height // self.patch_size) * (width // self.patch_size)
 
-    def __call__(self, blob: Blob, mm_type: MMUrlType, options: PreprocessOptions) -> Patches:
-        """Rows [h * w, 3 * P * P] (one frame: T is 1) and the grid (1, h, w).
+    def __call__(
+        self, blob: Blob, mm_type: MMUrlType, options: PreprocessOptions, allocate: RowAllocator = new_rows
+    ) -> Patches:
+        """Rows [h * w, 3 * P * P] (one frame: T is 1), written to what `allocate` gives, and the grid (1, h, w).
 
         Raises `WrongFormatError` for what cannot be decoded, breaks a limit or has bad options, `NotSupportedError`
         for video and audio.
@@ -88,8 +98,10 @@ class ImagePreprocessor:
             image = image[top:bottom, left:right]
         height, width = self._target_size(image.shape[0], image.shape[1], options)
         order = resize_order(image.shape[0], image.shape[1], height, width, self.resize_rule)
-        rows = _core.resize_patchify(image, height, width, self.patch_size, self.merge_size, order=order)
-        return Patches(rows, (1, height // self.patch_size, width // self.patch_size))
+        grid = (1, height // self.patch_size, width // self.patch_size)
+        rows = allocate((grid[1] * grid[2], self.row_bytes))
+        _core.resize_patchify(image, height, width, self.patch_size, self.merge_size, order=order, out=rows)
+        return Patches(rows, grid)
 
     def _image(self, blob: Blob, mm_type: MMUrlType) -> NDArray[np.uint8]:
         """[H, W, 3] uint8."""

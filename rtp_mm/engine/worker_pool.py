@@ -1,0 +1,310 @@
+"""Preprocess workers as processes: blobs in, patches in shared memory out. What breaks a worker fails alone.
+
+A pool of our own, not pebble's (5.2): there all workers read one pipe and write another under common locks, so that one
+killed at the wrong moment cuts a message short, and with it all others off; and a task cannot ask for memory half-way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import pickle
+from collections import Counter, deque
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rtp_mm.engine.slab import Slab, Slot
+from rtp_mm.engine.worker_process import WorkerDiedError, WorkerProcess
+from rtp_mm.errors import DrainingError, MMError, NotSupportedError, ProcessError, StartError, WrongFormatError
+from rtp_mm.logs import log_event
+from rtp_mm.preprocess.worker import Setup, Task
+from rtp_mm.types import Blob, MMUrlType, Patches, PreprocessOptions
+
+_log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_GRACE_S = 1.0  # for work that nobody waits for any more: about what a new worker costs
+_INLINE_BYTES = 1 << 20  # a longer copy, of 0.3 ms and more, leaves the event loop
+_FIRST_RETRY_S, _LAST_RETRY_S = 0.1, 5.0  # between starts of workers that do not start
+_ERRORS = {cls.__name__: cls for cls in (WrongFormatError, NotSupportedError, ProcessError)}  # what a worker may raise
+
+
+@dataclass(slots=True, eq=False)
+class _Job:
+    blob: Blob
+    mm_type: MMUrlType
+    options: PreprocessOptions
+    answer: asyncio.Future[Patches]
+    is_begun: bool = False  # a worker has heard of it
+    slot: Slot | None = None  # while a worker may write there
+
+    def succeed(self, patches: Patches) -> None:
+        if not self.answer.done():
+            self.answer.set_result(patches)
+
+    def fail(self, error: MMError) -> None:
+        if not self.answer.done():
+            self.answer.set_exception(error)
+
+
+class WorkerPool:
+    """`count` processes; used on one event loop, that of the first `run`."""
+
+    def __init__(
+        self, preprocess: Callable[..., Patches], *, count: int, memory_mb: int, slab_mb: int, inbox_bytes: int
+    ) -> None:
+        """Blocks until all are ready. Raises `StartError`.
+
+        memory_mb:   data of one worker, MiB.
+        slab_mb:     patch rows that are written, wait or are read, MiB.
+        inbox_bytes: the largest blob.
+        """
+        try:
+            self._setup = pickle.dumps(Setup(preprocess, memory_mb << 20))
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            raise StartError(f"a preprocessor that workers cannot get ({error}) needs USE_LOCAL_PREPROCESS=1") from None
+        self._inbox_bytes = inbox_bytes
+        self.slab = Slab(slab_mb << 20)
+        self._jobs: deque[_Job] = deque()
+        self._busy: dict[_Job, WorkerProcess] = {}
+        self._idle: list[asyncio.Future[_Job | None]] = []  # each a worker's turn, the latest last
+        self._space_line = asyncio.Lock()
+        self._space_freed = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+        self.restarts: Counter[str] = Counter()  # by cause
+        self._threads = ThreadPoolExecutor(count, thread_name_prefix="rtp_mm-workers")  # they outlive the workers
+        starts = [self._threads.submit(self._start) for _ in range(count)]
+        try:
+            self._workers = {start.result() for start in starts}
+        except StartError:
+            for start in starts:
+                start.add_done_callback(_discard)
+            self._threads.shutdown()
+            self.slab.close()
+            raise
+
+    @property
+    def ready(self) -> int:
+        """Workers that run, idle or busy."""
+        return len(self._workers)
+
+    @property
+    def busy(self) -> int:
+        return len(self._busy)
+
+    async def run(self, blob: Blob, mm_type: MMUrlType, options: PreprocessOptions) -> Patches:
+        """Rows are read-only views of the slab, given back as they become garbage.
+
+        Cancelled, a job that waits is forgotten, one that runs has a second to end before its worker is killed. Raises
+        what the preprocessor raises as `MMError`, and `ProcessError` for any other exception or a worker that died.
+        """
+        self._loop = asyncio.get_running_loop()
+        if not self._tasks:
+            self._tasks = [self._loop.create_task(self._tend(worker)) for worker in self._workers]
+        job = _Job(blob, mm_type, options, self._loop.create_future())
+        self._jobs.append(job)
+        self._match()
+        try:
+            return await job.answer
+        except asyncio.CancelledError:
+            self._abandon(job)
+            raise
+
+    def _match(self) -> None:
+        """The job that waited longest to the worker that is idle since a moment, so is warm."""
+        while self._jobs and self._idle:
+            self._idle.pop().set_result(self._jobs.popleft())
+
+    def _abandon(self, job: _Job) -> None:
+        if job in self._busy:
+            self._space_freed.set()  # it may wait for space
+            self._loop.call_later(_GRACE_S, self._kill_at, job)
+        else:
+            with suppress(ValueError):
+                self._jobs.remove(job)
+
+    def _kill_at(self, job: _Job) -> None:
+        if (worker := self._busy.get(job)) is not None:
+            worker.kill()
+
+    async def _tend(self, worker: WorkerProcess) -> None:
+        """One worker after another."""
+        while True:
+            cause = await self._work(worker)
+            self._workers.discard(worker)
+            self.restarts[cause] += 1
+            worker = await self._replacement()
+            self._workers.add(worker)
+
+    async def _work(self, worker: WorkerProcess) -> str:
+        """Job after job, until the worker is dead and reaped; says what it died of."""
+        worker.watch(self._loop)
+        while (job := await self._turn(worker)) is not None:
+            self._busy[job] = worker
+            try:
+                job.succeed(await self._patches(worker, job))
+            except MMError as error:
+                job.fail(error)
+            except WorkerDiedError:
+                return await self._bury(worker, job)
+            finally:
+                del self._busy[job]
+                if job.slot is not None:  # the worker answered or is reaped
+                    self._free(job.slot)
+        await self._in_thread(worker.end)
+        return "idle"
+
+    async def _turn(self, worker: WorkerProcess) -> _Job | None:
+        """The next job; `None` where the worker dies without one."""
+        turn: asyncio.Future[_Job | None] = self._loop.create_future()
+
+        def dies() -> None:
+            if not turn.done():
+                self._idle.remove(turn)
+                turn.set_result(None)
+
+        worker.on_idle_death = dies
+        self._idle.append(turn)
+        self._match()
+        return await turn
+
+    async def _patches(self, worker: WorkerProcess, job: _Job) -> Patches:
+        """One conversation. Every figure of the worker's is checked before anything is read or written by it."""
+        content = _as_bytes(job.blob.data)
+        if content.size > _INLINE_BYTES:
+            await self._in_thread(worker.fill, content)
+        else:
+            worker.fill(content)
+        worker.tell(_task(job))
+        job.is_begun = True
+        shape = _shape(_checked(await worker.answer(), job))
+        job.slot = await self._space(math.prod(shape), job)
+        worker.tell(None if job.slot is None else job.slot.offset)
+        worker.clear(content.size)
+        if job.slot is None:
+            raise ProcessError("nobody waits for it")
+        grid = _grid(_checked(await worker.answer(), job), shape)
+        slot, job.slot = job.slot, None
+        return Patches(self.slab.rows(slot, shape, self._take_back), grid)
+
+    async def _bury(self, worker: WorkerProcess, job: _Job) -> str:
+        """Only here, after the worker is reaped, may its slot be used again."""
+        how = await self._in_thread(worker.end)
+        is_overrun = job.answer.cancelled()
+        log_event(_log, "preprocess worker lost", logging.WARNING, pid=worker.pid, it=how, source=job.blob.source)
+        if job.is_begun or is_overrun:
+            job.fail(ProcessError(f"the preprocess worker {how} while it held this item"))
+        else:  # it died idle, just before
+            self._jobs.appendleft(job)
+        return "overrun" if is_overrun else "crash"
+
+    async def _space(self, nbytes: int, job: _Job) -> Slot | None:
+        """First come, first served; `None` once nobody waits for the job."""
+        if nbytes > self.slab.nbytes:
+            raise WrongFormatError(
+                f"its patch rows take {nbytes} bytes, over the limit of {self.slab.nbytes} (MM_SLAB_MB)"
+            )
+        async with self._space_line:
+            while not job.answer.done():
+                if (slot := self.slab.allocate(nbytes)) is not None:
+                    return slot
+                self._space_freed.clear()
+                await self._space_freed.wait()
+        return None
+
+    def _free(self, slot: Slot) -> None:
+        self.slab.free(slot)
+        self._space_freed.set()
+
+    def _take_back(self, slot: Slot) -> None:
+        """Rows became garbage, on whatever thread."""
+        with suppress(RuntimeError):  # the loop is closed, and so is the pool
+            self._loop.call_soon_threadsafe(self._free, slot)
+
+    async def _replacement(self) -> WorkerProcess:
+        """A ready worker, however often it takes."""
+        delay_s = _FIRST_RETRY_S
+        while True:
+            start = self._threads.submit(self._start)
+            try:
+                return await asyncio.wrap_future(start)
+            except StartError as error:
+                log_event(_log, "preprocess worker did not start", logging.ERROR, error=error, retry_s=delay_s)
+                self.restarts["start"] += 1
+            except asyncio.CancelledError:
+                start.add_done_callback(_discard)  # the thread may be at it
+                raise
+            await asyncio.sleep(delay_s)
+            delay_s = min(2 * delay_s, _LAST_RETRY_S)
+
+    def _start(self) -> WorkerProcess:
+        return WorkerProcess(self._setup, self.slab.fd, self._inbox_bytes)
+
+    async def _in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
+        return await self._loop.run_in_executor(self._threads, function, *arguments)
+
+    def close(self) -> None:
+        """Ends all workers; blocks for milliseconds. Rows that are still in use stay readable."""
+        for task in self._tasks:
+            task.cancel()
+        for job in (*self._jobs, *self._busy):
+            job.fail(DrainingError("the engine is closed"))
+        for worker in self._workers:
+            worker.unwatch()
+            worker.kill()
+        for worker in self._workers:
+            worker.end()
+        self._threads.shutdown(wait=False)
+        self.slab.close()
+
+
+def _discard(start: Future[WorkerProcess]) -> None:
+    """Ends a worker that nobody will use."""
+    if not start.cancelled() and start.exception() is None:
+        start.result().kill()
+        start.result().end()
+
+
+def _as_bytes(data: bytes | NDArray[Any]) -> NDArray[np.uint8]:
+    if isinstance(data, bytes):
+        return np.frombuffer(data, np.uint8)
+    return np.ascontiguousarray(data).reshape(-1).view(np.uint8)
+
+
+def _task(job: _Job) -> Task:
+    data = job.blob.data
+    dtype, shape = (None, ()) if isinstance(data, bytes) else (data.dtype.str, data.shape)
+    return Task(job.mm_type, job.options, job.blob.content_hash, job.blob.source, job.blob.nbytes, dtype, shape)
+
+
+def _checked(answer: Mapping[str, Any], job: _Job) -> Mapping[str, Any]:
+    """The answer; raises the error that it may be instead."""
+    if "bug" in answer:
+        stack = answer.get("stack")
+        log_event(_log, "preprocessing failed", logging.ERROR, source=job.blob.source, stack=stack)
+        raise ProcessError(f"preprocessing failed with {answer['bug']}")
+    if "error" in answer:
+        raise _ERRORS.get(answer["error"], ProcessError)(answer.get("text"))
+    return answer
+
+
+def _shape(answer: Mapping[str, Any]) -> tuple[int, int]:
+    match answer.get("shape"):
+        case [int(count), int(columns)] if count > 0 and columns > 0:
+            return count, columns
+    raise WorkerDiedError
+
+
+def _grid(answer: Mapping[str, Any], shape: tuple[int, int]) -> tuple[int, int, int]:
+    match answer.get("grid"):
+        case [int(t), int(h), int(w)] if min(t, h, w) > 0 and t * h * w == shape[0]:
+            return t, h, w
+    raise WorkerDiedError

@@ -1,0 +1,155 @@
+"""A preprocess worker: a process that turns files to patch rows for the engine, and knows no torch.
+
+One conversation after another over a SOCK_SEQPACKET socket, where a message arrives whole or not at all:
+
+    engine: Setup                    worker: {"ready": true}
+    engine: Task, bytes in the inbox worker: {"shape": [N, C]}        it wants memory for its rows
+    engine: offset in the slab       worker: {"grid": [t, h, w]}      they are written
+            None: nobody waits any more; nothing is answered
+
+At any turn the worker may answer {"error": class of MMError, "text"} or {"bug": exception, "stack"} instead, which
+ends the task. The engine pickles; the worker answers in JSON, so that nothing a worker says is executed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import faulthandler
+import json
+import math
+import mmap
+import os
+import pickle
+import resource
+import signal
+import socket
+import sys
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from rtp_mm.errors import MMError, WrongFormatError
+from rtp_mm.types import Blob, MMUrlType, Patches, PreprocessOptions
+
+MAX_MESSAGE_BYTES = 1 << 16
+_MAX_TEXT = 8192  # characters of an error or a stack
+_NICENESS = 5  # the device's thread and the event loop go first
+_OOM_SCORE = 500  # of 1000: where the machine's memory is out, the kernel takes a worker and leaves the server
+_PR_SET_PDEATHSIG, _PR_SET_NAME = 1, 15  # linux/prctl.h
+
+
+class Setup(NamedTuple):
+    """The first message: what to do with every task, and within how much memory."""
+
+    preprocess: Callable[..., Patches]
+    memory_bytes: int  # private data of the process, the interpreter's own included
+
+
+class Task(NamedTuple):
+    """A blob whose bytes lie at the start of the inbox: of a file, or of an array of this dtype and shape."""
+
+    mm_type: MMUrlType
+    options: PreprocessOptions
+    content_hash: bytes
+    source: str
+    nbytes: int
+    dtype: str | None
+    shape: tuple[int, ...]
+
+
+def main() -> None:
+    """`SOCKET INBOX SLAB PARENT`: three descriptors and the id of the process that started this one."""
+    socket_fd, inbox_fd, slab_fd, parent = map(int, sys.argv[1:])
+    _settle_in(parent)
+    Image.init()  # every reader now, rather than with the first image
+    _Worker(socket.socket(fileno=socket_fd), _mapped(inbox_fd), _mapped(slab_fd)).run()
+
+
+class _Worker:
+    def __init__(self, channel: socket.socket, inbox: mmap.mmap, slab: mmap.mmap) -> None:
+        self._channel = channel
+        self._inbox = np.frombuffer(inbox, np.uint8)
+        self._inbox.flags.writeable = False
+        self._slab = np.frombuffer(slab, np.uint8)
+
+    def run(self) -> None:
+        """Until the engine closes its end."""
+        try:
+            setup: Setup = self._receive()
+            _limit_memory(setup.memory_bytes)
+            self._say({"ready": True})
+            while True:
+                self._serve(self._receive(), setup)
+        except (EOFError, ConnectionError):
+            pass
+
+    def _serve(self, task: Task, setup: Setup) -> None:
+        answer: dict[str, Any]
+        try:
+            patches = setup.preprocess(self._blob(task), task.mm_type, task.options, self._allocate)
+            answer = {"grid": patches.grid_thw}
+        except _NobodyWaitsError:
+            return
+        except MMError as error:
+            answer = {"error": type(error).__name__, "text": str(error)[:_MAX_TEXT]}
+        except MemoryError:
+            text = f"needs more memory than a worker's {setup.memory_bytes >> 20} MiB (MM_WORKER_MEMORY_MB)"
+            answer = {"error": WrongFormatError.__name__, "text": text}
+        except Exception as error:  # noqa: BLE001  # the edge of a process, as the servicer is the server's
+            answer = {"bug": type(error).__name__, "stack": traceback.format_exc()[-_MAX_TEXT:]}
+        self._say(answer)
+
+    def _blob(self, task: Task) -> Blob:
+        content = self._inbox[: task.nbytes]
+        data = content.tobytes() if task.dtype is None else content.view(task.dtype).reshape(task.shape)
+        return Blob(data, task.content_hash, task.source)
+
+    def _allocate(self, shape: tuple[int, int]) -> NDArray[np.uint8]:
+        self._say({"shape": shape})
+        offset: int | None = self._receive()
+        if offset is None:
+            raise _NobodyWaitsError
+        return self._slab[offset : offset + math.prod(shape)].reshape(shape)
+
+    def _say(self, answer: dict[str, Any]) -> None:
+        self._channel.send(json.dumps(answer).encode())
+
+    def _receive(self) -> Any:
+        message = self._channel.recv(MAX_MESSAGE_BYTES)
+        if not message:
+            raise EOFError
+        return pickle.loads(message)
+
+
+class _NobodyWaitsError(BaseException):
+    """Not for a preprocessor to catch."""
+
+
+def _settle_in(parent: int) -> None:
+    libc = ctypes.CDLL(None)
+    libc.prctl(_PR_SET_NAME, b"rtp_mm-worker")
+    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before it could be followed
+        os._exit(1)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # they go to whole groups; the engine drains first
+        signal.signal(number, signal.SIG_IGN)
+    faulthandler.enable()
+    os.nice(_NICENESS)
+    with suppress(OSError), open("/proc/self/oom_score_adj", "w") as score:  # some containers have it read-only
+        score.write(str(_OOM_SCORE))
+
+
+def _limit_memory(nbytes: int) -> None:
+    """RLIMIT_DATA counts what is private and writeable: not the slab, not libraries."""
+    resource.setrlimit(resource.RLIMIT_DATA, (nbytes, nbytes))
+
+
+def _mapped(fd: int) -> mmap.mmap:
+    mapped = mmap.mmap(fd, 0)
+    os.close(fd)
+    return mapped
