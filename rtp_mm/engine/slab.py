@@ -57,7 +57,7 @@ class Slot(NamedTuple):
         return self.offset + self.nbytes
 
 
-class Slab:
+class Slab(SharedBytes):
     """Slots of shared memory, the lowest that fits first; for one thread.
 
     The first `kept_bytes` keep their pages and so stay fast, and may be registered with a device. What is freed above
@@ -65,19 +65,9 @@ class Slab:
     """
 
     def __init__(self, nbytes: int) -> None:
-        self._shared = SharedBytes("rtp_mm-rows", nbytes)
-        self.nbytes = self._shared.nbytes
+        super().__init__("rtp_mm-rows", nbytes)
         self.kept_bytes = whole_pages(nbytes // _KEPT_FRACTION)
         self._gaps = [Slot(0, self.nbytes)]  # by offset; two never touch
-
-    @property
-    def fd(self) -> int:
-        return self._shared.fd
-
-    @property
-    def kept(self) -> NDArray[np.uint8]:
-        """The bytes whose pages are never given back."""
-        return self._shared.bytes[: self.kept_bytes]
 
     @property
     def free_bytes(self) -> int:
@@ -103,21 +93,17 @@ class Slab:
             i, start = i - 1, before[0].offset
         gap_end = after[0].end if after and after[0].offset == end else end
         self._gaps[i : i + (start < slot.offset) + (gap_end > end)] = [Slot(start, gap_end - start)]
-        self._shared.give_back(max(slot.offset, self.kept_bytes), end)
+        self.give_back(max(slot.offset, self.kept_bytes), end)
 
     def rows(self, slot: Slot, shape: tuple[int, int], when_garbage: Callable[[Slot], object]) -> NDArray[np.uint8]:
         """The slot's first bytes as [N, C] uint8, read-only.
 
         `when_garbage(slot)` is called, on any thread, once neither this array nor any view of it is left.
         """
-        window = memoryview(self._shared.mapped)[slot.offset : slot.offset + math.prod(shape)].toreadonly()
+        window = memoryview(self.mapped)[slot.offset : slot.offset + math.prod(shape)].toreadonly()
         owner = np.frombuffer(window, np.uint8)  # every view's base
         weakref.finalize(owner, when_garbage, slot).atexit = False
         return owner.reshape(shape)
-
-    def close(self) -> None:
-        """No more workers can map it; the memory goes with the last rows."""
-        self._shared.close()
 
 
 def whole_pages(nbytes: int) -> int:

@@ -1,7 +1,7 @@
 """Preprocess workers as processes: blobs in, patches in shared memory out. What breaks a worker fails alone.
 
-A pool of our own, not pebble's (5.2): there all workers read one pipe and write another under common locks, so that one
-killed at the wrong moment cuts a message short, and with it all others off; and a task cannot ask for memory half-way.
+A pool of our own, not pebble's (5.2): there all workers share one pipe each way, so that one killed half-way through
+its result leaves every later task hanging; and a task cannot ask for memory half-way.
 """
 
 from __future__ import annotations
@@ -79,6 +79,7 @@ class WorkerPool:
         self._space_line = asyncio.Lock()
         self._space_freed = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
+        self._is_closed = False
         self.restarts: Counter[str] = Counter()  # by cause
         self._threads = ThreadPoolExecutor(count, thread_name_prefix="rtp_mm-workers")  # they outlive the workers
         starts = [self._threads.submit(self._start) for _ in range(count)]
@@ -138,29 +139,35 @@ class WorkerPool:
     async def _tend(self, worker: WorkerProcess) -> None:
         """One worker after another."""
         while True:
-            cause = await self._work(worker)
-            self._workers.discard(worker)
-            self.restarts[cause] += 1
+            self.restarts[await self._work(worker)] += 1
             worker = await self._replacement()
             self._workers.add(worker)
 
     async def _work(self, worker: WorkerProcess) -> str:
         """Job after job, until the worker is dead and reaped; says what it died of."""
         worker.watch(self._loop)
-        while (job := await self._turn(worker)) is not None:
-            self._busy[job] = worker
-            try:
-                job.succeed(await self._patches(worker, job))
-            except MMError as error:
-                job.fail(error)
-            except WorkerDiedError:
-                return await self._bury(worker, job)
-            finally:
-                del self._busy[job]
-                if job.slot is not None:  # the worker answered or is reaped
-                    self._free(job.slot)
-        await self._in_thread(worker.end)
-        return "idle"
+        while (cause := await self._work_once(worker)) is None:
+            pass  # and holds on to nothing of the last job: its patches are its caller's
+        return cause
+
+    async def _work_once(self, worker: WorkerProcess) -> str | None:
+        """The next job. What the worker died of, if it did."""
+        job = await self._turn(worker)
+        if job is None:
+            await self._reaped(worker)
+            return "idle"
+        self._busy[job] = worker
+        try:
+            job.succeed(await self._patches(worker, job))
+        except MMError as error:
+            job.fail(error)
+        except WorkerDiedError:
+            return await self._bury(worker, job)
+        finally:
+            del self._busy[job]
+            if job.slot is not None:  # the worker answered or is reaped
+                self._free(job.slot)
+        return None
 
     async def _turn(self, worker: WorkerProcess) -> _Job | None:
         """The next job; `None` where the worker dies without one."""
@@ -186,34 +193,38 @@ class WorkerPool:
         worker.tell(_task(job))
         job.is_begun = True
         shape = _shape(_checked(await worker.answer(), job))
-        job.slot = await self._space(math.prod(shape), job)
+        nbytes = math.prod(shape)
+        job.slot = await self._space(nbytes, job)
         worker.tell(None if job.slot is None else job.slot.offset)
         worker.clear(content.size)
         if job.slot is None:
-            raise ProcessError("nobody waits for it")
+            raise WrongFormatError(f"{nbytes} bytes of patch rows, over the limit of {self.slab.nbytes} (MM_SLAB_MB)")
         grid = _grid(_checked(await worker.answer(), job), shape)
         slot, job.slot = job.slot, None
         return Patches(self.slab.rows(slot, shape, self._take_back), grid)
 
     async def _bury(self, worker: WorkerProcess, job: _Job) -> str:
-        """Only here, after the worker is reaped, may its slot be used again."""
-        how = await self._in_thread(worker.end)
-        is_overrun = job.answer.cancelled()
-        log_event(_log, "preprocess worker lost", logging.WARNING, pid=worker.pid, it=how, source=job.blob.source)
-        if job.is_begun or is_overrun:
-            job.fail(ProcessError(f"the preprocess worker {how} while it held this item"))
-        else:  # it died idle, just before
+        """Reaps it; only after that its slot may be used again. What it died of."""
+        how = await self._reaped(worker)
+        log_event(_log, "preprocess worker lost", logging.WARNING, pid=worker.pid, end=how, source=job.blob.source)
+        if job.answer.cancelled():
+            return "overrun"
+        if not job.is_begun:  # it had died before
             self._jobs.appendleft(job)
-        return "overrun" if is_overrun else "crash"
+            self._match()
+            return "idle"
+        job.fail(ProcessError(f"the preprocess worker {how} while it held this item"))
+        return "crash"
+
+    async def _reaped(self, worker: WorkerProcess) -> str:
+        """How it ended."""
+        self._workers.remove(worker)
+        return await self._in_thread(worker.end)
 
     async def _space(self, nbytes: int, job: _Job) -> Slot | None:
-        """First come, first served; `None` once nobody waits for the job."""
-        if nbytes > self.slab.nbytes:
-            raise WrongFormatError(
-                f"its patch rows take {nbytes} bytes, over the limit of {self.slab.nbytes} (MM_SLAB_MB)"
-            )
+        """First come, first served; `None` for more than there is, or once nobody waits for the job."""
         async with self._space_line:
-            while not job.answer.done():
+            while nbytes <= self.slab.nbytes and not job.answer.done():
                 if (slot := self.slab.allocate(nbytes)) is not None:
                     return slot
                 self._space_freed.clear()
@@ -252,7 +263,10 @@ class WorkerPool:
         return await self._loop.run_in_executor(self._threads, function, *arguments)
 
     def close(self) -> None:
-        """Ends all workers; blocks for milliseconds. Rows that are still in use stay readable."""
+        """Ends all workers; blocks for milliseconds. Rows that are still in use stay readable. Idempotent."""
+        if self._is_closed:
+            return
+        self._is_closed = True
         for task in self._tasks:
             task.cancel()
         for job in (*self._jobs, *self._busy):
@@ -276,7 +290,7 @@ def _discard(start: Future[WorkerProcess]) -> None:
 def _as_bytes(data: bytes | NDArray[Any]) -> NDArray[np.uint8]:
     if isinstance(data, bytes):
         return np.frombuffer(data, np.uint8)
-    return np.ascontiguousarray(data).reshape(-1).view(np.uint8)
+    return data.reshape(-1).view(np.uint8)
 
 
 def _task(job: _Job) -> Task:

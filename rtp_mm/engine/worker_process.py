@@ -22,7 +22,7 @@ from rtp_mm.preprocess.worker import MAX_MESSAGE_BYTES
 
 _START_LIMIT_S = 60.0
 _KEPT_INBOX_BYTES = 4 << 20  # a larger file's pages are given back after it
-_LAST_WORDS_S = 0.2
+_LAST_WORDS_S = 1.0  # for one whose socket is closed to end by itself, so that its status tells why
 _COMMAND = ("-P", "-c", "from rtp_mm.preprocess.worker import main; main()")  # not -m: pickles name the module
 _ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 
@@ -120,7 +120,7 @@ class WorkerProcess:
     def end(self) -> str:
         """Reaps the process: after this it writes nowhere. Says how it ended; blocks for milliseconds."""
         try:
-            status = self._process.wait(_LAST_WORDS_S)  # on its way out, it says why
+            status = self._process.wait(_LAST_WORDS_S)
         except subprocess.TimeoutExpired:
             self._process.kill()
             status = self._process.wait()

@@ -72,7 +72,9 @@ class PreprocessWorkers:
         runs a second later is killed; a thread goes on to its end.
         """
         loop = asyncio.get_running_loop()
-        limit_s = None if deadline is None else max(0.0, deadline - loop.time())
+        limit_s = None if deadline is None else deadline - loop.time()
+        if limit_s is not None and limit_s <= 0:
+            raise DeadlineError("the deadline passed before preprocessing began")
         work = loop.create_task(self._prepare(blob, mm_type, config))
         try:
             done, _ = await asyncio.wait([work], timeout=limit_s)

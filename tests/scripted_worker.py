@@ -1,0 +1,94 @@
+"""A preprocessor that does to its worker what the blob says, for tests of what a worker may do. Knows no torch."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rtp_mm.errors import WrongFormatError
+from rtp_mm.preprocess.patches import ImagePreprocessor
+from rtp_mm.types import Blob, MMUrlType, Patches, PreprocessOptions, RowAllocator
+
+
+def script(do: str = "fill", **arguments: Any) -> Blob:
+    """A blob for `ScriptedPreprocessor`."""
+    return Blob(json.dumps({"do": do, **arguments}).encode(), b"", f"script:{do}")
+
+
+def _load(image: ImagePreprocessor, obstacle: Path) -> ScriptedPreprocessor:
+    if obstacle.exists():
+        raise RuntimeError("there is an obstacle")
+    return ScriptedPreprocessor(image, obstacle)
+
+
+@dataclass(frozen=True)
+class ScriptedPreprocessor:
+    """Anything but a script goes to `image`. It cannot be loaded while the file `obstacle` is there."""
+
+    image: ImagePreprocessor
+    obstacle: Path
+
+    def __reduce__(self) -> Any:
+        return _load, (self.image, self.obstacle)
+
+    def __call__(self, blob: Blob, mm_type: MMUrlType, options: PreprocessOptions, allocate: RowAllocator) -> Patches:
+        data = blob.data
+        if not isinstance(data, bytes) or not data.startswith(b"{"):
+            return self.image(blob, mm_type, options, allocate)
+        act = json.loads(data)
+        patches: Patches = getattr(self, act.pop("do"))(allocate, **act)
+        return patches
+
+    def fill(self, allocate: RowAllocator, count: int = 4, columns: int = 12, value: int = 0) -> Patches:
+        """Rows of one value."""
+        rows = allocate((count, columns))
+        rows[:] = value
+        return Patches(rows, (1, 1, count))
+
+    def tell(self, allocate: RowAllocator, what: str) -> Patches:
+        """Rows that hold text: the names of all modules, or the worker's process id."""
+        text = {"modules": " ".join(sys.modules), "pid": str(os.getpid())}[what].encode()
+        rows = allocate((1, len(text)))
+        rows[0] = np.frombuffer(text, np.uint8)
+        return Patches(rows, (1, 1, 1))
+
+    def stall(self, allocate: RowAllocator, note: str, count: int = 0, seconds: float = 600) -> Patches:
+        """Writes half of its rows, and its process id to the file `note`, then sleeps."""
+        if count:
+            allocate((count, 1024))[: count // 2] = 0xEE
+        Path(note).with_suffix(".tmp").write_text(str(os.getpid()))
+        Path(note).with_suffix(".tmp").rename(note)
+        time.sleep(seconds)
+        return self.fill(allocate)
+
+    def crash(self, allocate: RowAllocator, note: str) -> Patches:
+        Path(note).write_text(str(os.getpid()))
+        ctypes.string_at(0)
+        raise AssertionError
+
+    def leave(self, allocate: RowAllocator, status: int) -> Patches:
+        os._exit(status)
+
+    def hoard(self, allocate: RowAllocator, mib: int) -> Patches:
+        return self.fill(allocate, value=int(np.ones(mib << 20, np.uint8).sum() > 0))
+
+    def stumble(self, allocate: RowAllocator) -> Patches:
+        return {}["/secret/path"]  # type: ignore[no-any-return]
+
+    def refuse(self, allocate: RowAllocator) -> Patches:
+        raise WrongFormatError("no picture")
+
+    def lie(self, allocate: Any, *words: Any, said: list[str]) -> Patches:
+        """Sends these messages as they stand."""
+        for message in said:
+            allocate.__self__._channel.send(message.encode())
+        time.sleep(600)
+        raise AssertionError

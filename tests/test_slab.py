@@ -1,0 +1,131 @@
+"""Shared memory: slots that never overlap, memory that is given back, rows that keep their slot."""
+
+from __future__ import annotations
+
+import gc
+import mmap
+import os
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rtp_mm.engine.slab import SharedBytes, Slab, Slot
+
+PAGE = mmap.PAGESIZE
+PAGES = 32
+
+
+def resident_bytes(fd: int) -> int:
+    return os.fstat(fd).st_blocks * 512
+
+
+class PageMap:
+    """The slow twin: a flag for every page."""
+
+    def __init__(self) -> None:
+        self.is_taken = [False] * PAGES
+
+    def allocate(self, nbytes: int) -> int | None:
+        """The first page of the lowest gap that fits."""
+        count = max(1, -(-nbytes // PAGE))
+        for start in range(PAGES - count + 1):
+            if not any(self.is_taken[start : start + count]):
+                self.is_taken[start : start + count] = [True] * count
+                return start
+        return None
+
+
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, 12 * PAGE)), max_size=60))
+@settings(deadline=None, max_examples=100)
+def test_slots_are_those_of_a_map_of_pages_and_keep_their_bytes(steps: list[tuple[bool, int]]) -> None:
+    slab, twin = Slab(PAGES * PAGE), PageMap()
+    held: list[tuple[Slot, int]] = []
+    for number, (is_request, size) in enumerate(steps):
+        if is_request:
+            slot, page = slab.allocate(size), twin.allocate(size)
+            assert (slot is None) == (page is None)
+            if slot is not None and page is not None:
+                assert slot.offset == page * PAGE
+                assert slot.nbytes >= max(size, 1)
+                slab.bytes[slot.offset : slot.end] = number
+                held.append((slot, number))
+        elif held:
+            slot, mark = held.pop(size % len(held))
+            assert (slab.bytes[slot.offset : slot.end] == mark).all()
+            slab.free(slot)
+            pages = slice(slot.offset // PAGE, slot.end // PAGE)
+            twin.is_taken[pages] = [False] * (slot.nbytes // PAGE)
+    assert slab.free_bytes == twin.is_taken.count(False) * PAGE
+    for slot, mark in held:
+        assert (slab.bytes[slot.offset : slot.end] == mark).all()
+        slab.free(slot)
+    assert slab.allocate(PAGES * PAGE) == Slot(0, PAGES * PAGE)  # all gaps are one again
+    slab.close()
+
+
+def test_a_slot_is_freed_once() -> None:
+    slab = Slab(PAGES * PAGE)
+    first, second = slab.allocate(PAGE), slab.allocate(PAGE)
+    assert first is not None
+    assert second is not None
+    slab.free(first)
+    for slot in (first, Slot(first.offset, 2 * PAGE)):
+        with pytest.raises(ValueError, match="free already"):
+            slab.free(slot)
+    slab.free(second)
+    with pytest.raises(ValueError, match="free already"):
+        slab.free(second)
+    slab.close()
+
+
+def test_memory_comes_with_use_and_all_but_a_part_goes_again() -> None:
+    slab = Slab(64 << 20)
+    assert resident_bytes(slab.fd) == 0
+    slots = [slot for _ in range(8) if (slot := slab.allocate(8 << 20)) is not None]
+    slab.bytes[:] = 1
+    assert resident_bytes(slab.fd) == 64 << 20
+    for slot in slots:
+        slab.free(slot)
+    assert resident_bytes(slab.fd) == slab.kept_bytes == 8 << 20
+    slab.close()
+
+
+def test_a_slot_is_garbage_with_the_last_view_of_its_rows() -> None:
+    slab, garbage = Slab(PAGES * PAGE), []
+    slot = slab.allocate(12)
+    assert slot is not None
+    slab.bytes[:12] = range(12)
+    rows = slab.rows(slot, (3, 4), garbage.append)
+    with pytest.raises(ValueError, match="read-only"):
+        rows[0, 0] = 1
+    with pytest.raises(ValueError, match="WRITEABLE"):
+        rows.flags.writeable = True
+    view = rows.T[1:]
+    del rows
+    gc.collect()
+    assert garbage == []
+    assert view.tolist() == [[1, 5, 9], [2, 6, 10], [3, 7, 11]]
+    del view
+    gc.collect()
+    assert garbage == [slot]
+    slab.close()
+
+
+def test_rows_outlive_their_slab() -> None:
+    slab = Slab(PAGES * PAGE)
+    slot = slab.allocate(4)
+    assert slot is not None
+    rows = slab.rows(slot, (2, 2), lambda _: None)
+    slab.close()
+    del slab
+    gc.collect()
+    assert rows.tolist() == [[0, 0], [0, 0]]
+
+
+def test_nobody_can_cut_the_file_under_its_readers() -> None:
+    shared = SharedBytes("test", PAGE)
+    for size in (0, 2 * PAGE):
+        with pytest.raises(PermissionError):
+            os.ftruncate(shared.fd, size)
+    shared.close()
