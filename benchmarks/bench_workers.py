@@ -13,6 +13,7 @@ import asyncio
 import io
 import statistics
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -46,6 +47,13 @@ def photograph(width: int, height: int) -> Blob:
     image = Image.fromarray(skimage.data.coffee()).resize((width, height), Image.Resampling.LANCZOS)
     image.save(file, "JPEG", quality=90)
     return Blob(file.getvalue(), b"", f"{width}x{height}")
+
+
+def own_pss_mib(pid: int) -> float:
+    """Without shared memory, which MM_SLAB_MB bounds for all together."""
+    lines = (line.split() for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines())
+    kib = {words[0]: int(words[1]) for words in lines if words[0].startswith("Pss")}
+    return round((kib["Pss:"] - kib["Pss_Shmem:"]) / 1024, 1)
 
 
 async def throughput(workers: PreprocessWorkers, blob: Blob, at_once: int, seconds: float) -> tuple[float, list[float]]:
@@ -87,14 +95,13 @@ async def measure(rounds: int, seconds: float, count: int) -> dict[str, Any]:
             name: {what: round(statistics.median(values), 2) for what, values in each.items()}
             for name, each in figures.items()
         }
-    memory = [child.memory_full_info() for child in psutil.Process().children()]
+    memory = [own_pss_mib(child.pid) for child in psutil.Process().children()]
     for workers in kinds.values():
         workers.close()
     return {
         "workers": count,
         "results": results,
-        "pss_mib_of_each_worker": [round(m.pss / 2**20, 1) for m in memory],
-        "uss_mib_of_each_worker": [round(m.uss / 2**20, 1) for m in memory],
+        "pss_mib_of_each_worker": memory,
     }
 
 

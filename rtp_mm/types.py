@@ -147,6 +147,7 @@ class Patches:
     def nbytes(self) -> int:
         return self.rows.nbytes
 
+
 RowAllocator = Callable[[tuple[int, int]], NDArray[np.uint8]]  # gives the [N, C] array that rows are written to
 
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import enum
 import gc
 import mmap
 import os
+from typing import Any
 
 import pytest
+import torch
+from conftest import require
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rtp_mm.engine.pinning import PinnedBytes
 from rtp_mm.engine.slab import SharedBytes, Slab, Slot
 
 PAGE = mmap.PAGESIZE
@@ -129,3 +134,59 @@ def test_nobody_can_cut_the_file_under_its_readers() -> None:
         with pytest.raises(PermissionError):
             os.ftruncate(shared.fd, size)
     shared.close()
+
+
+class FakeRuntime:
+    """What `torch.cuda.cudart()` gives, as far as it is used."""
+
+    class cudaError(enum.IntEnum):  # CUDA's name
+        success = 0
+        hostMemoryAlreadyRegistered = 712
+
+    def __init__(self) -> None:
+        self.registered: dict[int, int] = {}
+
+    def cudaHostRegister(self, address: int, nbytes: int, flags: int) -> Any:
+        if address in self.registered or flags != 0:
+            return self.cudaError.hostMemoryAlreadyRegistered
+        self.registered[address] = nbytes
+        return self.cudaError.success
+
+    def cudaHostUnregister(self, address: int) -> Any:
+        del self.registered[address]
+        return self.cudaError.success
+
+    def cudaGetErrorString(self, error: Any) -> str:
+        return str(error)
+
+
+def test_what_is_never_given_back_is_registered_once_and_unregistered(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    runtime = FakeRuntime()
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    slab = Slab(1 << 20)
+    kept = slab.bytes[: slab.kept_bytes]
+    first, second = PinnedBytes(kept), PinnedBytes(kept)
+    assert (first.is_pinned, second.is_pinned) == (True, False)
+    assert "not pinned" in caplog.text
+    assert [*runtime.registered.values()] == [slab.kept_bytes]
+    second.close()
+    first.close()
+    first.close()
+    assert not runtime.registered
+    slab.close()
+
+
+@pytest.fixture
+def cuda() -> None:
+    require("cuda")
+
+
+def test_copies_from_registered_memory_are_asynchronous(cuda: None) -> None:
+    slab = Slab(1 << 20)
+    pinned = PinnedBytes(slab.bytes[: slab.kept_bytes])
+    assert pinned.is_pinned
+    assert torch.from_numpy(slab.bytes[: slab.kept_bytes]).is_pinned()
+    pinned.close()
+    slab.close()

@@ -242,6 +242,7 @@ class MMProcessEngine:
         return cache_status(self._embeddings, with_keys=with_keys) if self._home.is_here else self._home.call(status())
 
     def stats(self) -> EngineStats:
+        workers = self._workers.stats()
         return EngineStats(
             requests_running=self._admission.requests,
             items_waiting=self._batcher.waiting,
@@ -258,6 +259,9 @@ class MMProcessEngine:
                 "patches": self._patches.stats(),
                 "embeddings": self._embeddings.stats(),
             },
+            workers=workers.workers,
+            workers_busy=workers.busy,
+            worker_restarts=workers.restarts,
         )
 
     # --- the end

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 from rtp_mm.config import Settings
+from rtp_mm.engine.pinning import PinnedBytes
 from rtp_mm.engine.worker_pool import WorkerPool
 from rtp_mm.errors import DeadlineError, MMError, ProcessError, WrongFormatError
 from rtp_mm.models.multimodal_common import MultiModalEmbeddingInterface
@@ -51,6 +52,7 @@ class PreprocessWorkers:
         self._count = settings.mm_preprocess_max_workers
         self._running, self._counting = 0, threading.Lock()  # threads at work
         self._processes: WorkerPool | None = None
+        self._pinned: PinnedBytes | None = None
         self._threads: ThreadPoolExecutor | None = None
         if mm_part.preprocessor is None or settings.use_local_preprocess:
             self._threads = ThreadPoolExecutor(self._count, thread_name_prefix="rtp_mm-preprocess")
@@ -62,6 +64,9 @@ class PreprocessWorkers:
                 slab_mb=settings.mm_slab_mb,
                 inbox_bytes=max(_LARGEST_MESSAGE, settings.mm_video_max_file_size_kb * 1024),
             )
+            if mm_part._device.type == "cuda":
+                slab = self._processes.slab
+                self._pinned = PinnedBytes(slab.bytes[: slab.kept_bytes])
 
     async def prepare(
         self, blob: Blob, mm_type: MMUrlType, config: MMPreprocessConfig, deadline: float | None = None
@@ -115,6 +120,8 @@ class PreprocessWorkers:
 
     def close(self) -> None:
         """For the event loop; processes are gone when it returns, a thread goes on to the end of what it does."""
+        if self._pinned is not None:
+            self._pinned.close()
         if self._processes is not None:
             self._processes.close()
         if self._threads is not None:
