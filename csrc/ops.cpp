@@ -8,8 +8,8 @@ STABLE_TORCH_LIBRARY(rtp_mm, m) {
       "int window) -> (Tensor rope_hw, Tensor pos_thw, Tensor window_order, Tensor window_inverse, Tensor cu_windows, "
       "Tensor cu_frames, Tensor cos, Tensor sin)");
   m.def(
-      "patch_embed(Tensor rows, Tensor weight, Tensor bias, float scale, Tensor? order, ScalarType out_dtype) -> "
-      "Tensor");
+      "patch_embed(Tensor rows, Tensor weight, Tensor bias, float scale, Tensor? order, Tensor? pos, "
+      "ScalarType out_dtype) -> Tensor");
   m.def("pack_linear(Tensor weight, int parts) -> Tensor");
   m.def("packed_linear(Tensor x, Tensor packed, Tensor bias, str activation) -> Tensor");
   m.def("packed_linear_add_(Tensor(a!) out, Tensor x, Tensor packed, Tensor bias) -> ()");

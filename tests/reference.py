@@ -71,11 +71,19 @@ def vision_positions(
     )
 
 
-def patch_embed(rows: Tensor, weight: Tensor, bias: Tensor, scale: float = 1.0, order: Tensor | None = None) -> Tensor:
+def patch_embed(
+    rows: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    scale: float = 1.0,
+    order: Tensor | None = None,
+    pos: Tensor | None = None,
+) -> Tensor:
     """[N, D] float64, not rounded."""
     if order is not None and len(order):
         rows = rows.unflatten(0, (len(order), -1))[order.long()].flatten(0, 1)
-    return scale * ((rows.double() - 128) @ weight.double().sum(0).T) + bias.double()
+    out = scale * ((rows.double() - 128) @ weight.double().sum(0).T) + bias.double()
+    return out if pos is None else out + pos.double()
 
 
 def patchify(

@@ -96,6 +96,28 @@ def test_order_moves_whole_groups(group: int) -> None:
     assert error(ours, reference.patch_embed(rows, weight, bias, order=order)) < 1e-6
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_the_position_embedding_is_that_of_the_output_row(dtype: torch.dtype) -> None:
+    rows, (weight, bias) = random_rows(12), random_weight(1, 40, K, torch.float32)
+    order, pos = torch.tensor([2, 0, 1], dtype=torch.int32), torch.randn(12, 40)
+    exact = reference.patch_embed(rows, weight, bias, order=order, pos=pos)
+    plain = (
+        linear(rows[order.repeat_interleave(4) * 4 + torch.arange(4).repeat(3)] - 128.0, weight[0], bias) + pos
+    ).to(dtype)
+    ours = ops.patch_embed(rows, weight, bias, order=order, pos=pos, dtype=dtype)
+    assert error(ours, exact) <= 2 * error(plain, exact)
+    assert error(reference.patch_embed(rows, weight, bias, order=order, pos=pos.flip(0)), exact) > 0.1
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_a_weight_may_be_a_view_of_a_longer_one(dtype: torch.dtype) -> None:
+    rows, (weight, bias) = random_rows(5), random_weight(2, 40, K, dtype)
+    longer = torch.full((2, 41, K + 4), torch.nan, dtype=dtype)
+    longer[:, :40, :K] = weight
+    ours = ops.patch_embed(rows, longer[:, :40, :K], bias, dtype=torch.float32)
+    assert torch.equal(ours, ops.patch_embed(rows, weight, bias, dtype=torch.float32))
+
+
 def test_a_group_may_be_taken_twice() -> None:
     rows, (weight, bias) = random_rows(4), random_weight(1, 8, K, torch.float32)
     ours = ops.patch_embed(rows, weight, bias, order=torch.tensor([1, 1], dtype=torch.int32), dtype=torch.float32)
@@ -137,10 +159,12 @@ def bad_arguments() -> list[tuple[str, dict[str, object], str]]:
     return [
         ("rows of floats", {"rows": torch.ones(4, 6)}, r"rows must be contiguous \[N, K\] uint8, got \[4, 6\] float32"),
         ("strided rows", {"rows": random_rows(6, 4).T}, r"got \[4, 6\] uint8 with strides \[1, 4\]"),
-        ("another K", {"rows": random_rows(4, 5)}, r"weight must be contiguous \[1 or 2, D, 5\] .*, got \[1, 8, 6\]"),
+        ("another K", {"rows": random_rows(4, 5)}, r"weight must be \[1 or 2, D, 5\] .*, got \[1, 8, 6\]"),
         ("three terms", {"weight": torch.ones(3, 8, 6)}, r"weight must be .*, got \[3, 8, 6\] float32"),
         ("float64 weight", {"weight": weight.double()}, r"weight must be .*, got \[1, 8, 6\] float64"),
         ("strided weight", {"weight": torch.ones(1, 6, 8).mT}, r"weight must be .* with strides \[48, 1, 8\]"),
+        ("another N", {"pos": torch.zeros(3, 8)}, r"pos must be contiguous \[4, 8\] float32, got \[3, 8\] float32"),
+        ("bfloat16 pos", {"pos": torch.zeros(4, 8).bfloat16()}, r"pos must be .*, got \[4, 8\] bfloat16"),
         ("bfloat16 bias", {"bias": bias.bfloat16()}, r"bias must be contiguous \[8\] float32, got \[8\] bfloat16"),
         ("another D", {"bias": torch.zeros(7)}, r"bias must be .*, got \[7\] float32"),
         ("integer output", {"dtype": torch.int32}, r"out_dtype must be float32, bfloat16 or float16, got int32"),
@@ -168,24 +192,40 @@ def test_a_bad_argument_is_refused_with_what_came(change: dict[str, object], mes
 def test_schema_and_fake_agree_with_the_kernel(out_dtype: torch.dtype) -> None:
     weight, bias = random_weight(2, 8, 6, torch.bfloat16)
     for order in (None, torch.tensor([1, 0], dtype=torch.int32)):
-        arguments = (random_rows(4, 6), weight, bias, 0.5, order, out_dtype)
-        torch.library.opcheck(torch.ops.rtp_mm.patch_embed.default, arguments)
+        for pos in (None, torch.ones(4, 8)):
+            arguments = (random_rows(4, 6), weight, bias, 0.5, order, pos, out_dtype)
+            torch.library.opcheck(torch.ops.rtp_mm.patch_embed.default, arguments)
+
+
+# Tails of rows, columns and k; K of stills, of clips, of 16 x 16 patches, and one that tensor cores do not take.
+CUDA_SHAPES = [(132, K, 70), (4, 1176, 1280), (300, 768, 64), (40, 147, 33)]
 
 
 @pytest.mark.parametrize("out_dtype", FLOATS)
 @pytest.mark.parametrize("weight_dtype", FLOATS)
-def test_cuda_is_exact_and_batching_is_invisible(weight_dtype: torch.dtype, out_dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("n", "k", "d"), CUDA_SHAPES)
+@pytest.mark.parametrize("terms", [1, 2])
+def test_cuda_is_exact_and_batching_is_invisible(
+    terms: int, n: int, k: int, d: int, weight_dtype: torch.dtype, out_dtype: torch.dtype
+) -> None:
     require("cuda")
-    rows, (weight, bias) = random_rows(132), random_weight(2, 70, K, weight_dtype)
-    order = torch.randperm(33, generator=torch.Generator().manual_seed(0)).int()
-    exact = reference.patch_embed(rows, weight, bias, scale=0.5, order=order)
-    plain = (0.5 * linear(rows.float() - 128, weight.float().sum(0)) + bias).to(out_dtype)
-    device_weight, device_bias = weight.cuda(), bias.cuda()
-    ours = ops.patch_embed(rows.cuda(), device_weight, device_bias, scale=0.5, order=order.cuda(), dtype=out_dtype)
-    plain_exact = reference.patch_embed(rows, weight, bias, scale=0.5)
-    assert error(ours.cpu(), exact) <= 2 * error(plain, plain_exact)
-    for begin, n in ((0, 1), (5, 3), (63, 2), (64, 68)):
-        part = rows[begin : begin + n].cuda()
-        alone = ops.patch_embed(part, device_weight, device_bias, scale=0.5, dtype=out_dtype)
-        together = ops.patch_embed(rows.cuda(), device_weight, device_bias, scale=0.5, dtype=out_dtype)
-        assert torch.equal(alone, together[begin : begin + n])
+    rows, (weight, bias) = random_rows(n, k), random_weight(terms, d, k, weight_dtype)
+    order = torch.randperm(n // 4, generator=torch.Generator().manual_seed(0)).int()
+    pos = torch.randn(n, d, generator=torch.Generator().manual_seed(1))
+    exact = reference.patch_embed(rows, weight, bias, scale=0.5, order=order, pos=pos)
+    padded = torch.zeros(terms, d, k + -k % 8, dtype=weight_dtype, device="cuda")[..., :k]
+    padded.copy_(weight)
+    device_rows, device_bias, device_pos = rows.cuda(), bias.cuda(), pos.cuda()
+    wide, narrow = (
+        ops.patch_embed(device_rows, w, device_bias, scale=0.5, order=order.cuda(), pos=device_pos, dtype=out_dtype)
+        for w in (padded, weight.cuda())
+    )
+    assert torch.equal(wide, narrow)
+    # Tensor cores drop what a sum's float32 cannot hold, so that errors lean one way: K / 8 sums of half a last bit.
+    truncation = 0 if weight_dtype == torch.float32 else terms * k / 8 * 2.0**-24
+    assert error(wide.cpu(), exact) <= 2 * error(exact.to(out_dtype), exact) + 1e-6 + truncation
+    together = ops.patch_embed(device_rows, padded, device_bias, scale=0.5, dtype=out_dtype)
+    for begin, count in ((0, 1), (1, 3), (n // 2, 2), (n - n // 3, n // 3)):
+        part = device_rows[begin : begin + count].clone()
+        alone = ops.patch_embed(part, padded, device_bias, scale=0.5, dtype=out_dtype)
+        assert torch.equal(alone, together[begin : begin + count])

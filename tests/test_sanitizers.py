@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CSRC, CPP, FUZZ = ROOT / "csrc", ROOT / "tests" / "cpp", ROOT / "tests" / "fuzz"
 ALGORITHMS = [path for path in sorted((CSRC / "cpu").glob("*.cpp")) if not path.stem.endswith("_op")]
 KERNELS = sorted((CSRC / "cuda").glob("*.cu"))
-FLAGS = ["-std=c++20", "-g", "-pthread", "-Wall", "-Wextra", "-Werror"]
+FLAGS = ["-std=c++20", "-g", "-pthread", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
 
 
@@ -26,7 +26,7 @@ def compile_and_run(folder: Path, *sources: Path, arguments: Sequence[Path] = ()
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
     assert compiler, "the extension was built, so there is a C++ compiler"
     program = folder / "program"
-    includes = [f"-I{path}" for path in (CSRC, CPP, CPP / "cuda_on_cpu", FUZZ)]
+    includes = [f"-I{path}" for path in (CPP / "cuda_on_cpu", CSRC, CPP, FUZZ)]
     subprocess.run([compiler, *FLAGS, *SANITIZERS, *includes, "-x", "c++", *sources, "-o", program], check=True)
     return subprocess.run([program, *arguments], capture_output=True, text=True, check=False)
 

@@ -30,15 +30,15 @@ void centre_rows(const PatchEmbed& job, int64_t begin, int64_t end, float* strip
 }  // namespace
 
 template <class Weight>
-void pack_panel(const Weight* weight, int64_t terms, int64_t d, int64_t k, int64_t panel, float* dst) {
+void pack_panel(const WeightTerms<Weight>& weight, int64_t panel, float* dst) {
   constexpr int64_t kBlock = 16;  // steps of k: the 2 KB of dst that they touch stay in L1
-  const int64_t first = panel * kPanelWidth, width = std::min(kPanelWidth, d - first);
+  const int64_t k = weight.k, first = panel * kPanelWidth, width = std::min(kPanelWidth, weight.d - first);
   std::fill(dst, dst + k * kPanelWidth, 0.0f);
   for (int64_t begin = 0; begin < k; begin += kBlock) {
     const int64_t end = std::min(begin + kBlock, k);
-    for (int64_t term = 0; term < terms; ++term) {
+    for (int64_t term = 0; term < weight.terms; ++term) {
       for (int64_t j = 0; j < width; ++j) {
-        const Weight* column = weight + (term * d + first + j) * k;
+        const Weight* column = weight.data + term * weight.term_stride + (first + j) * weight.column_stride;
         for (int64_t i = begin; i < end; ++i) dst[i * kPanelWidth + j] += to_float(column[i]);
       }
     }
@@ -68,15 +68,17 @@ void patch_embed_tiles(const PatchEmbed& job, int64_t begin, int64_t end, Out* o
     for (int64_t r = 0; r < rows; ++r) {
       Out* dst = out + (first_row + r) * job.d + column;
       for (int64_t j = 0; j < width; ++j) {
-        dst[j] = round_to<Out>(job.scale * sums[r * kPanelWidth + j] + job.bias[column + j]);
+        float value = job.scale * sums[r * kPanelWidth + j] + job.bias[column + j];
+        if (job.pos) value += job.pos[(first_row + r) * job.d + column + j];
+        dst[j] = round_to<Out>(value);
       }
     }
   }
 }
 
-template void pack_panel(const float*, int64_t, int64_t, int64_t, int64_t, float*);
-template void pack_panel(const BFloat16*, int64_t, int64_t, int64_t, int64_t, float*);
-template void pack_panel(const Float16*, int64_t, int64_t, int64_t, int64_t, float*);
+template void pack_panel(const WeightTerms<float>&, int64_t, float*);
+template void pack_panel(const WeightTerms<BFloat16>&, int64_t, float*);
+template void pack_panel(const WeightTerms<Float16>&, int64_t, float*);
 template void patch_embed_tiles(const PatchEmbed&, int64_t, int64_t, float*);
 template void patch_embed_tiles(const PatchEmbed&, int64_t, int64_t, BFloat16*);
 template void patch_embed_tiles(const PatchEmbed&, int64_t, int64_t, Float16*);

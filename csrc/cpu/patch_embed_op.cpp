@@ -8,11 +8,12 @@ namespace rtp_mm {
 namespace {
 
 Tensor patch_embed_cpu(const Tensor& rows, const Tensor& weight, const Tensor& bias, double scale,
-                       const std::optional<Tensor>& order, ScalarType out_dtype) {
-  const int64_t group = check_patch_embed(rows, weight, bias, order, out_dtype);
+                       const std::optional<Tensor>& order, const std::optional<Tensor>& pos, ScalarType out_dtype) {
+  const int64_t group = check_patch_embed(rows, weight, bias, order, pos, out_dtype);
   PatchEmbed job{};
   job.rows = rows.const_data_ptr<uint8_t>();
   job.bias = bias.const_data_ptr<float>();
+  job.pos = pos ? pos->const_data_ptr<float>() : nullptr;
   job.scale = static_cast<float>(scale);
   job.n = rows.size(0), job.k = rows.size(1), job.d = weight.size(1);
   job.group = group;
@@ -31,10 +32,15 @@ Tensor patch_embed_cpu(const Tensor& rows, const Tensor& weight, const Tensor& b
   const std::unique_ptr<float[]> packed(new float[panels * panel_size]);
   job.panels = packed.get();
   with_float_type(weight.scalar_type(), [&]<class Weight>(Weight*) {
-    const auto* source = static_cast<const Weight*>(weight.const_data_ptr());
+    const WeightTerms<Weight> source{static_cast<const Weight*>(weight.const_data_ptr()),
+                                     weight.size(0),
+                                     job.d,
+                                     job.k,
+                                     weight.stride(0),
+                                     weight.stride(1)};
     torch::stable::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
       for (int64_t panel = begin; panel < end; ++panel) {
-        pack_panel(source, weight.size(0), job.d, job.k, panel, packed.get() + panel * panel_size);
+        pack_panel(source, panel, packed.get() + panel * panel_size);
       }
     });
   });

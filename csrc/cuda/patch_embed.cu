@@ -1,7 +1,10 @@
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
+// patch_embed without tensor cores: float32 weights, and shapes that those do not take.
+
+#include <type_traits>
 
 #include "cuda/patch_embed.h"
+#include "cuda/patch_embed_device.h"
+#include "cuda/patch_embed_mma.h"
 
 namespace rtp_mm {
 namespace {
@@ -15,18 +18,6 @@ static_assert(kSide * kPerThread == kTile);
 __device__ float to_float(float value) { return value; }
 __device__ float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
 __device__ float to_float(__half value) { return __half2float(value); }
-
-__device__ void store(float* dst, float value) { *dst = value; }
-__device__ void store(__nv_bfloat16* dst, float value) { *dst = __float2bfloat16_rn(value); }
-__device__ void store(__half* dst, float value) { *dst = __float2half_rn(value); }
-
-template <class Weight>
-__device__ int64_t input_row(const CudaPatchEmbed<Weight>& job, int64_t i) {
-  if (job.order == nullptr) return i;
-  const int64_t group = job.order[i / job.group];
-  if (group < 0 || group >= job.n / job.group) __trap();
-  return group * job.group + i % job.group;
-}
 
 template <class Weight, class Out>
 __global__ void __launch_bounds__(kSide* kSide) multiply(CudaPatchEmbed<Weight> job, Out* out) {
@@ -44,7 +35,7 @@ __global__ void __launch_bounds__(kSide* kSide) multiply(CudaPatchEmbed<Weight> 
       pixels[depth][line] = is_pixel ? static_cast<float>(job.rows[input_row(job, row) * job.k + k]) - 128.0f : 0.0f;
       float sum = 0;
       for (int64_t term = 0; is_weight && term < job.terms; ++term) {
-        sum += to_float(job.weight[(term * job.d + column) * job.k + k]);
+        sum += to_float(job.weight[term * job.term_stride + column * job.column_stride + k]);
       }
       weights[depth][line] = sum;
     }
@@ -68,7 +59,7 @@ __global__ void __launch_bounds__(kSide* kSide) multiply(CudaPatchEmbed<Weight> 
     for (int c = 0; c < kPerThread; ++c) {
       const int64_t row = first_row + threadIdx.y + r * kSide, column = first_column + threadIdx.x + c * kSide;
       if (row < job.n && column < job.d) {
-        store(out + row * job.d + column, fmaf(job.scale, sums[r][c], job.bias[column]));
+        store(out + row * job.d + column, finish(job, row, column, sums[r][c]));
       }
     }
   }
@@ -78,6 +69,9 @@ __global__ void __launch_bounds__(kSide* kSide) multiply(CudaPatchEmbed<Weight> 
 
 template <class Weight, class Out>
 cudaError_t launch_patch_embed(const CudaPatchEmbed<Weight>& job, Out* out, cudaStream_t stream) {
+  if constexpr (!std::is_same_v<Weight, float>) {
+    if (fits_tensor_cores(job)) return launch_patch_embed_mma(job, out, stream);
+  }
   const unsigned across = static_cast<unsigned>((job.n + kTile - 1) / kTile);
   const unsigned down = static_cast<unsigned>((job.d + kTile - 1) / kTile);
   cudaLaunchConfig_t config{};

@@ -6,20 +6,24 @@
 
 namespace rtp_mm {
 
-// As cpu/patch_embed.h's job, but with the weight as it came: [terms, d, k]. Pointers are the device's.
+// As cpu/patch_embed.h's job, but with the weight as it came: [terms, d, k], k contiguous. Pointers are the device's.
 template <class Weight>
 struct CudaPatchEmbed {
   const uint8_t* rows;
   const Weight* weight;
   const float* bias;
+  const float* pos;
   const int32_t* order;
   float scale;
   int64_t n, k, d;
   int64_t group, terms;
+  int64_t term_stride, column_stride;  // of the weight, in elements
 };
 
-// Every sum runs over k in the same order and partial sums in one thread, so a row's bits depend neither on n nor on
-// its place. An order value out of range stops the kernel with a trap. Weight, Out: float, __nv_bfloat16 or __half.
+// Weights of 16 bits go through the tensor cores where k is even and rows and columns start at multiples of 4 bytes
+// (16 are faster); the rest goes without. Every sum runs over k in the same order and partial sums in one thread, so a
+// row's bits depend neither on n nor on its place. An order value out of range stops the kernel with a trap.
+// Weight, Out: float, __nv_bfloat16 or __half.
 template <class Weight, class Out>
 cudaError_t launch_patch_embed(const CudaPatchEmbed<Weight>& job, Out* out, cudaStream_t stream);
 

@@ -22,8 +22,10 @@ void with_float_type(ScalarType dtype, const F& f) {
 }
 
 Tensor patch_embed_cuda(const Tensor& rows, const Tensor& weight, const Tensor& bias, double scale,
-                        const std::optional<Tensor>& order, ScalarType out_dtype) {
-  const int64_t group = check_patch_embed(rows, weight, bias, order, out_dtype);
+                        const std::optional<Tensor>& order, const std::optional<Tensor>& pos, ScalarType out_dtype) {
+  const int64_t group = check_patch_embed(rows, weight, bias, order, pos, out_dtype);
+  check(reinterpret_cast<uintptr_t>(rows.const_data_ptr()) % 4 == 0,
+        "patch_embed: rows must start at a multiple of 4 bytes");
   const CudaScope cuda(rows);
   const int64_t n = rows.size(0), k = rows.size(1), d = weight.size(1);
   Tensor out = torch::stable::new_empty(rows, {n, d}, out_dtype);
@@ -32,13 +34,16 @@ Tensor patch_embed_cuda(const Tensor& rows, const Tensor& weight, const Tensor& 
     const CudaPatchEmbed<Weight> job{rows.const_data_ptr<uint8_t>(),
                                      static_cast<const Weight*>(weight.const_data_ptr()),
                                      bias.const_data_ptr<float>(),
+                                     pos ? pos->const_data_ptr<float>() : nullptr,
                                      order ? order->const_data_ptr<int32_t>() : nullptr,
                                      static_cast<float>(scale),
                                      n,
                                      k,
                                      d,
                                      group,
-                                     weight.size(0)};
+                                     weight.size(0),
+                                     weight.stride(0),
+                                     weight.stride(1)};
     with_float_type(out_dtype, [&]<class Out>(Out*) {
       auto* result = static_cast<Out*>(out.mutable_data_ptr());
       check_launch("patch_embed", launch_patch_embed(job, result, cuda.stream()));

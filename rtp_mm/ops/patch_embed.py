@@ -15,25 +15,36 @@ def patch_embed(
     *,
     scale: float = 1.0,
     order: Tensor | None = None,
+    pos: Tensor | None = None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """`out[i] = scale * sum_k (rows[r(i), k] - 128) * weight[:, k] + bias`: [N, D] in `dtype`.
+    """`out[i] = scale * sum_k (rows[r(i), k] - 128) * weight[:, k] + bias + pos[i]`: [N, D] in `dtype`.
 
     rows:   [N, K] uint8.
     weight: [terms, D, K] float32, bfloat16 or float16, normalisation folded in; its one or two terms are summed in
-            float32 (high and low part of a weight that 16 bits cannot hold).
+            float32 (high and low part of a weight that 16 bits cannot hold). May be a view of something longer in K:
+            on CUDA columns that start at multiples of 16 bytes are read fastest.
     bias:   [D] float32.
     scale:  undoes a power of two in the weight, which keeps float16 terms in range.
     order:  [N / G] int32 or None: rows come in groups of G, and output group g is input group order[g].
+    pos:    [N, D] float32 or None: position embedding of the output's rows.
     dtype:  float32, bfloat16 or float16.
 
     Accumulated in float32 and rounded once. A row's bits do not depend on its neighbours, its place or N. Tensors must
-    be contiguous and on one device; else, and for an order out of range, `RuntimeError`.
+    be contiguous but for the weight, and on one device; else, and for an order out of range, `RuntimeError`.
     """
-    out: Tensor = torch.ops.rtp_mm.patch_embed.default(rows, weight, bias, scale, order, dtype)
+    out: Tensor = torch.ops.rtp_mm.patch_embed.default(rows, weight, bias, scale, order, pos, dtype)
     return out
 
 
 @torch.library.register_fake("rtp_mm::patch_embed")  # type: ignore[untyped-decorator]
-def _(rows: Tensor, weight: Tensor, bias: Tensor, scale: float, order: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+def _(
+    rows: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    scale: float,
+    order: Tensor | None,
+    pos: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
     return rows.new_empty(rows.shape[0], weight.shape[1], dtype=out_dtype)

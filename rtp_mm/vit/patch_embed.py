@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from rtp_mm import ops
 
-CENTRE = (
-    128.0  # the op multiplies x - 128, which is exact in every dtype; uncentred, the rounding would be twice as bad
-)
+# The op multiplies x - 128, which is exact in every dtype; uncentred, the rounding would be twice as bad.
+CENTRE = 128.0
+ALIGNMENT = 8  # elements: 16 bytes, which the CUDA kernel copies at once
 
 
 class Projection(nn.Module):
@@ -70,5 +70,8 @@ def _terms(weight: Tensor, dtype: torch.dtype) -> Tensor:
     flat = weight.flatten(1)
     if dtype == torch.float32:
         return flat.float()[None].contiguous()
-    high = flat.to(dtype)
-    return torch.stack((high, (flat - high.double()).to(dtype)))
+    k = flat.shape[1]
+    terms = flat.new_empty(2, flat.shape[0], k + -k % ALIGNMENT, dtype=dtype)[..., :k]
+    terms[0] = flat
+    terms[1] = flat - terms[0].double()
+    return terms

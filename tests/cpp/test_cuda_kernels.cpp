@@ -62,24 +62,39 @@ void test_vision_positions(const std::vector<int32_t>& grid_thw, int32_t window,
   CHECK(cuda == cpu);
 }
 
+struct Shape {
+  int64_t n, k, d, terms, group;
+  int64_t column_stride;  // of the weight, at least k
+  bool has_pos;
+};
+
 template <class Weight, class Out>
-void test_patch_embed(int64_t n, int64_t k, int64_t d, int64_t terms, int64_t group) {
+void test_patch_embed(const Shape& shape) {
+  const auto& [n, k, d, terms, group, column_stride, has_pos] = shape;
   const std::vector<uint8_t> rows = random_bytes(n * k);
-  const std::vector<Weight> weight = random_floats<Weight>(terms * d * k);
+  // Not one element more than the last column has: what is read past it is seen.
+  const std::vector<Weight> weight = random_floats<Weight>((terms * d - 1) * column_stride + k);
   std::vector<float> wide;
   for (Weight value : weight) wide.push_back(to_float(value));
-  const std::vector<float> bias = random_floats<float>(d);
+  const std::vector<float> bias = random_floats<float>(d), pos = random_floats<float>(n * d);
   std::vector<int32_t> order;
   for (int64_t g = 0; g < n / group; ++g) order.push_back(static_cast<int32_t>(n / group - 1 - g));
 
   std::vector<float> panels(panel_count(d) * k * kPanelWidth), cpu(n * d);
   for (int64_t panel = 0; panel < panel_count(d); ++panel) {
-    pack_panel(wide.data(), terms, d, k, panel, panels.data() + panel * k * kPanelWidth);
+    pack_panel(WeightTerms<float>{wide.data(), terms, d, k, d * column_stride, column_stride}, panel,
+               panels.data() + panel * k * kPanelWidth);
   }
-  const PatchEmbed job{rows.data(), panels.data(), bias.data(), order.data(), 0.25f, n, k, d, group, best_isa()};
+  PatchEmbed job{};
+  job.rows = rows.data(), job.panels = panels.data(), job.bias = bias.data(), job.order = order.data();
+  job.pos = has_pos ? pos.data() : nullptr;
+  job.scale = 0.25f;
+  job.n = n, job.k = k, job.d = d, job.group = group;
+  job.isa = best_isa();
   patch_embed_tiles(job, 0, tile_count(job), cpu.data());
 
-  CudaPatchEmbed<Weight> cuda_job{rows.data(), weight.data(), bias.data(), order.data(), 0.25f, n, k, d, group, terms};
+  CudaPatchEmbed<Weight> cuda_job{rows.data(), weight.data(), bias.data(), job.pos,           order.data(), 0.25f, n, k,
+                                  d,           group,         terms,       d * column_stride, column_stride};
   std::vector<Out> cuda(n * d), last(d);
   CHECK(launch_patch_embed(cuda_job, cuda.data(), nullptr) == cudaSuccess);
   for (int64_t i = 0; i < n * d; ++i) {
@@ -89,7 +104,10 @@ void test_patch_embed(int64_t n, int64_t k, int64_t d, int64_t terms, int64_t gr
   }
 
   // The last row alone has the same bits.
-  cuda_job.rows = rows.data() + (order.back() * group + group - 1) * k;
+  const std::vector<uint8_t> row(rows.begin() + (order.back() * group + group - 1) * k,
+                                 rows.begin() + (order.back() * group + group) * k);
+  cuda_job.rows = row.data();
+  if (has_pos) cuda_job.pos += (n - 1) * d;
   cuda_job.order = nullptr;
   cuda_job.n = cuda_job.group = 1;
   CHECK(launch_patch_embed(cuda_job, last.data(), nullptr) == cudaSuccess);
@@ -105,8 +123,14 @@ int main() {
     test_vision_positions({1, 2, 2, 2, 18, 10, 1, 8, 16, 3, 2, 40}, window, 13);
     test_vision_positions({}, window, window);
   }
-  test_patch_embed<float, float>(1, 1, 1, 1, 1);
-  test_patch_embed<__nv_bfloat16, __half>(66, 33, 65, 2, 3);
-  test_patch_embed<__half, __nv_bfloat16>(64, 16, 64, 2, 1);
-  test_patch_embed<float, __nv_bfloat16>(5, 47, 130, 1, 5);
+  // Without tensor cores.
+  test_patch_embed<float, float>({1, 1, 1, 1, 1, 1, false});
+  test_patch_embed<__nv_bfloat16, __half>({66, 33, 65, 2, 3, 33, false});
+  test_patch_embed<__half, __nv_bfloat16>({64, 17, 64, 2, 1, 17, true});
+  test_patch_embed<float, __nv_bfloat16>({5, 47, 130, 1, 5, 47, false});
+  // With: tails of rows, columns and k, copies and stores wide and narrow.
+  test_patch_embed<__nv_bfloat16, float>({129, 44, 68, 2, 3, 48, true});
+  test_patch_embed<__half, __half>({3, 80, 62, 2, 1, 82, false});
+  test_patch_embed<__nv_bfloat16, __nv_bfloat16>({4, 4, 8, 1, 2, 4, true});
+  test_patch_embed<__half, float>({1, 112, 4, 2, 1, 112, false});
 }
