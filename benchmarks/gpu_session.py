@@ -30,7 +30,8 @@ ROUNDS = 9
 PROFILED_KERNELS = 15
 # Images in a forward, patches of each: one small image, one of a megapixel, a full batch.
 BATCHES = ((1, 256), (1, 1024), (4, 1024), (16, 1024))
-KERNEL_TESTS = ("tests/test_ops_positions.py", "tests/test_ops_patch_embed.py", "tests/test_ops_triton.py")
+CUDA_TESTS = ("tests/test_ops_positions.py", "tests/test_ops_patch_embed.py", "tests/test_ops_resize_patchify.py")
+KERNEL_TESTS = (*CUDA_TESTS, "tests/test_ops_triton.py")
 SANITIZERS = ("memcheck", "racecheck", "initcheck")
 
 
@@ -65,7 +66,7 @@ def sanitizer(options: argparse.Namespace) -> dict[str, Any]:
     for tool in SANITIZERS:
         output = run(
             *("compute-sanitizer", "--tool", tool, "--error-exitcode", "1", "--target-processes", "all"),
-            *(sys.executable, "-m", "pytest", "-q", "-x", "-k", "cuda", *KERNEL_TESTS[:2]),
+            *(sys.executable, "-m", "pytest", "-q", "-x", "-k", "cuda", *CUDA_TESTS),
             PYTORCH_NO_CUDA_MEMORY_CACHING="1",  # else an access past a tensor stays inside torch's own block
         )
         found[tool] = next(line for line in reversed(output.splitlines()) if "SUMMARY" in line)

@@ -14,6 +14,7 @@
 
 #include "cpu/probe.h"
 #include "cpu/resize.h"
+#include "resize_names.h"
 
 namespace py = pybind11;
 
@@ -22,13 +23,6 @@ namespace {
 
 constexpr std::array kLevels = {std::pair{"portable", ResizeLevel::kPortable}, std::pair{"avx2", ResizeLevel::kAvx2},
                                 std::pair{"avx512_vnni", ResizeLevel::kAvx512Vnni}};
-
-constexpr std::array kFilters = {
-    std::pair{"nearest", ResizeFilter::kNearest},   std::pair{"box", ResizeFilter::kBox},
-    std::pair{"bilinear", ResizeFilter::kBilinear}, std::pair{"hamming", ResizeFilter::kHamming},
-    std::pair{"bicubic", ResizeFilter::kBicubic},   std::pair{"lanczos", ResizeFilter::kLanczos}};
-
-constexpr std::array kIsVerticalFirst = {std::pair{"horizontal", false}, std::pair{"vertical", true}};
 
 void check(bool condition, const std::string& message) {
   if (!condition) throw py::value_error("resize_patchify: " + message);
@@ -40,18 +34,6 @@ std::string describe(const py::array& array) {
   std::string description = text(py::tuple(array.attr("shape"))) + " " + text(array.dtype());
   if (!(array.flags() & py::array::c_style)) description += " with strides " + text(py::tuple(array.attr("strides")));
   return description;
-}
-
-// The value of a name in one of the tables above.
-template <class Table>
-auto lookup(const Table& table, const char* what, const std::string& name) {
-  std::string names;
-  for (const auto& [known, value] : table) {
-    if (name == known) return value;
-    names += names.empty() ? "" : ", ";
-    names += known;
-  }
-  throw py::value_error("resize_patchify: " + std::string(what) + " must be one of " + names + ", got " + name);
 }
 
 std::vector<std::string> resize_levels() {

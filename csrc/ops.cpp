@@ -10,6 +10,9 @@ STABLE_TORCH_LIBRARY(rtp_mm, m) {
   m.def(
       "patch_embed(Tensor rows, Tensor weight, Tensor bias, float scale, Tensor? order, Tensor? pos, "
       "ScalarType out_dtype) -> Tensor");
+  m.def(
+      "resize_patchify(Tensor frames, int height, int width, int patch_size, int merge_size, str order, str filter, "
+      "int temporal_patch_size) -> Tensor");
   m.def("pack_linear(Tensor weight, int parts) -> Tensor");
   m.def("packed_linear(Tensor x, Tensor packed, Tensor bias, str activation) -> Tensor");
   m.def("packed_linear_add_(Tensor(a!) out, Tensor x, Tensor packed, Tensor bias) -> ()");

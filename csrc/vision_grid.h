@@ -5,11 +5,7 @@
 
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define RTP_MM_HOST_DEVICE __host__ __device__
-#else
-#define RTP_MM_HOST_DEVICE
-#endif
+#include "merge_order.h"
 
 namespace rtp_mm {
 

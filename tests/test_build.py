@@ -15,6 +15,7 @@ from types import ModuleType
 import pytest
 import torch
 from conftest import require
+from cuda_compiled import tool as cuda_tool
 
 import rtp_mm
 from rtp_mm import _core
@@ -66,10 +67,7 @@ def test_no_path_of_the_build_machine_is_searched(library: Path) -> None:
 
 
 def test_cuda_operators_hold_code_for_every_architecture(cuda_operators: Path) -> None:
-    found = importlib.util.find_spec("triton")
-    bundled = [Path(found.origin).parent / "backends" / "nvidia" / "bin"] if found and found.origin else []
-    cuobjdump = shutil.which("cuobjdump", path=os.pathsep.join([*map(str, bundled), os.environ["PATH"]]))
-    assert cuobjdump, "cuobjdump comes with triton and with the CUDA toolkit"
+    cuobjdump = cuda_tool("cuobjdump")
 
     def listed(kind: str) -> set[str]:
         output = subprocess.run([cuobjdump, kind, cuda_operators], capture_output=True, text=True, check=True).stdout
@@ -93,7 +91,7 @@ if torch.version.cuda is None:
     ctypes.CDLL({str(stub)!r})
 from rtp_mm import ops
 torch.ops.load_library({str(cuda_operators)!r})
-for name in ("vision_positions", "patch_embed"):
+for name in ("vision_positions", "patch_embed", "resize_patchify"):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"rtp_mm::{{name}}", "CUDA"), name
 """
     subprocess.run([sys.executable, "-c", code], check=True)

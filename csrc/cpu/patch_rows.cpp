@@ -2,6 +2,8 @@
 
 #include <cstring>
 
+#include "merge_order.h"
+
 namespace rtp_mm {
 namespace {
 
@@ -21,10 +23,8 @@ void copy_patch(const uint8_t* const* lines, int64_t offset, int64_t patch, uint
 template <int64_t kPatch>
 void cut(const uint8_t* const* lines, int64_t plane, int64_t patch_row, const PatchRows& dst) {
   const int64_t area = dst.patch * dst.patch, columns = dst.width / dst.patch;
-  const int64_t block_row = patch_row / dst.merge, row_in_block = patch_row % dst.merge;
   for (int64_t column = 0; column < columns; ++column) {
-    const int64_t block = block_row * (columns / dst.merge) + column / dst.merge;
-    const int64_t row = (block * dst.merge + row_in_block) * dst.merge + column % dst.merge;
+    const int64_t row = merge_order(patch_row, column, columns, dst.merge);
     for (int64_t channel = 0; channel < 3; ++channel) {
       copy_patch<kPatch>(lines, channel * plane + column * dst.patch, dst.patch,
                          dst.rows + ((row * 3 + channel) * dst.temporal + dst.slot) * area);

@@ -2,15 +2,14 @@
 
 #include <cstdint>
 
+#include "cpu/resize_windows.h"
+
 namespace rtp_mm {
 
 // Instruction sets that the kernels are written for, each one faster than those before; all give the same bytes.
 enum class ResizeLevel { kPortable, kAvx2, kAvx512Vnni };
 
 ResizeLevel best_resize_level();  // of this CPU
-
-// Pillow's filters.
-enum class ResizeFilter { kNearest, kBox, kBilinear, kHamming, kBicubic, kLanczos };
 
 // RGB, or four bytes a pixel of which the last is ignored.
 struct PixelView {

@@ -8,15 +8,14 @@
 
 #include <cstdint>
 
+#include "cpu/resize_windows.h"
+
 namespace rtp_mm {
 
 constexpr int64_t kBandRows = 16;  // rows that the horizontal pass takes side by side
 constexpr int64_t kBlock = 64;     // bytes of a row that the vertical pass takes at once
 constexpr int64_t kBandQuads = 4;  // quads of rows in a band
 constexpr int64_t kChannels = 3;
-
-// 22 fraction bits, as in Pillow: 32, less 8 for the byte, less 2 because weights overshoot [0, 1].
-constexpr int kFractionBits = 22;
 
 // The coefficients of a quad's four bytes, in the form that a level multiplies with.
 struct QuadTaps {

@@ -9,8 +9,10 @@
 
 #include "check.h"
 #include "cpu/patch_embed.h"
+#include "cpu/resize.h"
 #include "cpu/vision_positions.h"
 #include "cuda/patch_embed.h"
+#include "cuda/resize_patchify.h"
 #include "cuda/vision_positions.h"
 #include "random_data.h"
 
@@ -114,6 +116,41 @@ void test_patch_embed(const Shape& shape) {
   CHECK(std::memcmp(last.data(), cuda.data() + (n - 1) * d, d * sizeof(Out)) == 0);
 }
 
+struct Resize {
+  int32_t height, width, out_height, out_width, patch, merge, temporal;
+  int64_t pixel_stride;
+  bool is_vertical_first;
+  ResizeFilter filter;
+};
+
+void test_resize_patchify(const Resize& r) {
+  const int64_t row_stride = r.width * r.pixel_stride + 5, count = 2 * r.temporal;
+  const int64_t frame_stride = r.height * row_stride;
+  // Not one byte more than the last pixel has: what is read past it is seen.
+  const int64_t size = count * frame_stride - 5 - (r.pixel_stride - 3);
+  const std::vector<uint8_t> frames = random_bytes(size);
+  const int64_t frame_bytes = r.out_height * r.out_width * 3 * r.temporal;
+  std::vector<uint8_t> cpu(2 * frame_bytes), cuda(2 * frame_bytes);
+  for (int64_t frame = 0; frame < count; ++frame) {
+    const PixelView view{frames.data() + frame * frame_stride, r.height, r.width, row_stride, r.pixel_stride};
+    const ResizePatchify job{r.out_height, r.out_width,         r.patch,
+                             r.merge,      r.temporal,          frame % r.temporal,
+                             r.filter,     r.is_vertical_first, best_resize_level()};
+    resize_patchify(view, job, cpu.data() + frame / r.temporal * frame_bytes);
+  }
+  const auto table = resize_table(r.height, r.width, r.out_height, r.out_width, r.filter);
+  CudaResizePatchify job{};
+  job.frames = frames.data();
+  job.frame_stride = frame_stride, job.row_stride = row_stride, job.pixel_stride = r.pixel_stride;
+  job.count = static_cast<int32_t>(count);
+  job.height = r.out_height, job.width = r.out_width;
+  job.patch = r.patch, job.merge = r.merge, job.temporal = r.temporal;
+  job.is_vertical_first = r.is_vertical_first;
+  job.table = table->data();
+  CHECK(launch_resize_patchify(job, cuda.data(), nullptr) == cudaSuccess);
+  CHECK(cuda == cpu);
+}
+
 }  // namespace
 }  // namespace rtp_mm
 
@@ -122,6 +159,16 @@ int main() {
   for (const int32_t window : {0, 3, 4}) {
     test_vision_positions({1, 2, 2, 2, 18, 10, 1, 8, 16, 3, 2, 40}, window, 13);
     test_vision_positions({}, window, window);
+  }
+  for (const bool is_vertical_first : {false, true}) {
+    using enum ResizeFilter;
+    test_resize_patchify({70, 90, 56, 84, 14, 2, 1, 3, is_vertical_first, kBicubic});  // cut tiles
+    test_resize_patchify({5, 7, 32, 64, 16, 1, 2, 4, is_vertical_first, kLanczos});
+    test_resize_patchify({300, 40, 28, 28, 14, 2, 1, 3, is_vertical_first, kBicubic});  // several bands
+    test_resize_patchify({33, 400, 21, 21, 7, 3, 2, 4, is_vertical_first, kBilinear});  // patches of odd area
+    test_resize_patchify({64, 32, 64, 32, 32, 1, 1, 3, is_vertical_first, kNearest});   // no pass
+    test_resize_patchify({1, 1, 20, 40, 5, 4, 1, 3, is_vertical_first, kBox});
+    test_resize_patchify({9, 8, 3, 70, 1, 1, 1, 4, is_vertical_first, kHamming});
   }
   // Without tensor cores.
   test_patch_embed<float, float>({1, 1, 1, 1, 1, 1, false});

@@ -18,6 +18,9 @@
 #define __shared__ static
 #define __launch_bounds__(...)
 
+using std::max;
+using std::min;
+
 struct dim3 {
   unsigned x, y, z;
   dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
