@@ -25,7 +25,6 @@ from benchmarks.peak import fma_peak
 from benchmarks.report import write_result
 from rtp_mm import ops
 from rtp_mm.vit.attention import Segments, sdpa
-from rtp_mm.vit.linear import ACTIVATIONS, onednn_product
 from rtp_mm.vit.rope import RotaryTable
 
 Contenders = dict[str, Callable[[], object]]
@@ -51,10 +50,11 @@ def linear_contenders(rows: int, k: int, n: int, activation: str) -> tuple[Conte
     x, weight, bias = torch.randn(rows, k), (torch.randn(n, k) * k**-0.5).bfloat16(), torch.randn(n)
     packed = ops.pack_linear(weight, 2 if activation == "silu_gate" else 1)
     wide, scratch, half_x, half_bias = weight.float(), torch.empty(n, k), x.bfloat16(), bias.bfloat16()
-    act = ACTIVATIONS[activation]
+    act = partial(ops.activate, activation=activation)
+    onednn = torch.ops.mkldnn._linear_pointwise
     return {
         "ours": lambda: ops.packed_linear(x, packed, bias, activation),
-        "onednn, widened": lambda: act(onednn_product(x, scratch.copy_(weight), bias)),
+        "onednn, widened": lambda: act(onednn(x, scratch.copy_(weight), bias, "none", [], "")),
         "torch float32": lambda: act(F.linear(x, wide, bias)),
         "torch bf16": lambda: act(F.linear(half_x, weight, half_bias)),
     }, 2.0 * rows * k * n
@@ -65,7 +65,7 @@ def attention_contenders(lengths: list[int]) -> tuple[Contenders, float]:
     qkv, angles = torch.randn(rows, 3, HEADS, HEAD_DIM), torch.randn(rows, HEAD_DIM // 2)
     cos, sin = angles.cos(), angles.sin()
     cu = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
-    segments, rotary, half = Segments.from_lengths(cu, lengths), RotaryTable(cos[:, None], sin[:, None]), qkv.bfloat16()
+    segments, rotary, half = Segments.from_lengths(cu, lengths), RotaryTable(cos, sin), qkv.bfloat16()
     return {
         "ours": lambda: ops.packed_attention(qkv, cos, sin, cu),
         "torch float32": lambda: sdpa(qkv, rotary, segments),

@@ -174,9 +174,19 @@ class Settings(BaseSettings):
         description="patches in one forward, a larger image goes alone; default: 4096 on a CPU, 32768 on CUDA or what "
         "the device's free memory holds",
     )
-    mm_attention: Literal["auto", "flash", "torch", "packed", "sdpa"] = Field(
-        "auto", description="attention backend of the tower"
+    mm_attention: Literal["auto", "fastest", "flash", "torch", "packed", "sdpa"] = Field(
+        "auto", description="attention backend of the tower; auto: the first that can run, fastest: measured at start"
     )
+    mm_batch_invariant: bool = Field(
+        True, description="0: on CUDA, GEMMs whose bits may depend on what else is in the batch"
+    )
+    mm_quantization: Literal["none", "fp8"] = Field(
+        "none", description="fp8: linear layers in e4m3 on GPUs that can; less exact"
+    )
+    mm_cuda_graphs: Literal["auto", "0", "1"] = Field(
+        "auto", description="small batches on CUDA by graphs; auto: where the attention backend can"
+    )
+    mm_cuda_graphs_mb: Positive = Field(1024, description="device memory for CUDA graphs, MiB")
     mm_embedding_cache_mb: NonNegative = Field(1024, description="embedding cache, MiB of host memory; 0: none")
     mm_patch_cache_mb: NonNegative = Field(64, description="cache of prepared patches, MiB of host memory; 0: none")
 

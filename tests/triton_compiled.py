@@ -27,7 +27,7 @@ CASES = [
         {"qkv_ptr": HALF, "cos_ptr": FLOAT, "sin_ptr": FLOAT, "heads": INT, "half": INT},
         {"HEADS": 32, "HALF": 64},
     ),
-    (kernels._silu_mul, {"gate_up_ptr": HALF, "out_ptr": HALF, "width": INT}, {"BLOCK": 1024}),
+    (kernels._silu_gate, {"gate_up_ptr": HALF, "out_ptr": HALF, "width": INT}, {"BLOCK": 1024}),
 ]
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rtp_mm.ops.pointwise_triton import add_norm, rotate_qk_, silu_mul
+from rtp_mm.ops import activate, add_norm, rotate_qk_
 
 EPS = 1e-6
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -76,8 +76,8 @@ for width in (172, 3420):
         gate_up = torch.randn(3, 2 * width).to(dtype)
         gate, up = gate_up.chunk(2, -1)
         exact = F.silu(gate.double()) * up.double()
-        check("silu_mul", silu_mul(gate_up), (F.silu(gate.float()) * up.float()).to(dtype), exact)
-        must_fail("silu_mul", lambda g=gate, u=up, e=exact: check("", (F.silu(u) * g), (F.silu(g) * u), e))  # type: ignore[misc]
+        check("silu_gate", activate(gate_up, "silu_gate"), (F.silu(gate.float()) * up.float()).to(dtype), exact)
+        must_fail("silu_gate", lambda g=gate, u=up, e=exact: check("", (F.silu(u) * g), (F.silu(g) * u), e))  # type: ignore[misc]
 
 rows = torch.randn(9, 1280)
 alone = add_norm(rows[4:5].clone(), None, torch.ones(1280), None, EPS, torch.bfloat16)

@@ -21,7 +21,7 @@ from rtp_mm.models.multimodal_mixin import MultimodalMixin, TowerWeights
 from rtp_mm.models.registry import register_model
 from rtp_mm.preprocess.patches import ImagePreprocessor, ImageProcessorConfig
 from rtp_mm.types import MMPreprocessConfig, MMUrlType, Patches
-from rtp_mm.vit.tower import TowerConfig, VisionTower
+from rtp_mm.vit.tower import TowerConfig, TowerOptions, VisionTower
 
 # The published preprocessor_config.json: 4 to 16384 tokens of 28 x 28 pixels. Hugging Face's class default for the
 # upper limit is 1280 tokens, so that a checkpoint without the file would silently shrink images.
@@ -36,6 +36,16 @@ PUBLISHED_PROCESSOR = ImageProcessorConfig(
 )
 
 
+def tower_options(settings: Settings) -> TowerOptions:
+    return TowerOptions(
+        attention=settings.mm_attention,
+        is_batch_invariant=settings.mm_batch_invariant,
+        quantization=settings.mm_quantization,
+        cuda_graphs=settings.mm_cuda_graphs,
+        cuda_graphs_bytes=settings.mm_cuda_graphs_mb << 20,
+    )
+
+
 class Qwen2VLEmbedding(MultiModalEmbeddingInterface):
     """`mm_part` of the Qwen2-VL line: images to [tokens, out_hidden_size] and (t, h, w) position ids."""
 
@@ -46,7 +56,7 @@ class Qwen2VLEmbedding(MultiModalEmbeddingInterface):
         self.processor = ImageProcessorConfig.from_checkpoint(Path(config.ckpt_path), PUBLISHED_PROCESSOR)
         self.processor.check(tower.patch_size, tower.spatial_merge_size, tower.temporal_patch_size)
         self.preprocessor = ImagePreprocessor.from_config(self.processor, settings)
-        self.visual = VisionTower(tower, self._data_type, device, settings.mm_attention)
+        self.visual = VisionTower(tower, self._data_type, device, tower_options(settings))
 
     @property
     def _device(self) -> torch.device:

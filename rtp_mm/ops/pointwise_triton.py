@@ -1,7 +1,7 @@
 """The tower's pointwise passes on CUDA, in Triton: each reads its inputs once and writes its output once.
 
-The only file that imports triton. `TRITON_INTERPRET=1` runs the kernels on the CPU. A row's bits depend on that row
-alone: one program per row, or per piece of a row.
+`rtp_mm.ops.pointwise` says what they compute. `TRITON_INTERPRET=1` runs them on the CPU. A row's bits depend on that
+row alone: one program per row, or per piece of a row.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+BLOCK = 1024  # 2 KB of 16-bit values: enough loads in flight, and little waste at widths like 3420
 
 
 @triton.jit
@@ -61,7 +63,7 @@ def _rotate_qk(qkv_ptr, cos_ptr, sin_ptr, heads, half, HEADS: tl.constexpr, HALF
 
 
 @triton.jit
-def _silu_mul(gate_up_ptr, out_ptr, width, BLOCK: tl.constexpr):
+def _silu_gate(gate_up_ptr, out_ptr, width, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < width
@@ -70,12 +72,27 @@ def _silu_mul(gate_up_ptr, out_ptr, width, BLOCK: tl.constexpr):
     tl.store(out_ptr + row * width + columns, (gate * tl.sigmoid(gate) * up).to(out_ptr.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def activated(x, ACTIVATION: tl.constexpr):
+    """float32, but for "silu_gate"; also the epilogue of linear layers."""
+    if ACTIVATION == "gelu":
+        x = 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))
+    elif ACTIVATION == "quick_gelu":
+        x = x * tl.sigmoid(1.702 * x)
+    return x
+
+
+@triton.jit
+def _activate_(x_ptr, count, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr):
+    places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + places, mask=places < count, other=0.0).to(tl.float32)
+    tl.store(x_ptr + places, activated(x, ACTIVATION).to(x_ptr.dtype.element_ty), mask=places < count)
+
+
 def add_norm(
     x: Tensor, delta: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, dtype: torch.dtype
 ) -> Tensor:
-    """x [N, dim] float32 += delta [N, dim], in place; returns its norm in `dtype`: RMSNorm without `bias`, else
-    LayerNorm. Weights are float32. One pass for both.
-    """
+    """`ops.add_norm`."""
     rows, dim = x.shape
     out = torch.empty(rows, dim, dtype=dtype, device=x.device)
     grid, block, has_delta = (rows,), triton.next_power_of_2(dim), delta is not None
@@ -87,10 +104,7 @@ def add_norm(
 
 
 def rotate_qk_(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of q and k inside the packed [N, 3, heads, head_dim], in place, computed in float32.
-
-    cos, sin: [N, head_dim / 2] float32; dimension i is paired with i + head_dim / 2.
-    """
+    """`ops.rotate_qk_`."""
     rows, _, heads, head_dim = qkv.shape
     half = head_dim // 2
     blocks = {"HEADS": triton.next_power_of_2(2 * heads), "HALF": triton.next_power_of_2(half)}
@@ -98,10 +112,13 @@ def rotate_qk_(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return qkv
 
 
-def silu_mul(gate_up: Tensor) -> Tensor:
-    """[N, 2 * width], gates before ups -> silu(gate) * up, [N, width], computed in float32."""
-    rows, width = gate_up.shape[0], gate_up.shape[1] // 2
-    out = gate_up.new_empty(rows, width)
-    block = 1024  # 2 KB of 16-bit values: enough loads in flight, and little waste at widths like 3420
-    _silu_mul[(rows, triton.cdiv(width, block))](gate_up, out, width, BLOCK=block)
-    return out
+def activate(x: Tensor, activation: str) -> Tensor:
+    """`ops.activate`, but for "none"."""
+    rows, columns = x.shape
+    if activation == "silu_gate":
+        width = columns // 2
+        out = x.new_empty(rows, width)
+        _silu_gate[(rows, triton.cdiv(width, BLOCK))](x, out, width, BLOCK=BLOCK)
+        return out
+    _activate_[(triton.cdiv(x.numel(), BLOCK),)](x, x.numel(), ACTIVATION=activation, BLOCK=BLOCK)
+    return x

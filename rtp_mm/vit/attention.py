@@ -10,6 +10,7 @@ import inspect
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch.nn import functional as F
 
 from rtp_mm import ops
 from rtp_mm.errors import StartError
-from rtp_mm.vit.rope import RotaryTable, rotate
+from rtp_mm.vit.rope import RotaryTable
 
 # qkv [N, 3, heads, head_dim], not rotated yet -> [N, heads, head_dim]; rows past the last segment are padding and give
 # zeros. qkv may be overwritten.
@@ -26,43 +27,47 @@ Attention = Callable[[Tensor, RotaryTable, "Segments"], Tensor]
 HALF = (torch.bfloat16, torch.float16)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Segments:
     """Which rows attend to each other: segment i is rows cu[i] to cu[i + 1].
 
-    cu:     [S + 1] int32 on the device.
-    groups: rows of all segments of one length, as (length, [B * length] int64 on the device), for backends that
-            want rectangular batches.
+    cu:         [S + 1] int32 on the device, ascending from 0. Segments may be empty.
+    max_length: of the longest segment, or more.
+    lengths:    what `cu` says, on the host: nothing is read back.
     """
 
     cu: Tensor
     max_length: int
-    groups: tuple[tuple[int, Tensor], ...]
+    lengths: tuple[int, ...]
 
     @classmethod
     def from_lengths(cls, cu: Tensor, lengths: Sequence[int]) -> Segments:
-        """`cu` is the device's copy of what `lengths` say on the host: nothing is read back."""
+        return cls(cu, max(lengths), tuple(lengths))
+
+    @cached_property
+    def groups(self) -> list[tuple[int, Tensor]]:
+        """For backends that want rectangular batches: rows of all segments of one length, as (length, [B * length]
+        int64 on the device)."""
         starts_by_length: dict[int, list[int]] = defaultdict(list)
         start = 0
-        for length in lengths:
+        for length in self.lengths:
             starts_by_length[length].append(start)
             start += length
-        groups = tuple(
-            (length, (torch.tensor(starts)[:, None] + torch.arange(length)).view(-1).to(cu.device))
+        return [
+            (length, (torch.tensor(starts)[:, None] + torch.arange(length)).view(-1).to(self.cu.device))
             for length, starts in starts_by_length.items()
-        )
-        return cls(cu, max(lengths), groups)
+        ]
 
 
 def _rotated(qkv: Tensor, rotary: RotaryTable) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v = qkv.unbind(1)
-    return rotate(q, rotary), rotate(k, rotary), v
+    q, k, v = ops.rotate_qk_(qkv, rotary.cos, rotary.sin).unbind(1)
+    return q, k, v
 
 
 def sdpa(qkv: Tensor, rotary: RotaryTable, segments: Segments) -> Tensor:
     """torch's scaled_dot_product_attention, one call for all segments of one length. Any device, any dtype."""
     q, k, v = _rotated(qkv, rotary)
-    out = torch.zeros_like(q)
+    out = torch.zeros_like(q, memory_format=torch.contiguous_format)
     for length, rows in segments.groups:
         # [N, heads, dim] -> [segments, heads, length, dim]
         q_, k_, v_ = (t.index_select(0, rows).unflatten(0, (-1, length)).transpose(1, 2) for t in (q, k, v))
@@ -73,7 +78,7 @@ def sdpa(qkv: Tensor, rotary: RotaryTable, segments: Segments) -> Tensor:
 
 def packed(qkv: Tensor, rotary: RotaryTable, segments: Segments) -> Tensor:
     """Our own: CPU, float32."""
-    return ops.packed_attention(qkv, rotary.cos.squeeze(1), rotary.sin.squeeze(1), segments.cu)
+    return ops.packed_attention(qkv, rotary.cos, rotary.sin, segments.cu)
 
 
 def torch_varlen(qkv: Tensor, rotary: RotaryTable, segments: Segments) -> Tensor:

@@ -1,4 +1,8 @@
-"""The blocks of a vision tower. The residual stream is float32; GEMMs and attention run in the compute dtype."""
+"""The blocks of a vision tower. The residual stream is float32; GEMMs and attention run in the compute dtype.
+
+A branch adds its result to the stream, or returns it as `delta`, which the next norm adds in its own pass over the
+stream: whichever its GEMM can fuse.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from rtp_mm import ops
 from rtp_mm.vit.attention import Attention, Segments
@@ -17,28 +20,30 @@ NORM_EPS = 1e-6  # in the code of every family so far, never in a config file
 
 
 class LayerNorm(nn.Module):
-    """Rows of float32 to mean 0 and variance 1, scaled and shifted."""
+    """Rows of float32 to mean 0 and variance 1, scaled and shifted, in `dtype`."""
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, dtype: torch.dtype) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(dim, dtype=torch.float32), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(dim, dtype=torch.float32), requires_grad=False)
+        self._dtype = dtype
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, NORM_EPS)
+    def forward(self, x: Tensor, delta: Tensor | None) -> Tensor:
+        """The norm of `x += delta`."""
+        return ops.add_norm(x, delta, self.weight, self.bias, NORM_EPS, self._dtype)
 
 
 class RMSNorm(nn.Module):
-    """Rows of float32 to mean square 1, scaled."""
+    """Rows of float32 to mean square 1, scaled, in `dtype`."""
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, dtype: torch.dtype) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(dim, dtype=torch.float32), requires_grad=False)
+        self._dtype = dtype
 
-    def forward(self, x: Tensor) -> Tensor:
-        if x.device.type == "cpu":
-            return ops.rms_norm(x, self.weight, NORM_EPS)
-        return F.rms_norm(x, self.weight.shape, self.weight, NORM_EPS)
+    def forward(self, x: Tensor, delta: Tensor | None) -> Tensor:
+        """The norm of `x += delta`."""
+        return ops.add_norm(x, delta, self.weight, None, NORM_EPS, self._dtype)
 
 
 class SelfAttention(nn.Module):
@@ -51,8 +56,8 @@ class SelfAttention(nn.Module):
         self._heads = heads
         self._attention = attention
 
-    def forward(self, residual: Tensor, x: Tensor, segments: Segments, rotary: RotaryTable) -> Tensor:
-        """residual + proj(attention(x))."""
+    def forward(self, residual: Tensor, x: Tensor, segments: Segments, rotary: RotaryTable) -> Tensor | None:
+        """residual += proj(attention(x)), or the delta."""
         qkv = self.qkv(x).unflatten(-1, (3, self._heads, -1))
         return self.proj.add_to(residual, self._attention(qkv, rotary, segments).flatten(1))
 
@@ -65,8 +70,8 @@ class Mlp(nn.Module):
         self.fc1 = linear(dim, hidden, activation=activation)
         self.fc2 = linear(hidden, dim)
 
-    def forward(self, residual: Tensor, x: Tensor) -> Tensor:
-        """residual + mlp(x)."""
+    def forward(self, residual: Tensor, x: Tensor) -> Tensor | None:
+        """residual += mlp(x), or the delta."""
         return self.fc2.add_to(residual, self.fc1(x))
 
 
@@ -78,27 +83,25 @@ class GatedMlp(nn.Module):
         self.gate_up_proj = linear(dim, 2 * hidden, activation=f"{activation}_gate")
         self.down_proj = linear(hidden, dim)
 
-    def forward(self, residual: Tensor, x: Tensor) -> Tensor:
-        """residual + mlp(x)."""
+    def forward(self, residual: Tensor, x: Tensor) -> Tensor | None:
+        """residual += mlp(x), or the delta."""
         return self.down_proj.add_to(residual, self.gate_up_proj(x))
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block over the float32 residual stream [N, dim], which it may overwrite."""
+    """A pre-norm transformer block over the float32 residual stream [N, dim], which it overwrites."""
 
-    def __init__(
-        self, norm: Callable[[int], nn.Module], attn: SelfAttention, mlp: Mlp | GatedMlp, dim: int, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, norm: Callable[[int], nn.Module], attn: SelfAttention, mlp: Mlp | GatedMlp, dim: int) -> None:
         super().__init__()
         self.norm1 = norm(dim)
         self.attn = attn
         self.norm2 = norm(dim)
         self.mlp = mlp
-        self._dtype = dtype
 
-    def forward(self, x: Tensor, segments: Segments, rotary: RotaryTable) -> Tensor:
-        x = self.attn(x, self.norm1(x).to(self._dtype), segments, rotary)
-        out: Tensor = self.mlp(x, self.norm2(x).to(self._dtype))
+    def forward(self, x: Tensor, delta: Tensor | None, segments: Segments, rotary: RotaryTable) -> Tensor | None:
+        """x += delta and both branches, or all but the last, which is the next delta."""
+        delta = self.attn(x, self.norm1(x, delta), segments, rotary)
+        out: Tensor | None = self.mlp(x, self.norm2(x, delta))
         return out
 
 
@@ -112,7 +115,6 @@ class PatchMerger(nn.Module):
         dim: int,
         merge: int,
         out: int,
-        dtype: torch.dtype,
     ) -> None:
         super().__init__()
         cell = dim * merge**2
@@ -120,8 +122,7 @@ class PatchMerger(nn.Module):
         # In the checkpoint's numbering the GELU, which is fused, stands between.
         self.mlp = nn.Sequential(linear(cell, cell, activation="gelu"), nn.Identity(), linear(cell, out))
         self._cell = cell
-        self._dtype = dtype
 
-    def forward(self, x: Tensor) -> Tensor:
-        tokens: Tensor = self.mlp(self.ln_q(x).to(self._dtype).view(-1, self._cell))
+    def forward(self, x: Tensor, delta: Tensor | None) -> Tensor:
+        tokens: Tensor = self.mlp(self.ln_q(x, delta).view(-1, self._cell))
         return tokens

@@ -1,13 +1,12 @@
-"""Linear layers whose rows do not know each other: a row's bits are the same whatever else is in the batch.
+"""Linear layers, and the GEMMs that run them: one class per way, chosen once per tower (see `choose_gemm`).
 
-That is a property of the GEMM that is called, so the GEMM is chosen here, once per tower (see `choose_gemm`).
+By default a row's bits are the same whatever else is in the batch; that is a property of the GEMM.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,86 +16,143 @@ from rtp_mm import ops
 from rtp_mm.errors import StartError
 
 
-def quick_gelu(x: Tensor) -> Tensor:
-    """x * sigmoid(1.702 x): the GELU that CLIP was trained with."""
-    return x * torch.sigmoid(1.702 * x)
-
-
-def silu_gate(gate_up: Tensor) -> Tensor:
-    """[M, 2 N], gate beside up -> silu(gate) * up."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate) * up
-
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "none": lambda x: x,
-    "gelu": F.gelu,
-    "quick_gelu": quick_gelu,
-    "silu_gate": silu_gate,
-}
-
-
 class Gemm(Protocol):
-    """x [M, K] in the compute dtype, weight [N, K] as `pack` returned it, bias [N] float32."""
+    """One layer's activation(x @ weight.T + bias), made from weight [N, K] in the tower's dtype and bias [N] float32.
 
-    @property
-    def row_multiple(self) -> int:
-        """What M must be a multiple of, or rows would know each other."""
+    x is [M, K] in the compute dtype, contiguous. A layer with an activation may give more columns than N, zeros, which
+    the layer that it feeds takes.
+    """
 
-    def pack(self, weight: Tensor, activation: str) -> Tensor:
-        """The weight as the GEMM wants it; once, after loading."""
+    row_multiple: ClassVar[int]  # what M must be a multiple of, or rows would know each other
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor, activation: str) -> Tensor:
-        """activation(x @ weight.T + bias)."""
+    def __init__(self, weight: Tensor, bias: Tensor, activation: str) -> None: ...
 
-    def add(self, residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """residual + x @ weight.T + bias, with [M, N] float32 as the residual, which may be overwritten."""
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+    def add_to(self, residual: Tensor, x: Tensor) -> Tensor | None:
+        """residual [M, N] float32 += the product, in place; or the product, for the next norm to add in its pass."""
 
 
 class PackedGemm:
     """Our own, float32 on a CPU: 16-bit weights are widened in registers, and all else is fused."""
 
-    row_multiple = 1
+    row_multiple: ClassVar[int] = 1
 
-    def pack(self, weight: Tensor, activation: str) -> Tensor:
-        return ops.pack_linear(weight, 2 if activation == "silu_gate" else 1)
+    def __init__(self, weight: Tensor, bias: Tensor, activation: str) -> None:
+        self._weight = ops.pack_linear(weight, 2 if activation == "silu_gate" else 1)
+        self._bias = bias
+        self._activation = activation
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor, activation: str) -> Tensor:
-        return ops.packed_linear(x, weight, bias, activation)
+    def __call__(self, x: Tensor) -> Tensor:
+        return ops.packed_linear(x, self._weight, self._bias, self._activation)
 
-    def add(self, residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return ops.packed_linear_add_(residual, x, weight, bias)
-
-
-@dataclass(frozen=True, slots=True)
-class PlainGemm:
-    """A library's, in the dtype of `x`, which is the weight's."""
-
-    product: Callable[[Tensor, Tensor, Tensor], Tensor]
-    # They keep a row's bits from a few rows up, but not at 1, nor, threaded, at small odd counts.
-    row_multiple: int = 16
-
-    def pack(self, weight: Tensor, activation: str) -> Tensor:
-        return weight
-
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor, activation: str) -> Tensor:
-        return ACTIVATIONS[activation](self.product(x, weight, bias.to(x.dtype)))
-
-    def add(self, residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return residual + self.product(x, weight, bias.to(x.dtype))
+    def add_to(self, residual: Tensor, x: Tensor) -> None:
+        ops.packed_linear_add_(residual, x, self._weight, self._bias)
 
 
-def onednn_product(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """x @ weight.T + bias by oneDNN: `F.linear` may pick its algorithm, and with it the bits, by the batch's size."""
-    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return out
+class FixedGemm:
+    """Our own on CUDA, in Triton: one algorithm for every M, and all else is fused."""
+
+    row_multiple: ClassVar[int] = 1
+
+    def __init__(self, weight: Tensor, bias: Tensor, activation: str) -> None:
+        self._weight, self._bias = ops.pack_fixed_linear(weight, bias, activation)
+        self._activation = activation
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return ops.fixed_linear(x, self._weight, self._bias, self._activation)
+
+    def add_to(self, residual: Tensor, x: Tensor) -> None:
+        ops.fixed_linear_add_(residual, x, self._weight, self._bias)
 
 
-def choose_gemm(device: torch.device, compute_dtype: torch.dtype) -> Gemm:
-    """The GEMM for a tower on `device` that computes in `compute_dtype`."""
-    if device.type != "cpu":
-        return PlainGemm(F.linear)
-    return PackedGemm() if compute_dtype == torch.float32 else PlainGemm(onednn_product)
+class Fp8Gemm:
+    """As `FixedGemm`, with weights and activations in e4m3, a scale per row of either."""
+
+    row_multiple: ClassVar[int] = 1
+
+    def __init__(self, weight: Tensor, bias: Tensor, activation: str) -> None:
+        packed, self._bias = ops.pack_fixed_linear(weight, bias, activation)
+        self._weight, self._scale = ops.quantize_rows(packed)
+        self._dtype = weight.dtype
+        self._activation = activation
+
+    def __call__(self, x: Tensor) -> Tensor:
+        x, scale = ops.quantize_rows(x)
+        scales = (scale, self._scale)
+        return ops.fixed_linear(x, self._weight, self._bias, self._activation, scales=scales, dtype=self._dtype)
+
+    def add_to(self, residual: Tensor, x: Tensor) -> None:
+        x, scale = ops.quantize_rows(x)
+        ops.fixed_linear_add_(residual, x, self._weight, self._bias, scales=(scale, self._scale))
+
+
+class _LibraryGemm:
+    """A library's product in the dtype of the weight, which is that of x; what it does not fuse follows it."""
+
+    row_multiple: ClassVar[int]
+
+    def __init__(self, weight: Tensor, bias: Tensor, activation: str) -> None:
+        self._weight, self._bias = weight, bias.to(weight.dtype)
+        self._activation = activation
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return ops.activate(self._product(x), self._activation)
+
+    def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
+        return self._product(x)
+
+    def _product(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class CublasGemm(_LibraryGemm):
+    """PyTorch's on CUDA. It picks its algorithm by M, and with it the bits of a row."""
+
+    row_multiple: ClassVar[int] = 1
+
+    def _product(self, x: Tensor) -> Tensor:
+        return F.linear(x, self._weight, self._bias)
+
+
+class OnednnGemm(_LibraryGemm):
+    """oneDNN's on a CPU, called by name: `F.linear` may pick its algorithm, and with it the bits, by M."""
+
+    # A row's bits hold from a few rows up, but not at 1, nor, threaded, at small odd counts.
+    row_multiple: ClassVar[int] = 16
+
+    def _product(self, x: Tensor) -> Tensor:
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
+        return out
+
+
+def choose_gemm(
+    device: torch.device, compute_dtype: torch.dtype, *, is_invariant: bool = True, quantization: str = "none"
+) -> type[Gemm]:
+    """The GEMM for a tower on `device` that computes in `compute_dtype`. Raises `StartError` if there is none.
+
+    is_invariant: a row's bits may not depend on the batch; a CPU's never do.
+    """
+    if quantization == "fp8":
+        _check_fp8(device, compute_dtype)
+        return Fp8Gemm
+    if ops.uses_triton(device):
+        return FixedGemm if is_invariant else CublasGemm
+    return PackedGemm if compute_dtype == torch.float32 else OnednnGemm
+
+
+def _check_fp8(device: torch.device, compute_dtype: torch.dtype) -> None:
+    """Raises `StartError` where there are no e4m3 matrix instructions."""
+    if device.type != "cuda":
+        raise StartError(f"MM_QUANTIZATION=fp8 needs a GPU, and the tower is on {device}")
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 9):
+        raise StartError(
+            f"MM_QUANTIZATION=fp8 needs compute capability 8.9 or higher, and {torch.cuda.get_device_name(device)} "
+            f"has {capability[0]}.{capability[1]}"
+        )
+    if compute_dtype == torch.float32:
+        raise StartError("MM_QUANTIZATION=fp8 needs ACT_TYPE=bf16 or fp16")
 
 
 def compute_dtype(act_dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -113,27 +169,28 @@ def compute_dtype(act_dtype: torch.dtype, device: torch.device) -> torch.dtype:
 class Linear(nn.Module):
     """[M, in] -> [M, out], or half of it for a gated activation; M a multiple of the GEMM's `row_multiple`.
 
-    The weight is kept in `dtype`, the bias in float32.
+    Holds the published weight in `dtype` and the bias in float32, until `prepare` gives both to the GEMM.
     """
 
     def __init__(
-        self, in_features: int, out_features: int, dtype: torch.dtype, gemm: Gemm, activation: str = "none"
+        self, in_features: int, out_features: int, dtype: torch.dtype, gemm: type[Gemm], activation: str = "none"
     ) -> None:
         super().__init__()
-        if activation not in ACTIVATIONS:
-            raise StartError(f"this tower's activation {activation} is none of {', '.join(ACTIVATIONS)}")
+        if activation not in ops.ACTIVATIONS:
+            raise StartError(f"this tower's activation {activation} is none of {', '.join(ops.ACTIVATIONS)}")
         self.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=dtype), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(out_features, dtype=torch.float32), requires_grad=False)
-        self._gemm = gemm
+        self._make_gemm: Callable[[Tensor, Tensor, str], Gemm] = gemm
         self._activation = activation
 
     def prepare(self) -> None:
         """Packs the weight; once, after loading. The original is freed."""
-        self.weight = nn.Parameter(self._gemm.pack(self.weight, self._activation), requires_grad=False)
+        self._gemm = self._make_gemm(self.weight.data, self.bias.data, self._activation)
+        del self.weight, self.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._gemm.linear(x, self.weight, self.bias, self._activation)
+        return self._gemm(x)
 
-    def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
-        """residual + self(x), in float32; `residual` may be overwritten."""
-        return self._gemm.add(residual, x, self.weight, self.bias)
+    def add_to(self, residual: Tensor, x: Tensor) -> Tensor | None:
+        """residual [M, out] float32 += self(x), in place; or self(x), if the next norm is to add it in its own pass."""
+        return self._gemm.add_to(residual, x)

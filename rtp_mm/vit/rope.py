@@ -15,7 +15,7 @@ FIRST_POSITIONS = 512  # 7168 pixels a side at 14 a patch; more are made when th
 
 
 class RotaryTable(NamedTuple):
-    """cos and sin of every row's angles, [N, 1, head_dim / 2] float32: the row's angles, then the column's."""
+    """cos and sin of every row's angles, [N, head_dim / 2] float32: the row's angles, then the column's."""
 
     cos: Tensor
     sin: Tensor
@@ -40,10 +40,3 @@ class RotaryAngles:
         coordinates, pairs = (torch.arange(n, dtype=torch.float32, device="cpu") for n in (positions, self._quarter))
         angles = coordinates[:, None] * (1.0 / BASE ** (pairs / self._quarter))
         return torch.stack((angles.cos(), angles.sin())).to(self._device, non_blocking=True)
-
-
-def rotate(x: Tensor, table: RotaryTable) -> Tensor:
-    """[N, heads, head_dim] -> the same, contiguous: dimension i is paired with i + head_dim / 2. In float32."""
-    first, second = x.float().chunk(2, dim=-1)
-    cos, sin = table
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)

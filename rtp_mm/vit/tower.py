@@ -5,7 +5,7 @@ Sources: Qwen2-VL (arXiv 2409.12191), Qwen2.5-VL (arXiv 2502.13923: windowed att
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, Literal
@@ -19,6 +19,7 @@ from rtp_mm import ops
 from rtp_mm.errors import StartError
 from rtp_mm.types import Patches
 from rtp_mm.vit.attention import VARLEN_ATTENTION, Segments, choose_attention
+from rtp_mm.vit.graphs import Batch, CudaCapture, CudaGraphs, use_graphs
 from rtp_mm.vit.layers import Block, GatedMlp, LayerNorm, Mlp, PatchMerger, RMSNorm, SelfAttention
 from rtp_mm.vit.linear import Linear, choose_gemm, compute_dtype
 from rtp_mm.vit.patch_embed import PatchEmbed
@@ -68,6 +69,17 @@ class TowerConfig:
         return self.hidden_size // self.num_heads
 
 
+@dataclass(frozen=True, slots=True)
+class TowerOptions:
+    """How a tower runs; the settings `MM_ATTENTION`, `MM_BATCH_INVARIANT` and so on."""
+
+    attention: str = "auto"
+    is_batch_invariant: bool = True
+    quantization: str = "none"
+    cuda_graphs: str = "auto"
+    cuda_graphs_bytes: int = 1 << 30
+
+
 def full_lengths(grids: Sequence[Grid]) -> list[int]:
     """Patches of each frame: the segments of full attention."""
     return [h * w for t, h, w in grids for _ in range(t)]
@@ -91,18 +103,26 @@ class VisionTower(nn.Module):
 
     FUSED = {"gate_up_proj": ("gate_proj", "up_proj")}  # noqa: RUF012  # a rename table, read by load_weights
 
-    def __init__(self, config: TowerConfig, dtype: torch.dtype, device: torch.device, attention: str = "auto") -> None:
+    def __init__(
+        self, config: TowerConfig, dtype: torch.dtype, device: torch.device, options: TowerOptions | None = None
+    ) -> None:
         super().__init__()
         self.config = config
+        self.options = options = options or TowerOptions()
         self.dtype = dtype
         self.device = device
         self.compute_dtype = compute_dtype(dtype, device)
         self._angles = RotaryAngles(config.head_dim, device)
-        self.attention_backend = choose_attention(attention, self.compute_dtype, device)
-        gemm = choose_gemm(device, self.compute_dtype)
+        self.attention_backend = choose_attention(options.attention, self.compute_dtype, device)
+        gemm = choose_gemm(
+            device,
+            self.compute_dtype,
+            is_invariant=options.is_batch_invariant,
+            quantization=options.quantization,
+        )
         self._row_multiple = gemm.row_multiple * config.spatial_merge_size**2  # for the merger's rows too
         linear = partial(Linear, dtype=dtype, gemm=gemm)
-        norm = LayerNorm if config.norm == "layer" else RMSNorm
+        norm = partial(LayerNorm if config.norm == "layer" else RMSNorm, dtype=self.compute_dtype)
         mlp = GatedMlp if config.is_gated else Mlp
         dim = config.hidden_size
         with torch.device("meta"):
@@ -113,13 +133,11 @@ class VisionTower(nn.Module):
                     SelfAttention(linear, dim, config.num_heads, VARLEN_ATTENTION[self.attention_backend]),
                     mlp(linear, dim, config.intermediate_size, config.activation),
                     dim,
-                    self.compute_dtype,
                 )
                 for _ in range(config.depth)
             )
-            self.merger = PatchMerger(
-                linear, norm, dim, config.spatial_merge_size, config.out_hidden_size, self.compute_dtype
-            )
+            self.merger = PatchMerger(linear, norm, dim, config.spatial_merge_size, config.out_hidden_size)
+        self._run: Callable[[Batch], Tensor] = self._run_eagerly
 
     def prepare(self, image_mean: Sequence[float], image_std: Sequence[float]) -> None:
         """Folds the processor's normalisation into the patch embedding and packs the GEMMs' weights; once, after
@@ -129,6 +147,8 @@ class VisionTower(nn.Module):
         for module in self.modules():
             if isinstance(module, Linear):
                 module.prepare()
+        if use_graphs(self.options.cuda_graphs, self.device, self.attention_backend):
+            self._run = CudaGraphs(self._run_eagerly, CudaCapture(), self.options.cuda_graphs_bytes)
 
     @torch.inference_mode()
     def forward(self, items: Sequence[Patches]) -> list[tuple[Tensor, Tensor]]:
@@ -146,23 +166,29 @@ class VisionTower(nn.Module):
         padding = -patches % self._row_multiple
         angles = self._angles.up_to(max(max(h, w) for _, h, w in grids))
         positions = ops.vision_positions(grids, merge, window, angles, rows=patches + padding)
-        rotary = RotaryTable(positions.cos.unsqueeze(1), positions.sin.unsqueeze(1))
+        rotary = RotaryTable(positions.cos, positions.sin)
 
         x = self._embed_rows([item.rows for item in packed], positions.window_order if window else None)
         if padding:
             x = F.pad(x, (0, 0, 0, padding))
         full = Segments.from_lengths(positions.cu_frames, full_lengths(grids))
         windows = Segments.from_lengths(positions.cu_windows, window_lengths(grids, merge, window)) if window else full
-        for index, block in enumerate(self.blocks):
-            x = block(x, full if index in self.config.full_attention_blocks else windows, rotary)
-
-        tokens = self.merger(x)[: patches // merge**2].to(self.dtype)
+        tokens = self._run(Batch(x, rotary, full, windows))[: patches // merge**2].to(self.dtype)
         if window:
             tokens = tokens.index_select(0, positions.window_inverse)
         counts = [t * h * w // merge**2 for t, h, w in grids]
         results = zip(tokens.split(counts), positions.pos_thw.split(counts), strict=True)
         by_item = dict(zip(packing, results, strict=True))
         return [by_item[i] for i in range(len(items))]
+
+    def _run_eagerly(self, batch: Batch) -> Tensor:
+        """Blocks and merger: [N / merge^2, out_hidden_size] in the compute dtype, in the tower's row order."""
+        delta = None
+        for index, block in enumerate(self.blocks):
+            segments = batch.full if index in self.config.full_attention_blocks else batch.windows
+            delta = block(batch.x, delta, segments, batch.rotary)
+        tokens: Tensor = self.merger(batch.x, delta)
+        return tokens
 
     def _embed_rows(self, rows: Sequence[np.ndarray], order: Tensor | None) -> Tensor:
         """Rows of stills, then of clips, to [N, hidden_size] float32 in the tower's row order."""

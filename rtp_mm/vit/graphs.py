@@ -1,0 +1,183 @@
+"""CUDA graphs of a tower's blocks: a small batch is one launch instead of some 300, which would take longer than it.
+
+A graph's shapes are fixed, so batches are padded up to a bucket and copied into its buffers. Padding rows are zeros and
+belong to no segment; padding segments are empty. Both stay finite and touch nobody.
+"""
+
+from __future__ import annotations
+
+import threading
+from bisect import bisect_left
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from cachetools import LRUCache
+from torch import Tensor
+
+from rtp_mm.errors import StartError
+from rtp_mm.vit.attention import Segments
+from rtp_mm.vit.rope import RotaryTable
+
+LARGEST = 4096  # patches; above, the GPU is busy for longer than the launches take
+GRANULE = 64
+GROWTH = 1.25  # from bucket to bucket: at most a fifth of a batch is padding
+GRAPH_UNSAFE = ("sdpa",)  # attention backends whose launches depend on the lengths of the segments
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What a tower's blocks eat: x [N, dim] float32, which they overwrite, and its rows' angles and segments."""
+
+    x: Tensor
+    rotary: RotaryTable
+    full: Segments
+    windows: Segments  # `full` itself where there are no windows
+
+
+class Bucket(NamedTuple):
+    """What a graph is for; a batch fits when none of its numbers is larger."""
+
+    patches: int
+    frames: int
+    longest_frame: int
+    windows: int
+    longest_window: int
+
+
+def bucket_sizes(largest: int = LARGEST) -> list[int]:
+    """Ascending multiples of `GRANULE` up to `largest`, each about `GROWTH` times the last."""
+    sizes = [GRANULE]
+    while sizes[-1] < largest:
+        sizes.append(min(largest, max(sizes[-1] + GRANULE, -int(-sizes[-1] * GROWTH // GRANULE) * GRANULE)))
+    return sizes
+
+
+SIZES = bucket_sizes()
+
+
+def choose_bucket(batch: Batch) -> Bucket | None:
+    """The smallest bucket that the batch fits, or None for a batch that is too large to need one."""
+    patches = batch.x.shape[0]
+    if patches > LARGEST:
+        return None
+    segments = (batch.full, batch.windows)
+    counts = [n for s in segments for n in (_power_of_two(s.cu.shape[0] - 1), _power_of_two(s.max_length))]
+    return Bucket(SIZES[bisect_left(SIZES, patches)], *counts)
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def padded(batch: Batch, bucket: Bucket) -> Batch:
+    """A copy of the batch, of the bucket's size."""
+
+    def rows(t: Tensor) -> Tensor:
+        return t.new_empty(bucket.patches, *t.shape[1:])
+
+    def segments(s: Segments, count: int, longest: int) -> Segments:
+        return Segments(s.cu.new_empty(count + 1), longest, ())
+
+    full = segments(batch.full, bucket.frames, bucket.longest_frame)
+    has_windows = batch.windows is not batch.full
+    windows = segments(batch.windows, bucket.windows, bucket.longest_window) if has_windows else full
+    static = Batch(rows(batch.x), RotaryTable(*map(rows, batch.rotary)), full, windows)
+    copy_into(static, batch)
+    return static
+
+
+def copy_into(static: Batch, batch: Batch) -> None:
+    """The batch into a graph's buffers, and padding over whatever the last one left behind it."""
+    used = batch.x.shape[0]
+    for target, source in zip((static.x, *static.rotary), (batch.x, *batch.rotary), strict=True):
+        target[:used].copy_(source)
+        target[used:].zero_()
+    for to, of in ((static.full, batch.full), (static.windows, batch.windows)):
+        to.cu[: of.cu.shape[0]].copy_(of.cu)
+        to.cu[of.cu.shape[0] :].copy_(of.cu[-1:].expand(to.cu.shape[0] - of.cu.shape[0]))
+
+
+class Captured(NamedTuple):
+    """A recorded function: `replay` runs it again on the same buffers and leaves its result in `output`."""
+
+    replay: Callable[[], None]
+    output: Tensor
+    nbytes: int  # of device memory that the recording holds
+
+
+class _Graph(NamedTuple):
+    inputs: Batch
+    captured: Captured
+
+
+class CudaGraphs:
+    """`run` by graphs, captured when first needed; the longest unused go when all together hold over `max_bytes`.
+
+    `capture` records a function of no arguments. All calls must be on one stream.
+    """
+
+    def __init__(
+        self,
+        run: Callable[[Batch], Tensor],
+        capture: Callable[[Callable[[], Tensor]], Captured],
+        max_bytes: int,
+    ) -> None:
+        self._run = run
+        self._capture = capture
+        self._graphs: LRUCache[Bucket, _Graph] = LRUCache(max_bytes, getsizeof=lambda graph: graph.captured.nbytes)
+        self._lock = threading.Lock()  # a graph's buffers are one caller's until its answer is copied out
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """`run(batch)`, whose rows are as many for each row of x."""
+        bucket = choose_bucket(batch)
+        if bucket is None:
+            return self._run(batch)
+        with self._lock:
+            graph = self._graphs.get(bucket)
+            if graph is None:
+                graph = self._record(batch, bucket)
+            copy_into(graph.inputs, batch)
+            graph.captured.replay()
+            output = graph.captured.output
+            return output[: output.shape[0] * batch.x.shape[0] // bucket.patches].clone()
+
+    def _record(self, batch: Batch, bucket: Bucket) -> _Graph:
+        inputs = padded(batch, bucket)
+        graph = _Graph(inputs, self._capture(lambda: self._run(inputs)))
+        if graph.captured.nbytes <= self._graphs.maxsize:
+            self._graphs[bucket] = graph
+        return graph
+
+
+class CudaCapture:
+    """Records on the current device. The recordings share their memory for intermediate results: no two may run at
+    once."""
+
+    def __init__(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, function: Callable[[], Tensor]) -> Captured:
+        free, _ = torch.cuda.mem_get_info()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # compiles kernels and makes handles, which a capture must not
+            function()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        # thread_local: other threads may go on using the device
+        with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
+            output = function()
+        return Captured(graph.replay, output, max(0, free - torch.cuda.mem_get_info()[0]))
+
+
+def use_graphs(setting: str, device: torch.device, attention: str) -> bool:
+    """Whether a tower on `device` with this attention backend replays graphs: `MM_CUDA_GRAPHS` is auto, 0 or 1.
+
+    Raises `StartError` where they are asked for and cannot be.
+    """
+    can = device.type == "cuda" and attention not in GRAPH_UNSAFE
+    if setting == "1" and not can:
+        raise StartError(f"MM_CUDA_GRAPHS=1 cannot be: the tower is on {device} with attention {attention}")
+    return can and setting != "0"
