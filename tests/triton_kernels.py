@@ -1,4 +1,4 @@
-"""Run by test_ops_triton.py: each kernel against float64, beside plain PyTorch; on the CPU with TRITON_INTERPRET=1."""
+"""Run by test_ops_triton.py: pointwise kernels against float64, beside plain PyTorch; on the CPU with TRITON_INTERPRET=1."""
 
 from __future__ import annotations
 
@@ -78,6 +78,14 @@ for width in (172, 3420):
         exact = F.silu(gate.double()) * up.double()
         check("silu_gate", activate(gate_up, "silu_gate"), (F.silu(gate.float()) * up.float()).to(dtype), exact)
         must_fail("silu_gate", lambda g=gate, u=up, e=exact: check("", (F.silu(u) * g), (F.silu(g) * u), e))  # type: ignore[misc]
+
+for activation, twin in (("gelu", F.gelu), ("quick_gelu", lambda t: t * torch.sigmoid(1.702 * t))):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        x = torch.randn(3, 700).to(dtype)
+        exact = twin(x.double())
+        check(activation, activate(x.clone(), activation), twin(x.float()).to(dtype), exact)
+        other = "quick_gelu" if activation == "gelu" else "gelu"
+        must_fail(activation, lambda x=x, o=other, e=exact: check("", activate(x.clone(), o), e.to(x.dtype), e))  # type: ignore[misc]
 
 rows = torch.randn(9, 1280)
 alone = add_norm(rows[4:5].clone(), None, torch.ones(1280), None, EPS, torch.bfloat16)

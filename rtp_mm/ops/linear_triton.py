@@ -54,7 +54,7 @@ TILES: dict[tuple[int, int], Tiles] = {
     (10, 0): Tiles(Tile(128, 128, 64, 4, 8), Tile(128, 256, 64, 3, 8), Tile(128, 64, 64, 3, 8), has_tma=True),
     (12, 0): SMALL_MEMORY,
 }
-FLOAT32 = Tile(64, 64, 16, 3, 8)  # no tensor cores: they would round to 10 bits
+FLOAT32 = Tile(64, 64, 32, 3, 8)  # no tensor cores: they would round to 10 bits
 
 
 @triton.jit
