@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +54,7 @@ class Recorder:
 def test_buckets_ascend_to_the_largest_and_waste_little() -> None:
     assert SIZES[0] == GRANULE
     assert SIZES[-1] == LARGEST
-    for smaller, larger in zip(SIZES, SIZES[1:], strict=False):
+    for smaller, larger in pairwise(SIZES):
         assert larger % GRANULE == 0
         assert larger - smaller <= max(GRANULE, larger / 5 + GRANULE)
 
@@ -210,5 +211,3 @@ def test_where_graphs_are_used(setting: str, device: str, attention: str, expect
 def test_graphs_that_cannot_be_are_refused(device: str, attention: str) -> None:
     with pytest.raises(StartError, match="MM_CUDA_GRAPHS=1 cannot be"):
         use_graphs("1", torch.device(device), attention)
-
-

@@ -14,28 +14,38 @@ import pytest
 from conftest import require
 
 HERE = Path(__file__).parent
-KERNELS = HERE / "triton_kernels.py"
-COMPILED = HERE / "triton_compiled.py"
+SCRIPTS = ("triton_kernels.py", "triton_linear.py")
 
 
-def run(script: Path, **environment: str) -> None:
+def run(script: str, *arguments: object, **environment: str) -> None:
     result = subprocess.run(
-        [sys.executable, str(script)], env=os.environ | environment, capture_output=True, text=True, check=False
+        [sys.executable, HERE / script, *map(str, arguments)],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-def test_kernels_are_as_exact_as_pytorch_in_the_interpreter() -> None:
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_kernels_are_as_exact_as_pytorch_in_the_interpreter(script: str) -> None:
     require("triton")
-    run(KERNELS, TRITON_INTERPRET="1")
+    run(script, TRITON_INTERPRET="1")
 
 
-def test_kernels_are_as_exact_as_pytorch_on_a_gpu() -> None:
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_kernels_are_as_exact_as_pytorch_on_a_gpu(script: str) -> None:
     require("cuda")
-    run(KERNELS)
+    run(script)
 
 
-@pytest.mark.parametrize("capability", ["80", "90"])
+def test_towers_through_triton_equal_those_of_a_cpu(tiny_qwen2_vl: Path, tiny_qwen2_5_vl: Path) -> None:
+    require("triton")
+    run("triton_tower.py", tiny_qwen2_vl, tiny_qwen2_5_vl, TRITON_INTERPRET="1")
+
+
+@pytest.mark.parametrize("capability", ["80", "89", "90", "100"])
 def test_kernels_compile_without_spills(capability: str) -> None:
     require("triton")
-    run(COMPILED, CAPABILITY=capability)
+    run("triton_compiled.py", CAPABILITY=capability)

@@ -13,14 +13,16 @@ import torch
 from conftest import require
 from huggingface import HuggingFace, relative_l2
 from numpy.typing import NDArray
+from torch import Tensor
 
 from rtp_mm.config import load_settings
 from rtp_mm.errors import StartError
 from rtp_mm.models.qwen2_vl import Qwen2VL
 from rtp_mm.models.registry import load_model
 from rtp_mm.types import Patches
-from rtp_mm.vit.attention import choose_attention
-from rtp_mm.vit.linear import Gemm, OnednnGemm, PackedGemm
+from rtp_mm.vit.attention import Attention, Segments, choose_attention
+from rtp_mm.vit.linear import Gemm, OnednnGemm, PackedGemm, choose_gemm
+from rtp_mm.vit.rope import RotaryTable
 
 Load = Callable[..., Any]
 # Merged tokens 1, 2, 3, 5, 7, then windows whole, cut and both; sides of 28 are one merged cell.
@@ -138,6 +140,32 @@ def test_rows_of_the_chosen_gemm_do_not_depend_on_the_batch(gemm: type[Gemm]) ->
         assert torch.equal(product(x[16 : 16 + rows].clone()), whole[16 : 16 + rows]), rows
 
 
+def test_the_fastest_backend_is_the_one_with_the_shortest_trial() -> None:
+    """By a clock that the backends move."""
+    now = 0.0
+
+    def takes(seconds: float) -> Attention:
+        def run(qkv: Tensor, rotary: RotaryTable, segments: Segments) -> Tensor:
+            nonlocal now
+            now += seconds
+            return qkv[:, 0]
+
+        return run
+
+    def choose(name: str, **seconds: float) -> str:
+        table = {backend: takes(s) for backend, s in seconds.items()}
+        return choose_attention(name, torch.float32, torch.device("cpu"), table=table, clock=lambda: now)
+
+    assert choose("fastest", flash=0.1, packed=3.0, sdpa=2.0) == "sdpa"  # flash cannot run here
+    assert choose("fastest", packed=1.0, sdpa=2.0) == "packed"
+    assert choose("auto", packed=3.0, sdpa=2.0) == "packed", "auto must not depend on a measurement"
+
+
 def test_a_forced_backend_that_cannot_run_is_refused() -> None:
     with pytest.raises(StartError, match=r"MM_ATTENTION=flash cannot run .* usable: packed, sdpa"):
         choose_attention("flash", torch.float32, torch.device("cpu"))
+
+
+def test_fp8_without_a_gpu_is_refused() -> None:
+    with pytest.raises(StartError, match=r"MM_QUANTIZATION=fp8 needs a GPU, and the tower is on cpu"):
+        choose_gemm(torch.device("cpu"), torch.float32, quantization="fp8")

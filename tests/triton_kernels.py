@@ -1,4 +1,4 @@
-"""Run by test_ops_triton.py: pointwise kernels against float64, beside plain PyTorch; on the CPU with TRITON_INTERPRET=1."""
+"""Run by test_ops_triton.py: pointwise kernels against float64, beside plain PyTorch, interpreted or on a GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Run by test_ops_triton.py with TRITON_INTERPRET=1: tiny towers through the Triton kernels and by the CPU's own way."""
+"""Run by test_ops_triton.py, interpreted: tiny towers through the Triton kernels, and by the CPU's own way."""
 
 from __future__ import annotations
 

@@ -49,7 +49,8 @@ def fixed_linear_add_(
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """[M, K] -> [M, K] float8_e4m3fn and [M] float32: each row divided by what brings its largest value to 448."""
+    """[M, K] -> [M, K] float8_e4m3fn, K up to a multiple of 16 with zeros, and what brought each row's largest value to
+    448 when the row was divided by it: [M] float32."""
     from rtp_mm.ops import linear_triton
 
     return linear_triton.quantize_rows(x)

@@ -21,6 +21,7 @@ from rtp_mm.ops.pointwise_triton import activated
 
 ALIGNMENT = 16  # elements; what 16-byte loads, tensor memory access and Triton's own analysis want of a row's length
 WIDE = 2048  # columns from which there are enough tiles for a large one
+LARGEST_E4M3 = 448.0
 GROUP = 8  # rows of tiles that share what they read in L2
 INTERPRETED_PROGRAMS = 3  # so that some take several tiles, and not all equally many
 
@@ -36,22 +37,36 @@ class Tile(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """The tiles of one generation of GPUs: `wide` for wide layers with nothing fused but the bias."""
+    """The tiles of one generation of GPUs: `wide` where nothing is fused but the bias, `e4m3` for all of that type."""
 
     narrow: Tile
     wide: Tile
     gated: Tile
+    e4m3: Tile
     has_tma: bool  # operands are fetched by the tensor memory access unit
 
 
 # By compute capability; a GPU takes the last entry that it reaches. A program has 163 KB of shared memory on 8.0, 99 KB
 # on 8.6, 8.9 and 12.0, 227 KB on 9.0 and 10.0. The largest tiles whose registers do not spill.
-SMALL_MEMORY = Tiles(Tile(128, 128, 32, 4, 8), Tile(128, 128, 32, 4, 8), Tile(128, 64, 32, 4, 8), has_tma=False)
+SMALL_MEMORY = Tiles(
+    narrow=Tile(128, 128, 32, 4, 8),
+    wide=Tile(128, 128, 32, 4, 8),
+    gated=Tile(128, 64, 32, 4, 8),
+    e4m3=Tile(128, 64, 64, 3, 8),
+    has_tma=False,
+)
+HOPPER = Tiles(
+    narrow=Tile(128, 128, 64, 4, 8),
+    wide=Tile(128, 256, 64, 3, 8),
+    gated=Tile(128, 128, 64, 3, 8),
+    e4m3=Tile(128, 64, 128, 4, 8),
+    has_tma=True,
+)
 TILES: dict[tuple[int, int], Tiles] = {
-    (8, 0): Tiles(Tile(128, 128, 64, 3, 8), Tile(128, 256, 64, 3, 8), Tile(128, 64, 64, 3, 8), has_tma=False),
+    (8, 0): HOPPER._replace(narrow=Tile(128, 128, 64, 3, 8), gated=Tile(128, 64, 64, 3, 8), has_tma=False),
     (8, 6): SMALL_MEMORY,
-    (9, 0): Tiles(Tile(128, 128, 64, 4, 8), Tile(128, 256, 64, 3, 8), Tile(128, 128, 64, 3, 8), has_tma=True),
-    (10, 0): Tiles(Tile(128, 128, 64, 4, 8), Tile(128, 256, 64, 3, 8), Tile(128, 64, 64, 3, 8), has_tma=True),
+    (9, 0): HOPPER,
+    (10, 0): HOPPER._replace(gated=Tile(128, 64, 64, 3, 8)),
     (12, 0): SMALL_MEMORY,
 }
 FLOAT32 = Tile(64, 64, 32, 3, 8)  # no tensor cores: they would round to 10 bits
@@ -144,6 +159,8 @@ def choose_tile(
     if dtype == torch.float32:
         return FLOAT32, False
     tiles = TILES[max(known for known in TILES if known <= capability)]
+    if dtype == torch.float8_e4m3fn:
+        return tiles.e4m3, tiles.has_tma
     if activation == "silu_gate":
         return tiles.gated, tiles.has_tma
     return tiles.wide if width >= WIDE and activation == "none" and not adds else tiles.narrow, tiles.has_tma
@@ -194,21 +211,22 @@ def linear(
 
 
 @triton.jit
-def _quantize_rows(x_ptr, out_ptr, scale_ptr, depth, LARGEST: tl.constexpr, BLOCK: tl.constexpr):
+def _quantize_rows(x_ptr, out_ptr, scale_ptr, depth, width, LARGEST: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
-    inside = columns < depth
-    x = tl.load(x_ptr + row * depth + columns, mask=inside, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + row * depth + columns, mask=columns < depth, other=0.0).to(tl.float32)
     scale = tl.max(tl.abs(x), axis=0) / LARGEST
     scale = tl.where(scale == 0, 1.0, scale)  # a row of zeros
     tl.store(scale_ptr + row, scale)
-    tl.store(out_ptr + row * depth + columns, (x / scale).to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(out_ptr + row * width + columns, (x / scale).to(out_ptr.dtype.element_ty), mask=columns < width)
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """`ops.quantize_rows`."""
     rows, depth = x.shape
-    out = torch.empty_like(x, dtype=torch.float8_e4m3fn)
+    width = triton.cdiv(depth, ALIGNMENT) * ALIGNMENT
+    out = torch.empty(rows, width, dtype=torch.float8_e4m3fn, device=x.device)
     scale = torch.empty(rows, dtype=torch.float32, device=x.device)
-    _quantize_rows[(rows,)](x, out, scale, depth, LARGEST=448.0, BLOCK=triton.next_power_of_2(depth))
+    block = triton.next_power_of_2(width)
+    _quantize_rows[(rows,)](x, out, scale, depth, width, LARGEST=LARGEST_E4M3, BLOCK=block)
     return out, scale

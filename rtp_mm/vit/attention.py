@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import logging
+import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -25,6 +27,12 @@ from rtp_mm.vit.rope import RotaryTable
 # zeros. qkv may be overwritten.
 Attention = Callable[[Tensor, RotaryTable, "Segments"], Tensor]
 HALF = (torch.bfloat16, torch.float16)
+# What a trial runs: four frames, then the same rows in windows, in Qwen2.5-VL's shape.
+TRIAL_FRAMES, TRIAL_FRAME, TRIAL_WINDOW = 4, 512, 64
+TRIAL_HEADS, TRIAL_HEAD_DIM = 16, 80
+TRIAL_ROUNDS = 5
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -123,10 +131,59 @@ def is_usable(name: str, dtype: torch.dtype, device: torch.device) -> bool:
     return name == "torch" or importlib.util.find_spec("flash_attn") is not None
 
 
-def choose_attention(name: str, dtype: torch.dtype, device: torch.device) -> str:
-    """The backend called `name`, or for "auto" the first usable one. Raises `StartError` if it cannot be used."""
+def time_attention(
+    backends: Mapping[str, Attention], dtype: torch.dtype, device: torch.device, clock: Callable[[], float]
+) -> dict[str, float]:
+    """Seconds that each backend takes for some frames and many windows, the best of a few rounds after a warm-up."""
+    generator = torch.Generator("cpu").manual_seed(0)
+    rows = TRIAL_FRAMES * TRIAL_FRAME
+    shape = (rows, 3, TRIAL_HEADS, TRIAL_HEAD_DIM)
+    qkv = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(device, dtype)
+    turn = torch.ones(rows, TRIAL_HEAD_DIM // 2, dtype=torch.float32, device=device)
+    rotary = RotaryTable(turn, torch.zeros_like(turn))
+    segments = []
+    for length in (TRIAL_FRAME, TRIAL_WINDOW):
+        cu = torch.arange(0, rows + 1, length, dtype=torch.int32, device=device)
+        segments.append(Segments.from_lengths(cu, [length] * (rows // length)))
+
+    def run(backend: Attention) -> float:
+        _synchronize(device)
+        started = clock()
+        for each in segments:
+            backend(qkv, rotary, each)
+        _synchronize(device)
+        return clock() - started
+
+    for backend in backends.values():
+        run(backend)
+    return {name: min(run(backend) for _ in range(TRIAL_ROUNDS)) for name, backend in backends.items()}
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def choose_attention(
+    name: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    table: Mapping[str, Attention] = VARLEN_ATTENTION,
+    clock: Callable[[], float] = time.perf_counter,
+) -> str:
+    """The backend called `name`; for "auto" the first usable one, for "fastest" the one that a trial shows.
+
+    "auto" is no trial: two servers of one configuration must answer with the same bits. Raises `StartError` if the
+    backend cannot be used.
+    """
     if name == "auto":
-        return next(n for n in VARLEN_ATTENTION if is_usable(n, dtype, device))
+        return next(n for n in table if is_usable(n, dtype, device))
+    if name == "fastest":
+        usable_ones = {n: backend for n, backend in table.items() if is_usable(n, dtype, device)}
+        seconds = time_attention(usable_ones, dtype, device, clock)
+        _log.info("attention: %s", ", ".join(f"{n} {1e3 * s:.3f} ms" for n, s in seconds.items()))
+        return min(seconds, key=lambda n: seconds[n])
     if not is_usable(name, dtype, device):
         usable = ", ".join(n for n in VARLEN_ATTENTION if is_usable(n, dtype, device))
         raise StartError(f"MM_ATTENTION={name} cannot run {dtype} on {device} here; usable: {usable}")
