@@ -21,6 +21,7 @@ from rtp_mm.vit.rope import RotaryTable
 from rtp_mm.vit.tower import VisionTower
 
 DIM, HALF = 8, 4
+MB = 1 << 20
 GRIDS = [(1, 2, 2), (1, 2, 6), (1, 8, 8), (1, 10, 12), (1, 16, 16), (1, 22, 14), (2, 4, 6)]
 
 
@@ -37,7 +38,7 @@ def batch(lengths: list[int]) -> Batch:
 class Recorder:
     """Captures as a GPU does: the function runs once, and again on the same buffers whenever it is replayed."""
 
-    def __init__(self, nbytes: int = 1) -> None:
+    def __init__(self, nbytes: int = 0) -> None:
         self.captures = 0
         self._nbytes = nbytes
 
@@ -90,7 +91,7 @@ def test_padding_is_zeros_in_no_segment() -> None:
 
 def test_a_graph_is_captured_once_a_bucket_and_its_answers_outlive_the_next() -> None:
     record = Recorder()
-    graphs = CudaGraphs(lambda b: b.x.mul(2), record, 100)
+    graphs = CudaGraphs(lambda b: b.x.mul(2), record, MB)
     batches = [batch([4]), batch([9]), batch([33])]
     answers = [graphs(b) for b in batches]
     assert record.captures == len({choose_bucket(b) for b in batches}) == 3
@@ -102,7 +103,7 @@ def test_a_graph_is_captured_once_a_bucket_and_its_answers_outlive_the_next() ->
 
 
 def test_what_the_run_overwrites_is_the_graphs_own() -> None:
-    graphs = CudaGraphs(lambda b: b.x.add_(1), Recorder(), 100)
+    graphs = CudaGraphs(lambda b: b.x.add_(1), Recorder(), MB)
     one = batch([5])
     before = one.x.clone()
     for _ in range(3):
@@ -111,8 +112,8 @@ def test_what_the_run_overwrites_is_the_graphs_own() -> None:
 
 
 def test_memory_is_bounded_and_the_longest_unused_goes_first() -> None:
-    record = Recorder(nbytes=40)
-    graphs = CudaGraphs(lambda b: b.x * 1, record, max_bytes=100)
+    record = Recorder(nbytes=40 * MB)
+    graphs = CudaGraphs(lambda b: b.x * 1, record, max_bytes=100 * MB)
     small, middle, large = batch([64]), batch([128]), batch([192])
     for b in (small, middle, small, large):  # `middle` goes
         graphs(b)
@@ -124,8 +125,8 @@ def test_memory_is_bounded_and_the_longest_unused_goes_first() -> None:
 
 
 def test_a_graph_over_the_whole_budget_runs_and_is_not_kept() -> None:
-    record = Recorder(nbytes=101)
-    graphs = CudaGraphs(lambda b: b.x * 3, record, max_bytes=100)
+    record = Recorder(nbytes=101 * MB)
+    graphs = CudaGraphs(lambda b: b.x * 3, record, max_bytes=100 * MB)
     one = batch([7])
     assert torch.equal(graphs(one), one.x * 3)
     graphs(one)
@@ -134,7 +135,7 @@ def test_a_graph_over_the_whole_budget_runs_and_is_not_kept() -> None:
 
 def test_batches_over_the_largest_bucket_need_no_graph() -> None:
     record = Recorder()
-    graphs = CudaGraphs(lambda b: b.x * 3, record, 100)
+    graphs = CudaGraphs(lambda b: b.x * 3, record, MB)
     large = batch([LARGEST + 1])
     assert torch.equal(graphs(large), large.x * 3)
     assert record.captures == 0

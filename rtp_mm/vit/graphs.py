@@ -107,9 +107,14 @@ class Captured(NamedTuple):
     nbytes: int  # of device memory that the recording holds
 
 
-class _Graph(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class _Graph:
     inputs: Batch
     captured: Captured
+
+    @property
+    def nbytes(self) -> int:
+        return self.captured.nbytes + self.inputs.x.nbytes + sum(t.nbytes for t in self.inputs.rotary)
 
 
 class CudaGraphs:
@@ -126,7 +131,7 @@ class CudaGraphs:
     ) -> None:
         self._run = run
         self._capture = capture
-        self._graphs: LRUCache[Bucket, _Graph] = LRUCache(max_bytes, getsizeof=lambda graph: graph.captured.nbytes)
+        self._graphs: LRUCache[Bucket, _Graph] = LRUCache(max_bytes, getsizeof=lambda graph: graph.nbytes)
         self._lock = threading.Lock()  # a graph's buffers are one caller's until its answer is copied out
 
     def __call__(self, batch: Batch) -> Tensor:
@@ -146,7 +151,7 @@ class CudaGraphs:
     def _record(self, batch: Batch, bucket: Bucket) -> _Graph:
         inputs = padded(batch, bucket)
         graph = _Graph(inputs, self._capture(lambda: self._run(inputs)))
-        if graph.captured.nbytes <= self._graphs.maxsize:
+        if graph.nbytes <= self._graphs.maxsize:
             self._graphs[bucket] = graph
         return graph
 
@@ -159,12 +164,13 @@ class CudaCapture:
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, function: Callable[[], Tensor]) -> Captured:
-        free, _ = torch.cuda.mem_get_info()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # compiles kernels and makes handles, which a capture must not
             function()
         torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.empty_cache()  # as the capture does: what it frees must not hide what the capture takes
+        free, _ = torch.cuda.mem_get_info()
         graph = torch.cuda.CUDAGraph()
         # thread_local: other threads may go on using the device
         with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
