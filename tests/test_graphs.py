@@ -174,6 +174,22 @@ def test_graphs_are_invisible(tower: VisionTower) -> None:
         assert torch.equal(embedding, expected)
 
 
+@pytest.mark.parametrize("edge", [size for size in SIZES if size <= 1024])
+def test_batching_is_invisible_at_a_buckets_edge(tower: VisionTower, edge: int) -> None:
+    """Images of 4 and 12 patches keep their bits beside one that brings the batch just below, to and above the edge."""
+    small = images()[:2]
+    alone = [tower([item])[0][0] for item in small]
+    tower._run = CudaGraphs(tower._run_eagerly, Recorder(), 1 << 30)
+    for patches in (edge - 4, edge, edge + 4):
+        width = (patches - 16) // 2
+        other = Patches(np.random.default_rng(edge).integers(0, 256, (2 * width, 588), np.uint8), (1, 2, width))
+        for order in ([*small, other], [other, *small], [small[0], other, small[1]]):
+            embeddings = [embedding for embedding, _ in tower(order)]
+            for item, expected in zip(small, alone, strict=True):
+                place = next(i for i, o in enumerate(order) if o is item)
+                assert torch.equal(embeddings[place], expected)
+
+
 def test_padding_of_nan_reaches_nobody(tower: VisionTower) -> None:
     """Even were padding not zeroed, rows of a batch would keep their bits: nothing reads a row of no segment."""
     [item] = images()[3:4]

@@ -166,6 +166,33 @@ def test_a_forced_backend_that_cannot_run_is_refused() -> None:
         choose_attention("flash", torch.float32, torch.device("cpu"))
 
 
+class EmulatedFp8Gemm(PackedGemm):
+    """What `Fp8Gemm` computes on a GPU, but for the order of its sums."""
+
+    def __init__(self, weight: Tensor, bias: Tensor, activation: str) -> None:
+        super().__init__(as_e4m3(weight.float()), bias, activation)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return super().__call__(as_e4m3(x))
+
+    def add_to(self, residual: Tensor, x: Tensor) -> None:
+        super().add_to(residual, as_e4m3(x))
+
+
+def as_e4m3(x: Tensor) -> Tensor:
+    scale = x.abs().amax(1, keepdim=True).clamp(min=1e-30) / 448
+    return (x / scale).to(torch.float8_e4m3fn).float() * scale
+
+
+def test_fp8_costs_some_percent_and_no_more(
+    tiny_checkpoint: Path, peer: HuggingFace, images: list[NDArray[np.uint8]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rtp_mm.vit.tower.choose_gemm", lambda *_, **__: EmulatedFp8Gemm)
+    part: Any = load_model(load_settings(checkpoint_path=tiny_checkpoint, act_type="fp32", device="cpu")).mm_part
+    errors = [relative_l2(part.mm_process(as_patches(peer, i))[0], peer.embed(i)) for i in images]
+    assert 1e-2 < np.mean(errors) < 8e-2, errors
+
+
 def test_fp8_without_a_gpu_is_refused() -> None:
     with pytest.raises(StartError, match=r"MM_QUANTIZATION=fp8 needs a GPU, and the tower is on cpu"):
         choose_gemm(torch.device("cpu"), torch.float32, quantization="fp8")

@@ -63,7 +63,7 @@ HOPPER = Tiles(
     has_tma=True,
 )
 TILES: dict[tuple[int, int], Tiles] = {
-    (8, 0): HOPPER._replace(narrow=Tile(128, 128, 64, 3, 8), gated=Tile(128, 64, 64, 3, 8), has_tma=False),
+    (8, 0): HOPPER._replace(narrow=Tile(128, 128, 64, 3, 8), gated=Tile(128, 64, 32, 4, 8), has_tma=False),
     (8, 6): SMALL_MEMORY,
     (9, 0): HOPPER,
     (10, 0): HOPPER._replace(gated=Tile(128, 64, 64, 3, 8)),
