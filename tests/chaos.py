@@ -36,6 +36,7 @@ from rtp_mm.server.proto import MESSAGE_SIZE_OPTIONS, MultimodalInputsPB, method
 from rtp_mm.types import MMEmbeddingRes
 
 CALL_TIMEOUT_S = 100.0
+ANSWERS_PER_KILL = 10
 SETTLE_S = 20.0
 PSS_SLACK = 96 << 20  # caches and pools that fill up
 # What the server runs with: it may reach this machine's loopback address and no other.
@@ -165,9 +166,11 @@ class Holdings:
 
 
 async def kill_workers(pid: int, report: Report, rng: random.Random) -> None:
-    """Kills a child of the server every now and then."""
+    """Kills a child of the server every now and then, but not faster than answers come: the server must get on."""
     while True:
-        await asyncio.sleep(rng.uniform(0.2, 1.0))
+        answered = report.outcomes.total()
+        while report.outcomes.total() < answered + ANSWERS_PER_KILL:
+            await asyncio.sleep(rng.uniform(0.1, 0.5))
         workers = [p for p in psutil.Process(pid).children(recursive=True) if "resource_tracker" not in _command(p)]
         if workers:
             with suppress(ProcessLookupError):
