@@ -1,4 +1,4 @@
-// The inner loops of every matrix product: strips of rows, held in registers, times a panel of columns.
+// The inner loops of every matrix product: a strip of rows, its sums held in registers, times a panel of columns.
 
 #pragma once
 
@@ -9,16 +9,34 @@
 namespace rtp_mm {
 
 // Steps of k in one strip. Longer sums are sums of such partial sums, which round less: half the error at k = 588. A
-// panel of 32 columns (10 KB) and the strip that meets it (4 KB) share L1 with room to spare: 128 steps are a fifth
-// slower on a busy machine. A divisor of the widths and head dimensions of many towers.
+// panel of 32 columns (10 KB) and the strip that meets it (4 KB) share L1 with room to spare. A divisor of the widths
+// and head dimensions of many towers.
 constexpr int64_t kStripDepth = 80;
 
 // Columns come in multiples of this: a vector of the widest instruction set.
 constexpr int64_t kColumnUnit = 16;
 
-// sums[rows, columns] += strips[rows, depth] * panel[depth, columns], rows of the strips kStripDepth apart,
-// depth <= kStripDepth. Each element is summed over the depth in order, whatever the other rows and columns.
-void multiply(Isa isa, int64_t rows, int64_t columns, int64_t depth, const float* strips, const float* panel,
-              int64_t panel_stride, float* sums, int64_t sums_stride);
+// Memory that is wanted soon: fetched into L2 while a product runs.
+struct Ahead {
+  const void* data = nullptr;
+  int64_t bytes = 0;
+};
+
+// The right operand and the result of sums[rows, columns] = left[rows, depth] * panel[depth, columns]; with is_added,
+// sums += that. Each element is summed over the depth in order, whatever the other rows and columns.
+struct Product {
+  int64_t rows, columns, depth;
+  const float* panel;
+  int64_t panel_stride;
+  float* sums;
+  int64_t sums_stride;
+  bool is_added;
+};
+
+// left: rows kStripDepth apart, depth <= kStripDepth.
+void multiply(Isa isa, const float* left, const Product& product, Ahead ahead = {});
+
+// left[depth, rows], rows of memory left_stride apart.
+void multiply_transposed(Isa isa, const float* left, int64_t left_stride, const Product& product);
 
 }  // namespace rtp_mm

@@ -11,70 +11,87 @@
 namespace rtp_mm {
 namespace {
 
-constexpr int64_t kQueries = 112;       // of a block: eight AVX-512 strips; their scores (36 KB) stay in L2
-constexpr int64_t kKeys = kStripDepth;  // of a block: its probabilities are strips
-constexpr int64_t kPanel = 32;          // columns multiplied at a time: 10 KB of keys or values stay in L1
+// Queries go in panels of two AVX-512 vectors, a query to a lane: what a softmax does with a row of scores it does with
+// 32 of them at once, and its probabilities are the left operand of the second product as they stand.
+constexpr int64_t kPanel = 32;
+constexpr int64_t kQueries = 4 * kPanel;  // of a block, which reads keys and values from memory once
+constexpr int64_t kKeys = 128;            // of a block: with its values 80 KB, read from L2 by each panel
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 
 int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
-// dst[dim] = scale * the rotated src[dim].
+// dst[r] = scale * the rotated src[r], [rows][dim] both. The row behind each source row comes out of memory meanwhile:
+// the same row of the next head.
 struct Rotate {
   template <class Arch>
-  RTP_MM_INLINE static void run(const float* src, const float* cos, const float* sin, int64_t dim, float scale,
-                                float* dst) {
+  RTP_MM_INLINE static void run(const float* src, int64_t src_stride, const float* cos, const float* sin, int64_t rows,
+                                int64_t dim, float scale, float* __restrict dst, int64_t dst_stride) {
     const int64_t half = dim / 2;
-    for (int64_t i = 0; i < half; ++i) {
-      dst[i] = scale * (src[i] * cos[i] - src[half + i] * sin[i]);
-      dst[half + i] = scale * (src[half + i] * cos[i] + src[i] * sin[i]);
+    for (; rows > 0; --rows, src += src_stride, dst += dst_stride, cos += half, sin += half) {
+      for (int64_t i = 0; i < dim; i += 16) __builtin_prefetch(src + dim + i);
+      for (int64_t i = 0; i < half; ++i) dst[i] = scale * (src[i] * cos[i] - src[half + i] * sin[i]);
+      for (int64_t i = 0; i < half; ++i) dst[half + i] = scale * (src[half + i] * cos[i] + src[i] * sin[i]);
     }
   }
 };
 
-// The state of a block's queries between blocks of keys.
-struct Softmax {
-  float largest[kQueries], sum[kQueries];
+// dst[columns][kPanel] = src[kPanel][columns], rows of src src_stride apart; both dimensions multiples of kColumnUnit.
+struct Transpose {
+  template <class Arch>
+  RTP_MM_INLINE static void run(const float* src, int64_t src_stride, int64_t columns, float* dst) {
+    for (int64_t r = 0; r < kPanel; r += Arch::kLanes) {
+      for (int64_t c = 0; c < columns; c += Arch::kLanes) {
+        Vector<Arch> block[Arch::kLanes];
+        for (int i = 0; i < Arch::kLanes; ++i) block[i] = at<Arch>(src + (r + i) * src_stride + c);
+        transpose<Arch>(block);
+        for (int i = 0; i < Arch::kLanes; ++i) at<Arch>(dst + (c + i) * kPanel + r) = block[i];
+      }
+    }
+  }
+};
 
-  // scores[rows][kKeys] -> e^(score - largest so far), for the first `keys` of each row; sums and weighted values that
-  // were taken relative to a smaller score are scaled down.
+// The state of a panel's queries between blocks of keys.
+struct Softmax {
+  float largest[kPanel], sum[kPanel], shrink[kPanel];
+
+  // scores[keys][kPanel] -> e^(score - largest so far). What was summed relative to a smaller score is to be scaled by
+  // `shrink`.
   struct Step {
     template <class Arch>
-    RTP_MM_INLINE static void run(Softmax* state, float* scores, int64_t rows, int64_t keys, float* values,
-                                  int64_t columns) {
-      const int64_t end = (keys + Arch::kLanes - 1) / Arch::kLanes * Arch::kLanes;
-      for (int64_t r = 0; r < rows; ++r, scores += kKeys, values += columns) {
-        for (int64_t i = keys; i < end; ++i) scores[i] = kMinusInfinity;
-        Vector<Arch> top = at<Arch>(scores);
-        for (int64_t i = Arch::kLanes; i < end; i += Arch::kLanes) {
-          top = top < at<Arch>(scores + i) ? at<Arch>(scores + i) : top;
+    RTP_MM_INLINE static void run(Softmax* state, float* scores, int64_t keys) {
+      constexpr int kVectors = kPanel / Arch::kLanes;
+      Vector<Arch> largest[kVectors], total[kVectors] = {};
+      for (int v = 0; v < kVectors; ++v) largest[v] = at<Arch>(state->largest + v * Arch::kLanes);
+      for (int64_t key = 0; key < keys; ++key) {
+        for (int v = 0; v < kVectors; ++v) {
+          const Vector<Arch> score = at<Arch>(scores + key * kPanel + v * Arch::kLanes);
+          largest[v] = largest[v] < score ? score : largest[v];
         }
-        const float before = state->largest[r], block = rtp_mm::largest<Arch>(top);
-        const float now = before < block ? block : before;
-        Vector<Arch> total = {};
-        for (int64_t i = 0; i < end; i += Arch::kLanes) {
-          at<Arch>(scores + i) = exp<Arch>(at<Arch>(scores + i) - now);
-          total += at<Arch>(scores + i);
+      }
+      for (int64_t key = 0; key < keys; ++key) {
+        for (int v = 0; v < kVectors; ++v) {
+          Vector<Arch>& score = at<Arch>(scores + key * kPanel + v * Arch::kLanes);
+          score = exp<Arch>(score - largest[v]);
+          total[v] += score;
         }
-        state->largest[r] = now;
-        if (before == now) {
-          state->sum[r] += rtp_mm::sum<Arch>(total);
-        } else {
-          const float shrink = exp<Arch>(Vector<Arch>{} + (before - now))[0];
-          state->sum[r] = state->sum[r] * shrink + rtp_mm::sum<Arch>(total);
-          for (int64_t i = 0; i < columns; i += Arch::kLanes) at<Arch>(values + i) *= shrink;
-        }
+      }
+      for (int v = 0; v < kVectors; ++v) {
+        const int64_t lane = v * Arch::kLanes;
+        const Vector<Arch> shrink = exp<Arch>(at<Arch>(state->largest + lane) - largest[v]);
+        at<Arch>(state->largest + lane) = largest[v];
+        at<Arch>(state->sum + lane) = at<Arch>(state->sum + lane) * shrink + total[v];
+        at<Arch>(state->shrink + lane) = shrink;
       }
     }
   };
 };
 
-// weighted / sum, for `rows` of [rows][columns], to dim columns of rows out_stride apart.
-struct Finish {
+// Rows of [rows][columns], each times a factor of its own.
+struct Scale {
   template <class Arch>
-  RTP_MM_INLINE static void run(const Softmax* state, const float* weighted, int64_t rows, int64_t columns, int64_t dim,
-                                float* out, int64_t out_stride) {
-    for (int64_t r = 0; r < rows; ++r, weighted += columns, out += out_stride) {
-      for (int64_t i = 0; i < dim; ++i) out[i] = weighted[i] / state->sum[r];
+  RTP_MM_INLINE static void run(const float* factors, int64_t rows, int64_t columns, float* values) {
+    for (int64_t r = 0; r < rows; ++r, values += columns) {
+      for (int64_t i = 0; i < columns; i += Arch::kLanes) at<Arch>(values + i) *= factors[r];
     }
   }
 };
@@ -82,80 +99,120 @@ struct Finish {
 // What one thread holds, in the layouts of `multiply`.
 class Workspace {
  public:
-  explicit Workspace(const PackedAttention& job) : job_(job), columns_(round_up(job.dim, kColumnUnit)) {}
+  explicit Workspace(const PackedAttention& job) : job_(job), columns_(round_up(job.dim, kColumnUnit)) {
+    for (Panel& panel : panels_) {
+      panel.queries.resize(columns_ * kPanel);
+      panel.weighted.resize(kPanel * columns_);
+    }
+  }
 
   // Takes over keys and values of rows [first, first + length).
   void load_segment(int64_t head, int64_t first, int64_t length) {
-    const int64_t dim = job_.dim;
-    keys_.assign(round_up(length, kKeys) * dim, 0);
-    values_.assign(length * columns_, 0);
-    for (int64_t j = 0; j < length; ++j) {
-      float key[kMaxHeadDim];
-      rotate(1, head, first + j, 1, key);
-      float* column = keys_.data() + j / kKeys * dim * kKeys + j % kKeys;
-      for (int64_t i = 0; i < dim; ++i) column[i * kKeys] = key[i];
-      std::copy_n(row(2, head, first + j), dim, values_.data() + j * columns_);
-    }
-    head_ = head, length_ = length;
-  }
-
-  // Answers queries [first, first + rows) with the segment that was loaded last.
-  void attend(int64_t first, int64_t rows) {
-    const float scale = 1 / std::sqrt(static_cast<float>(job_.dim));
-    for (int64_t r = 0; r < rows; ++r) {
-      float query[kMaxHeadDim];
-      rotate(0, head_, first + r, scale, query);
+    head_ = head, first_ = first, length_ = length;
+    keys_.resize(round_up(length, kKeys) * round_up(job_.dim, kStripDepth));
+    values_.resize(length * columns_);
+    for (int64_t key = 0; key < length; key += kKeys) {
+      const int64_t keys = std::min(kKeys, length - key);
+      rotate(1, first + key, keys, 1);
       for (int64_t i = 0; i < job_.dim; i += kStripDepth) {
-        std::copy_n(query + i, std::min(kStripDepth, job_.dim - i), queries_.data() + i * rows + r * kStripDepth);
-      }
-    }
-    weighted_.assign(rows * columns_, 0);
-    std::fill_n(softmax_.largest, rows, kMinusInfinity);
-    std::fill_n(softmax_.sum, rows, 0.0f);
-    for (int64_t key = 0; key < length_; key += kKeys) {
-      const int64_t keys = std::min(kKeys, length_ - key);
-      std::fill_n(scores_.data(), rows * kKeys, 0.0f);
-      for (int64_t j = 0; j < keys; j += kPanel) {
-        for (int64_t i = 0; i < job_.dim; i += kStripDepth) {
-          multiply(job_.isa, rows, std::min(kPanel, kKeys - j), std::min(kStripDepth, job_.dim - i),
-                   queries_.data() + i * rows, keys_.data() + key * job_.dim + i * kKeys + j, kKeys, scores_.data() + j,
-                   kKeys);
+        for (int64_t j = 0; j < keys; ++j) {
+          std::copy_n(rotated_ + j * kMaxHeadDim + i, std::min(kStripDepth, job_.dim - i),
+                      key_strips(key, i) + j * kStripDepth);
         }
       }
-      rtp_mm::run<Softmax::Step>(job_.isa, &softmax_, scores_.data(), rows, keys, weighted_.data(), columns_);
-      for (int64_t column = 0; column < columns_; column += kPanel) {
-        multiply(job_.isa, rows, std::min(kPanel, columns_ - column), keys, scores_.data(),
-                 values_.data() + key * columns_ + column, columns_, weighted_.data() + column, columns_);
-      }
     }
-    rtp_mm::run<Finish>(job_.isa, static_cast<const Softmax*>(&softmax_), static_cast<const float*>(weighted_.data()),
-                        rows, columns_, job_.dim, job_.out + (first * job_.heads + head_) * job_.dim,
-                        job_.heads * job_.dim);
+    for (int64_t j = 0; j < length; ++j) {
+      const float* value = row(2, first + j);
+      for (int64_t i = 0; i < job_.dim; i += 16) __builtin_prefetch(value + job_.dim + i);
+      std::copy_n(value, job_.dim, values_.data() + j * columns_);
+    }
+  }
+
+  // Answers queries [first, first + count) of the segment that was loaded last.
+  void attend(int64_t first, int64_t count) {
+    const int64_t panels = (count + kPanel - 1) / kPanel;
+    const auto rows_of = [&](int64_t panel) { return std::min(kPanel, count - panel * kPanel); };
+    for (int64_t p = 0; p < panels; ++p) begin(panels_[p], first_ + first + p * kPanel, rows_of(p));
+    for (int64_t key = 0; key < length_; key += kKeys) {
+      for (int64_t p = 0; p < panels; ++p) step(panels_[p], rows_of(p), key, std::min(kKeys, length_ - key));
+    }
+    for (int64_t p = 0; p < panels; ++p) finish(panels_[p], first_ + first + p * kPanel, rows_of(p));
   }
 
  private:
-  // Part: 0 query, 1 key, 2 value. The same row of the next head comes out of memory meanwhile.
-  const float* row(int64_t part, int64_t head, int64_t i) const {
-    constexpr int64_t kLine = 16;  // floats
-    const float* row = job_.qkv + ((i * 3 + part) * job_.heads + head) * job_.dim;
-    for (int64_t j = 0; j < job_.dim; j += kLine) __builtin_prefetch(row + job_.dim + j);
-    return row;
+  struct Panel {
+    std::vector<float> queries;   // [dim][kPanel]
+    std::vector<float> weighted;  // [kPanel][columns], values times probabilities so far
+    Softmax softmax;
+  };
+
+  void begin(Panel& panel, int64_t first, int64_t rows) {
+    rotate(0, first, rows, 1 / std::sqrt(static_cast<float>(job_.dim)));
+    rtp_mm::run<Transpose>(job_.isa, static_cast<const float*>(rotated_), kMaxHeadDim, columns_, panel.queries.data());
+    std::fill(panel.weighted.begin(), panel.weighted.end(), 0.0f);
+    std::fill_n(panel.softmax.largest, kPanel, kMinusInfinity);
+    std::fill_n(panel.softmax.sum, kPanel, 0.0f);
   }
 
-  void rotate(int64_t part, int64_t head, int64_t i, float scale, float* dst) const {
+  void step(Panel& panel, int64_t rows, int64_t key, int64_t keys) {
+    for (int64_t i = 0; i < job_.dim; i += kStripDepth) {
+      multiply(job_.isa, key_strips(key, i),
+               {.rows = keys,
+                .columns = round_up(rows, kColumnUnit),
+                .depth = std::min(kStripDepth, job_.dim - i),
+                .panel = panel.queries.data() + i * kPanel,
+                .panel_stride = kPanel,
+                .sums = scores_,
+                .sums_stride = kPanel,
+                .is_added = i > 0});
+    }
+    rtp_mm::run<Softmax::Step>(job_.isa, &panel.softmax, static_cast<float*>(scores_), keys);
+    rtp_mm::run<Scale>(job_.isa, static_cast<const float*>(panel.softmax.shrink), rows, columns_,
+                       panel.weighted.data());
+    multiply_transposed(job_.isa, scores_, kPanel,
+                        {.rows = rows,
+                         .columns = columns_,
+                         .depth = keys,
+                         .panel = values_.data() + key * columns_,
+                         .panel_stride = columns_,
+                         .sums = panel.weighted.data(),
+                         .sums_stride = columns_,
+                         .is_added = true});
+  }
+
+  void finish(const Panel& panel, int64_t first, int64_t rows) {
+    float* out = job_.out + (first * job_.heads + head_) * job_.dim;
+    const float* weighted = panel.weighted.data();
+    for (int64_t r = 0; r < rows; ++r, weighted += columns_, out += job_.heads * job_.dim) {
+      for (int64_t i = 0; i < job_.dim; ++i) out[i] = weighted[i] / panel.softmax.sum[r];
+    }
+  }
+
+  // Part: 0 query, 1 key, 2 value.
+  const float* row(int64_t part, int64_t i) const {
+    return job_.qkv + ((i * 3 + part) * job_.heads + head_) * job_.dim;
+  }
+
+  // Rows [first, first + rows), rotated and scaled.
+  void rotate(int64_t part, int64_t first, int64_t rows, float scale) {
     const int64_t half = job_.dim / 2;
-    rtp_mm::run<Rotate>(job_.isa, row(part, head, i), job_.cos + i * half, job_.sin + i * half, job_.dim, scale, dst);
+    rtp_mm::run<Rotate>(job_.isa, row(part, first), 3 * job_.heads * job_.dim, job_.cos + first * half,
+                        job_.sin + first * half, rows, job_.dim, scale, static_cast<float*>(rotated_), kMaxHeadDim);
+  }
+
+  // Dimensions [i, i + kStripDepth) of keys from `key` on, a multiple of kKeys.
+  float* key_strips(int64_t key, int64_t i) {
+    return keys_.data() + key * round_up(job_.dim, kStripDepth) + i * kKeys;
   }
 
   const PackedAttention& job_;
-  const int64_t columns_;  // of the values, padded with zeros
-  int64_t head_ = 0, length_ = 0;
-  std::vector<float> keys_;    // [blocks][dim][kKeys]
+  const int64_t columns_;  // of the values, padded to whole vectors
+  int64_t head_ = 0, first_ = 0, length_ = 0;
+  std::vector<float> keys_;    // [blocks][steps of dim][kKeys][kStripDepth]
   std::vector<float> values_;  // [length][columns]
-  std::vector<float> queries_ = std::vector<float>(kQueries * round_up(kMaxHeadDim, kStripDepth));  // as strips
-  std::vector<float> scores_ = std::vector<float>(kQueries * kKeys);
-  std::vector<float> weighted_;  // [queries][columns], values times probabilities so far
-  Softmax softmax_;
+  Panel panels_[kQueries / kPanel];
+  alignas(64) float rotated_[kKeys * kMaxHeadDim] = {};
+  alignas(64) float scores_[kKeys * kPanel] = {};
 };
 
 int64_t blocks(int64_t length) { return (length + kQueries - 1) / kQueries; }
@@ -178,7 +235,7 @@ void PackedAttention::run(int64_t begin, int64_t end) const {
       if (first_block >= end_block) continue;
       workspace.load_segment(head, first, length);
       for (int64_t block = first_block; block < end_block; ++block) {
-        workspace.attend(first + block * kQueries, std::min(kQueries, length - block * kQueries));
+        workspace.attend(block * kQueries, std::min(kQueries, length - block * kQueries));
       }
     }
   }

@@ -123,14 +123,20 @@ void PackedLinear<Weight>::run(int64_t begin, int64_t end) const {
     }
     const int64_t first_panel = tile % groups * kTilePanels,
                   end_panel = std::min(first_panel + kTilePanels, panel_count);
-    std::fill_n(sums.get(), rows * kTileColumns, 0.0f);
     for (int64_t step = 0; step < steps; ++step) {
       const int64_t depth = std::min(kStripDepth, k - step * kStripDepth);
       for (int64_t panel = first_panel; panel < end_panel; ++panel) {
         const Weight* weight = panels + (panel * k + step * kStripDepth) * kLinearPanel;
         const float* wide = widened_panel(isa, weight, depth * kLinearPanel, panel_scratch);
-        multiply(isa, rows, kLinearPanel, depth, strips.get() + step * rows * kStripDepth, wide, kLinearPanel,
-                 sums.get() + (panel - first_panel) * kLinearPanel, kTileColumns);
+        multiply(isa, strips.get() + step * rows * kStripDepth,
+                 {.rows = rows,
+                  .columns = kLinearPanel,
+                  .depth = depth,
+                  .panel = wide,
+                  .panel_stride = kLinearPanel,
+                  .sums = sums.get() + (panel - first_panel) * kLinearPanel,
+                  .sums_stride = kTileColumns,
+                  .is_added = step > 0});
       }
     }
     for (int64_t panel = first_panel; panel < end_panel; ++panel) {

@@ -59,11 +59,18 @@ void patch_embed_tiles(const PatchEmbed& job, int64_t begin, int64_t end, Out* o
       block = tile / panels;
       centre_rows(job, first_row, first_row + rows, strips.get());
     }
-    float sums[kTileRows * kPanelWidth] = {};
+    float sums[kTileRows * kPanelWidth];
     for (int64_t step = 0; step < steps; ++step) {
       const int64_t first = step * kStripDepth;
-      multiply(job.isa, rows, kPanelWidth, std::min(kStripDepth, job.k - first), strips.get() + first * rows,
-               job.panels + (panel * job.k + first) * kPanelWidth, kPanelWidth, sums, kPanelWidth);
+      multiply(job.isa, strips.get() + first * rows,
+               {.rows = rows,
+                .columns = kPanelWidth,
+                .depth = std::min(kStripDepth, job.k - first),
+                .panel = job.panels + (panel * job.k + first) * kPanelWidth,
+                .panel_stride = kPanelWidth,
+                .sums = sums,
+                .sums_stride = kPanelWidth,
+                .is_added = step > 0});
     }
     for (int64_t r = 0; r < rows; ++r) {
       Out* dst = out + (first_row + r) * job.d + column;

@@ -16,6 +16,7 @@ namespace rtp_mm {
 template <int kLanes>
 struct Simd {
   typedef float Float __attribute__((vector_size(kLanes * sizeof(float)), aligned(4), may_alias));
+  typedef int32_t Index __attribute__((vector_size(kLanes * sizeof(int32_t))));
   typedef uint32_t Word __attribute__((vector_size(kLanes * sizeof(uint32_t))));
   typedef uint16_t Half __attribute__((vector_size(kLanes * sizeof(uint16_t)), aligned(2), may_alias));
 };
@@ -53,17 +54,7 @@ RTP_MM_INLINE Vector<Arch> widened(const Float16* p) {
   return reinterpret_cast<Vector<Arch>>(word);
 }
 
-// The largest of a vector's lanes and their sum, folded in halves.
-template <class Arch>
-RTP_MM_INLINE float largest(const Vector<Arch>& x) {
-  float lanes[Arch::kLanes];
-  at<Arch>(lanes) = x;
-  for (int half = Arch::kLanes / 2; half > 0; half /= 2) {
-    for (int i = 0; i < half; ++i) lanes[i] = lanes[i] < lanes[i + half] ? lanes[i + half] : lanes[i];
-  }
-  return lanes[0];
-}
-
+// The sum of a vector's lanes, folded in halves.
 template <class Arch>
 RTP_MM_INLINE float sum(const Vector<Arch>& x) {
   float lanes[Arch::kLanes];
@@ -72,6 +63,23 @@ RTP_MM_INLINE float sum(const Vector<Arch>& x) {
     for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
   }
   return lanes[0];
+}
+
+// Lane j of rows[i] to lane i of rows[j]: in every round rows kHalf apart trade a half of each of their squares.
+template <class Arch, int kHalf = Arch::kLanes / 2>
+RTP_MM_INLINE void transpose(Vector<Arch> (&rows)[Arch::kLanes]) {
+  typename Simd<Arch::kLanes>::Index low, high;  // of the lanes of two rows, one after the other
+  for (int j = 0; j < Arch::kLanes; ++j) {
+    low[j] = j & kHalf ? Arch::kLanes + j - kHalf : j;
+    high[j] = j & kHalf ? Arch::kLanes + j : j + kHalf;
+  }
+  for (int i = 0; i < Arch::kLanes; ++i) {
+    if (i & kHalf) continue;
+    const Vector<Arch> a = rows[i], b = rows[i + kHalf];
+    rows[i] = __builtin_shuffle(a, b, low);
+    rows[i + kHalf] = __builtin_shuffle(a, b, high);
+  }
+  if constexpr (kHalf > 1) transpose<Arch, kHalf / 2>(rows);
 }
 
 // e^x, relative error at most 1.2e-7, for x clamped to [-87, 88]; NaN stays NaN. Below -87 that is 1.6e-38, which
