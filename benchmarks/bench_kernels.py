@@ -61,8 +61,9 @@ def linear_contenders(rows: int, k: int, n: int, activation: str) -> tuple[Conte
 
 
 def attention_contenders(lengths: list[int]) -> tuple[Contenders, float]:
+    """From qkv as our GEMM leaves it, a head's rows together, rotary embedding included."""
     rows = sum(lengths)
-    qkv, angles = torch.randn(rows, 3, HEADS, HEAD_DIM), torch.randn(rows, HEAD_DIM // 2)
+    qkv, angles = torch.randn(3, HEADS, rows, HEAD_DIM).permute(2, 0, 1, 3), torch.randn(rows, HEAD_DIM // 2)
     cos, sin = angles.cos(), angles.sin()
     cu = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
     segments, rotary, half = Segments.from_lengths(cu, lengths), RotaryTable(cos, sin), qkv.bfloat16()

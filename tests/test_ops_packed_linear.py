@@ -92,7 +92,7 @@ def test_the_residual_is_added_in_place() -> None:
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_batching_is_invisible(activation: str) -> None:
-    """Tiles are at most 224 rows high, strips 14; both are evened out."""
+    """Tiles are at most 224 rows high, strips 14 or fewer; both are evened out."""
     x, weight, bias = random_layer(460, 140, 70, torch.bfloat16)
     together = packed(x, weight, bias, activation)
     for begin in (0, 1, 13, 222, 450):
@@ -118,10 +118,31 @@ def test_packing_keeps_the_bytes() -> None:
     weight = torch.arange(1, 41, dtype=torch.bfloat16).view(20, 2)
     for parts, panels in ((1, 1), (2, 1)):
         packed_weight = ops.pack_linear(weight, parts)
-        assert packed_weight.shape == (panels, 2, 32)
+        assert packed_weight.shape == (panels, 2, 64)
         assert packed_weight.dtype == weight.dtype
         assert packed_weight.sort(stable=True).values.flatten().sort().values[-40:].equal(weight.flatten())
         assert int((packed_weight != 0).sum()) == weight.numel()
+
+
+@pytest.mark.parametrize("activation", ["none", "silu_gate"])
+def test_blocks_are_the_columns_in_pieces(activation: str) -> None:
+    """Of 2 columns, and of 100, which tiles of 128 columns cut; in a gated layer tiles have 64."""
+    x, weight, bias = random_layer(230, 30, 600)
+    panels, parts = (
+        ops.pack_linear(weight, 2 if activation == "silu_gate" else 1),
+        2 if activation == "silu_gate" else 1,
+    )
+    whole = ops.packed_linear(x, panels, bias, activation)
+    for blocks in (1, 3, 300 // parts):
+        pieces = ops.packed_linear_blocks(x, panels, bias, blocks, activation)
+        assert pieces.is_contiguous()
+        assert torch.equal(pieces, whole.unflatten(1, (blocks, -1)).transpose(0, 1))
+
+
+def test_blocks_must_fit() -> None:
+    x, weight, bias = random_layer(2, 4, 6)
+    with pytest.raises(RuntimeError, match=r"^packed_linear: blocks must divide the 6 columns of the output, got 4"):
+        ops.packed_linear_blocks(x, ops.pack_linear(weight), bias, 4)
 
 
 def test_no_rows_give_no_rows() -> None:
@@ -133,10 +154,10 @@ def bad_arguments() -> list[tuple[str, dict[str, object], str]]:
     return [
         ("a batch of matrices", {"x": torch.ones(1, 4, 6)}, r"x must be contiguous \[M, K\] float32, got \[1, 4, 6\]"),
         ("bfloat16 x", {"x": torch.ones(4, 6).bfloat16()}, r"x must be .*, got \[4, 6\] bfloat16"),
-        ("another K", {"x": torch.ones(4, 5)}, r"packed must be what pack_linear made of \[8, 5\], got \[1, 6, 32\]"),
+        ("another K", {"x": torch.ones(4, 5)}, r"packed must be what pack_linear made of \[8, 5\], got \[1, 6, 64\]"),
         ("unpacked", {"packed": torch.ones(8, 6)}, r"packed must be what pack_linear made of \[8, 6\], got \[8, 6\]"),
         ("bfloat16 bias", {"bias": torch.zeros(8).bfloat16()}, r"bias must be .*, got \[8\] bfloat16"),
-        ("another N", {"bias": torch.zeros(33)}, r"packed must be what pack_linear made of \[33, 6\]"),
+        ("another N", {"bias": torch.zeros(65)}, r"packed must be what pack_linear made of \[65, 6\]"),
         ("odd gate", {"bias": torch.zeros(7), "activation": "silu_gate"}, r"N divisible by 2, got \[7\] float32"),
         ("activation", {"activation": "relu"}, r"activation must be none, gelu, quick_gelu or silu_gate, got relu"),
     ]
@@ -170,7 +191,7 @@ def test_schema_and_fake_agree_with_the_kernel(dtype: torch.dtype) -> None:
     for parts in (1, 2):
         torch.library.opcheck(torch.ops.rtp_mm.pack_linear.default, (weight, parts))
     for parts, activation in ((1, "gelu"), (2, "silu_gate")):
-        arguments = (x, ops.pack_linear(weight, parts), bias, activation)
+        arguments = (x, ops.pack_linear(weight, parts), bias, activation, 2)
         torch.library.opcheck(torch.ops.rtp_mm.packed_linear.default, arguments)
     adding = (torch.ones(4, 40), x, ops.pack_linear(weight), bias)
     torch.library.opcheck(torch.ops.rtp_mm.packed_linear_add_.default, adding)

@@ -18,17 +18,17 @@ inline Isa best_isa() {  // of this CPU
   return Isa::kPortable;
 }
 
-// What a kernel knows of an instruction set: floats in a vector, and rows of a matrix product that is two vectors wide.
-// 2 * kRows accumulators, two vectors of the right operand and a broadcast of the left one fill the 16, 16 and 32
-// registers; without FMA a product and its sum need more.
+// What a kernel knows of an instruction set: floats in a vector, and how many vectors a matrix product may hold.
+// Without FMA a product and its sum need a few of the 16 registers. kVectors is the width of the widest strip: the
+// wider, the fewer loads, until too few rows are left.
 struct Portable {
-  static constexpr int kLanes = 4, kRows = 4;
+  static constexpr int kLanes = 4, kRegisters = 12, kVectors = 2;
 };
 struct Avx2 {
-  static constexpr int kLanes = 8, kRows = 6;
+  static constexpr int kLanes = 8, kRegisters = 16, kVectors = 2;
 };
 struct Avx512 {
-  static constexpr int kLanes = 16, kRows = 14;
+  static constexpr int kLanes = 16, kRegisters = 32, kVectors = 4;
 };
 
 #define RTP_MM_INLINE [[gnu::always_inline]] inline

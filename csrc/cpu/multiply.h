@@ -8,10 +8,8 @@
 
 namespace rtp_mm {
 
-// Steps of k in one strip. Longer sums are sums of such partial sums, which round less: half the error at k = 588. A
-// panel of 32 columns (10 KB) and the strip that meets it (4 KB) share L1 with room to spare. A divisor of the widths
-// and head dimensions of many towers.
-constexpr int64_t kStripDepth = 80;
+// Steps of k in one strip. Longer sums are sums of such partial sums, which round less.
+constexpr int64_t kStripDepth = 256;
 
 // Columns come in multiples of this: a vector of the widest instruction set.
 constexpr int64_t kColumnUnit = 16;
@@ -33,8 +31,11 @@ struct Product {
   bool is_added;
 };
 
-// left: rows kStripDepth apart, depth <= kStripDepth.
+// left: rows kStride apart. Instantiated for kStripDepth and kRowStride.
+template <int64_t kStride>
 void multiply(Isa isa, const float* left, const Product& product, Ahead ahead = {});
+
+constexpr int64_t kRowStride = 128;  // for short rows
 
 // left[depth, rows], rows of memory left_stride apart.
 void multiply_transposed(Isa isa, const float* left, int64_t left_stride, const Product& product);

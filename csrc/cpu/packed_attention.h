@@ -9,7 +9,8 @@ namespace rtp_mm {
 // softmax(rotate(q) @ rotate(k).T / sqrt(dim)) @ v within each segment and head, in float32. Dimension i of q and k is
 // rotated together with i + dim / 2.
 struct PackedAttention {
-  const float* qkv;           // [n, 3, heads, dim]
+  const float* qkv;  // [n, 3, heads, dim] with these strides, and dim contiguous
+  int64_t row_stride, part_stride, head_stride;
   const float *cos, *sin;     // [n, dim / 2]
   const int32_t* cu_seqlens;  // [segments + 1], ascending from 0
   float* out;                 // [n, heads, dim]

@@ -26,9 +26,9 @@ int64_t check_segments(const Tensor& cu_seqlens, int64_t n) {
 
 Tensor packed_attention_cpu(const Tensor& qkv, const Tensor& cos, const Tensor& sin, const Tensor& cu_seqlens) {
   check(qkv.dim() == 4 && qkv.size(1) == 3 && qkv.size(3) % 2 == 0 && 0 < qkv.size(3) && qkv.size(3) <= kMaxHeadDim &&
-            qkv.scalar_type() == ScalarType::Float && qkv.is_contiguous(),
-        "packed_attention: qkv must be contiguous [N, 3, heads, dim] float32 with an even dim of at most ", kMaxHeadDim,
-        ", got ", describe(qkv));
+            qkv.scalar_type() == ScalarType::Float && qkv.stride(3) == 1,
+        "packed_attention: qkv must be [N, 3, heads, dim] float32 with contiguous heads of an even dim of at most ",
+        kMaxHeadDim, ", got ", describe(qkv));
   const int64_t n = qkv.size(0), heads = qkv.size(2), dim = qkv.size(3);
   check_table("cos", cos, n, dim / 2);
   check_table("sin", sin, n, dim / 2);
@@ -36,15 +36,18 @@ Tensor packed_attention_cpu(const Tensor& qkv, const Tensor& cos, const Tensor& 
   Tensor out = torch::stable::new_empty(qkv, {n, heads, dim});
   float* result = out.mutable_data_ptr<float>();
   std::fill(result + rows * heads * dim, result + n * heads * dim, 0.0f);
-  const PackedAttention job{qkv.const_data_ptr<float>(),
-                            cos.const_data_ptr<float>(),
-                            sin.const_data_ptr<float>(),
-                            cu_seqlens.const_data_ptr<int32_t>(),
-                            result,
-                            cu_seqlens.size(0) - 1,
-                            heads,
-                            dim,
-                            best_isa()};
+  const PackedAttention job{.qkv = qkv.const_data_ptr<float>(),
+                            .row_stride = qkv.stride(0),
+                            .part_stride = qkv.stride(1),
+                            .head_stride = qkv.stride(2),
+                            .cos = cos.const_data_ptr<float>(),
+                            .sin = sin.const_data_ptr<float>(),
+                            .cu_seqlens = cu_seqlens.const_data_ptr<int32_t>(),
+                            .out = result,
+                            .segments = cu_seqlens.size(0) - 1,
+                            .heads = heads,
+                            .dim = dim,
+                            .isa = best_isa()};
   torch::stable::parallel_for(0, job.tasks(), 1, [&](int64_t begin, int64_t end) { job.run(begin, end); });
   return out;
 }

@@ -14,7 +14,7 @@ namespace {
 // A tile. Its sums (115 KB) and the strips of one step of k (72 KB) stay in L2, the panel of that step (10 KB) in L1.
 // The more rows, the less it costs to widen a panel; the more panels, the less often the strips are read again.
 constexpr int64_t kMaxTileRows = 224;
-constexpr int64_t kTilePanels = 4;
+constexpr int64_t kTilePanels = 2;
 constexpr int64_t kTileColumns = kTilePanels * kLinearPanel;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -29,10 +29,9 @@ struct Widen {
   }
 };
 
-// Sums of a tile's rows to the output: bias, activation, and the residual if there is one. Sums are overwritten.
-struct Finish {
+struct Activate {
   template <class Arch>
-  RTP_MM_INLINE static Vector<Arch> activate(Vector<Arch> x, Activation activation) {
+  RTP_MM_INLINE static Vector<Arch> activated(Vector<Arch> x, Activation activation) {
     switch (activation) {
       case Activation::kGelu:
         return gelu<Arch>(x);
@@ -43,11 +42,11 @@ struct Finish {
     }
   }
 
-  // bias: [kTileColumns] in the panels' order. columns: of the output.
+  // sums[rows][kTileColumns] to their activated values in the output's order, in place. bias: [kTileColumns] in the
+  // panels' order.
   template <class Arch>
-  RTP_MM_INLINE static void run(float* sums, const float* bias, int64_t rows, int64_t columns, Activation activation,
-                                bool is_added, float* out, int64_t out_stride) {
-    for (int64_t r = 0; r < rows; ++r, sums += kTileColumns, out += out_stride) {
+  RTP_MM_INLINE static void run(float* sums, const float* bias, int64_t rows, Activation activation) {
+    for (int64_t r = 0; r < rows; ++r, sums += kTileColumns) {
       if (activation == Activation::kSiluGate) {
         constexpr int64_t kHalf = kLinearPanel / 2;
         for (int64_t j = 0; j < kTileColumns / 2; j += Arch::kLanes) {  // written behind what is read
@@ -57,14 +56,24 @@ struct Finish {
         }
       } else {
         for (int64_t j = 0; j < kTileColumns; j += Arch::kLanes) {
-          at<Arch>(sums + j) = activate<Arch>(at<Arch>(sums + j) + at<Arch>(bias + j), activation);
+          at<Arch>(sums + j) = activated<Arch>(at<Arch>(sums + j) + at<Arch>(bias + j), activation);
         }
       }
-      if (is_added) {
-        for (int64_t j = 0; j < columns; ++j) out[j] += sums[j];
-      } else {
-        for (int64_t j = 0; j < columns; ++j) out[j] = sums[j];
+    }
+  }
+};
+
+// sums[rows][kTileColumns] to `columns` of the rows of out, or added to them.
+struct Write {
+  template <class Arch>
+  RTP_MM_INLINE static void run(const float* sums, int64_t rows, int64_t columns, bool is_added, float* out,
+                                int64_t out_stride) {
+    for (int64_t r = 0; r < rows; ++r, sums += kTileColumns, out += out_stride) {
+      int64_t j = 0;
+      for (; j + Arch::kLanes <= columns; j += Arch::kLanes) {
+        at<Arch>(out + j) = is_added ? at<Arch>(out + j) + at<Arch>(sums + j) : at<Arch>(sums + j);
       }
+      for (; j < columns; ++j) out[j] = is_added ? out[j] + sums[j] : sums[j];
     }
   }
 };
@@ -107,15 +116,15 @@ int64_t PackedLinear<Weight>::tiles() const {
 }
 
 template <class Weight>
-void PackedLinear<Weight>::run(int64_t begin, int64_t end) const {
-  const int64_t panel_count = layout.panels(), groups = ceil_div(panel_count, kTilePanels);
+void PackedLinear<Weight>::run(std::atomic<int64_t>& next_tile) const {
+  const int64_t panel_count = layout.panels(), groups = ceil_div(panel_count, kTilePanels), end = tiles();
   const int64_t block_rows = tile_rows(m), steps = ceil_div(k, kStripDepth);
   const std::unique_ptr<float[]> strips(new float[block_rows * steps * kStripDepth]);
   const std::unique_ptr<float[]> sums(new float[block_rows * kTileColumns]);
   alignas(64) float panel_scratch[kStripDepth * kLinearPanel];
   float tile_bias[kTileColumns];
   int64_t packed_block = -1;
-  for (int64_t tile = begin; tile < end; ++tile) {
+  for (int64_t tile; (tile = next_tile.fetch_add(1, std::memory_order_relaxed)) < end;) {
     const int64_t block = tile / groups, first_row = block * block_rows, rows = std::min(block_rows, m - first_row);
     if (packed_block != block) {
       packed_block = block;
@@ -128,15 +137,19 @@ void PackedLinear<Weight>::run(int64_t begin, int64_t end) const {
       for (int64_t panel = first_panel; panel < end_panel; ++panel) {
         const Weight* weight = panels + (panel * k + step * kStripDepth) * kLinearPanel;
         const float* wide = widened_panel(isa, weight, depth * kLinearPanel, panel_scratch);
-        multiply(isa, strips.get() + step * rows * kStripDepth,
-                 {.rows = rows,
-                  .columns = kLinearPanel,
-                  .depth = depth,
-                  .panel = wide,
-                  .panel_stride = kLinearPanel,
-                  .sums = sums.get() + (panel - first_panel) * kLinearPanel,
-                  .sums_stride = kTileColumns,
-                  .is_added = step > 0});
+        const bool is_last = panel + 1 == end_panel;
+        const Weight* next =
+            is_last ? weight + (depth + (first_panel - panel) * k) * kLinearPanel : weight + k * kLinearPanel;
+        multiply<kStripDepth>(isa, strips.get() + step * rows * kStripDepth,
+                              {.rows = rows,
+                               .columns = kLinearPanel,
+                               .depth = depth,
+                               .panel = wide,
+                               .panel_stride = kLinearPanel,
+                               .sums = sums.get() + (panel - first_panel) * kLinearPanel,
+                               .sums_stride = kTileColumns,
+                               .is_added = step > 0},
+                              {next, depth * kLinearPanel * static_cast<int64_t>(sizeof(Weight))});
       }
     }
     for (int64_t panel = first_panel; panel < end_panel; ++panel) {
@@ -145,10 +158,15 @@ void PackedLinear<Weight>::run(int64_t begin, int64_t end) const {
         tile_bias[(panel - first_panel) * kLinearPanel + j] = row < 0 ? 0 : bias[row];
       }
     }
-    const int64_t column = first_panel * layout.columns();
-    rtp_mm::run<Finish>(isa, sums.get(), tile_bias, rows,
-                        std::min(kTilePanels * layout.columns(), layout.width - column), activation, is_added,
-                        out + first_row * layout.width + column, layout.width);
+    rtp_mm::run<Activate>(isa, sums.get(), static_cast<const float*>(tile_bias), rows, activation);
+    const int64_t first = first_panel * layout.columns(),
+                  end_column = std::min(end_panel * layout.columns(), layout.width);
+    for (int64_t column = first; column < end_column;) {
+      const int64_t begin = column % block_width, columns = std::min(block_width - begin, end_column - column);
+      rtp_mm::run<Write>(isa, static_cast<const float*>(sums.get()) + column - first, rows, columns, is_added,
+                         out + (column / block_width * m + first_row) * block_width + begin, block_width);
+      column += columns;
+    }
   }
 }
 

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 
 #include "cpu/isa.h"
@@ -8,7 +9,7 @@ namespace rtp_mm {
 
 enum class Activation { kNone, kGelu, kQuickGelu, kSiluGate };
 
-constexpr int64_t kLinearPanel = 32;  // columns of a panel: two AVX-512 vectors
+constexpr int64_t kLinearPanel = 64;  // columns of a panel: four AVX-512 vectors
 
 // Which rows of a weight [parts * width, k] stand in which columns of its panels. A gated weight has two parts, gate
 // above up, and each panel holds half of either, so that a tile of the product holds what it needs of both.
@@ -28,13 +29,15 @@ struct PanelLayout {
 template <class Weight>
 void pack_linear_panel(const Weight* weight, const PanelLayout& layout, int64_t k, int64_t panel, Weight* dst);
 
-// out = activation(x @ weight.T + bias), or out += that, in float32; for kSiluGate silu(gate) * up.
+// out = activation(x @ weight.T + bias), or out += that, in float32; for kSiluGate silu(gate) * up. The output may be
+// cut into blocks of columns that stand one after another in memory.
 template <class Weight>
 struct PackedLinear {
   const float* x;        // [m, k]
   const Weight* panels;  // [layout.panels(), k, kLinearPanel]
   const float* bias;     // [layout.parts * layout.width]
-  float* out;            // [m, layout.width]
+  float* out;            // [layout.width / block_width, m, block_width]
+  int64_t block_width;
   int64_t m, k;
   PanelLayout layout;
   Activation activation;
@@ -44,9 +47,9 @@ struct PackedLinear {
   // The work is cut into tiles, blocks of rows by groups of panels, groups running faster.
   int64_t tiles() const;
 
-  // Computes tiles [begin, end). Every element is summed over k in the same order by the same instructions, so a row's
-  // bits depend neither on m nor on its place.
-  void run(int64_t begin, int64_t end) const;
+  // Computes tiles, each the next one that nobody has taken yet. Every element is summed over k in the same order by
+  // the same instructions, so a row's bits depend neither on m nor on its place.
+  void run(std::atomic<int64_t>& next_tile) const;
 };
 
 }  // namespace rtp_mm

@@ -1,4 +1,6 @@
+#include <algorithm>
 #include <array>
+#include <atomic>
 #include <string>
 
 #include "common.h"
@@ -39,24 +41,27 @@ Tensor pack_linear_cpu(const Tensor& weight, int64_t parts) {
 }
 
 void packed_linear_into(const Tensor& x, const Tensor& packed, const Tensor& bias, Activation activation, bool is_added,
-                        Tensor& out, const PanelLayout& layout) {
+                        Tensor& out, int64_t block_width, const PanelLayout& layout) {
   with_float_type(packed.scalar_type(), [&]<class Weight>(Weight*) {
     const PackedLinear<Weight> job{x.const_data_ptr<float>(),
                                    static_cast<const Weight*>(packed.const_data_ptr()),
                                    bias.const_data_ptr<float>(),
                                    out.mutable_data_ptr<float>(),
+                                   block_width,
                                    x.size(0),
                                    x.size(1),
                                    layout,
                                    activation,
                                    is_added,
                                    best_isa()};
-    torch::stable::parallel_for(0, job.tiles(), 1, [&](int64_t begin, int64_t end) { job.run(begin, end); });
+    std::atomic<int64_t> next_tile = 0;
+    const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), job.tiles());
+    torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) { job.run(next_tile); });
   });
 }
 
 PanelLayout check_packed_linear(const Tensor& x, const Tensor& packed, const Tensor& bias, int64_t parts) {
-  check(x.dim() == 2 && x.scalar_type() == ScalarType::Float && x.is_contiguous(),
+  check(x.dim() == 2 && x.size(1) > 0 && x.scalar_type() == ScalarType::Float && x.is_contiguous(),
         "packed_linear: x must be contiguous [M, K] float32, got ", describe(x));
   check(bias.dim() == 1 && bias.size(0) % parts == 0 && bias.scalar_type() == ScalarType::Float && bias.is_contiguous(),
         "packed_linear: bias must be contiguous [N] float32, N divisible by ", parts, ", got ", describe(bias));
@@ -68,11 +73,14 @@ PanelLayout check_packed_linear(const Tensor& x, const Tensor& packed, const Ten
   return layout;
 }
 
-Tensor packed_linear_cpu(const Tensor& x, const Tensor& packed, const Tensor& bias, const std::string& activation) {
+Tensor packed_linear_cpu(const Tensor& x, const Tensor& packed, const Tensor& bias, const std::string& activation,
+                         int64_t blocks) {
   const Activation act = activation_named(activation);
   const PanelLayout layout = check_packed_linear(x, packed, bias, act == Activation::kSiluGate ? 2 : 1);
-  Tensor out = torch::stable::new_empty(x, {x.size(0), layout.width});
-  packed_linear_into(x, packed, bias, act, false, out, layout);
+  check(blocks > 0 && layout.width % blocks == 0, "packed_linear: blocks must divide the ", layout.width,
+        " columns of the output, got ", blocks);
+  Tensor out = torch::stable::new_empty(x, {blocks, x.size(0), layout.width / blocks});
+  packed_linear_into(x, packed, bias, act, false, out, layout.width / blocks, layout);
   return out;
 }
 
@@ -82,7 +90,7 @@ void packed_linear_add_cpu(Tensor out, const Tensor& x, const Tensor& packed, co
             out.scalar_type() == ScalarType::Float && out.is_contiguous(),
         "packed_linear_add_: out must be contiguous [", x.size(0), ", ", layout.width, "] float32, got ",
         describe(out));
-  packed_linear_into(x, packed, bias, Activation::kNone, true, out, layout);
+  packed_linear_into(x, packed, bias, Activation::kNone, true, out, layout.width, layout);
 }
 
 }  // namespace

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rtp_mm.ops.fixed_linear import fixed_linear, fixed_linear_add_, pack_fixed_linear, quantize_rows
 from rtp_mm.ops.packed_attention import packed_attention
-from rtp_mm.ops.packed_linear import pack_linear, packed_linear, packed_linear_add_
+from rtp_mm.ops.packed_linear import pack_linear, packed_linear, packed_linear_add_, packed_linear_blocks
 from rtp_mm.ops.patch_embed import patch_embed
 from rtp_mm.ops.pointwise import ACTIVATIONS, activate, add_norm, rotate_qk_, uses_triton
 from rtp_mm.ops.positions import VisionPositions, vision_positions
@@ -23,6 +23,7 @@ __all__ = [
     "packed_attention",
     "packed_linear",
     "packed_linear_add_",
+    "packed_linear_blocks",
     "patch_embed",
     "quantize_rows",
     "resize_patchify",

@@ -11,13 +11,14 @@ import rtp_mm.ops.library  # noqa: F401  # the schema must be there before its f
 def packed_attention(qkv: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor) -> Tensor:
     """`softmax(rotate(q) @ rotate(k).T / sqrt(D)) @ v` within each segment and head: [N, H, D] float32.
 
-    qkv:        [N, 3, H, D] float32, D even and at most 128.
+    qkv:        [N, 3, H, D] float32, D even, at most 128 and contiguous. Best with each head's rows together in
+                memory.
     cos, sin:   [N, D / 2] float32; dimension i of q and k is rotated together with i + D / 2.
     cu_seqlens: [S + 1] int32, ascending from 0: segment i is rows cu_seqlens[i] to cu_seqlens[i + 1]. Rows past the
                 last one give zeros.
 
     Online softmax (arXiv 1805.02867) over blocks of keys, as in FlashAttention (arXiv 2205.14135). A row's bits depend
-    on its own segment alone. Tensors must be contiguous; else `RuntimeError`.
+    on its own segment alone. Other tensors must be contiguous; else `RuntimeError`.
     """
     out: Tensor = torch.ops.rtp_mm.packed_attention.default(qkv, cos, sin, cu_seqlens)
     return out

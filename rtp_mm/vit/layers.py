@@ -58,7 +58,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, residual: Tensor, x: Tensor, segments: Segments, rotary: RotaryTable) -> Tensor | None:
         """residual += proj(attention(x)), or the delta."""
-        qkv = self.qkv(x).unflatten(-1, (3, self._heads, -1))
+        qkv = self.qkv.in_blocks(x, 3 * self._heads).unflatten(1, (3, self._heads))
         return self.proj.add_to(residual, self._attention(qkv, rotary, segments).flatten(1))
 
 

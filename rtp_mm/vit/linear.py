@@ -29,11 +29,15 @@ class Gemm(Protocol):
 
     def __call__(self, x: Tensor) -> Tensor: ...
 
+    def in_blocks(self, x: Tensor, blocks: int) -> Tensor:
+        """The product as [M, blocks, N / blocks], in the memory layout that the GEMM writes best; blocks contiguous."""
+        return self(x).view(len(x), blocks, -1)
+
     def add_to(self, residual: Tensor, x: Tensor) -> Tensor | None:
         """residual [M, N] float32 += the product, in place; or the product, for the next norm to add in its pass."""
 
 
-class PackedGemm:
+class PackedGemm(Gemm):
     """Our own, float32 on a CPU: 16-bit weights are widened in registers, and all else is fused."""
 
     row_multiple: ClassVar[int] = 1
@@ -46,11 +50,14 @@ class PackedGemm:
     def __call__(self, x: Tensor) -> Tensor:
         return ops.packed_linear(x, self._weight, self._bias, self._activation)
 
+    def in_blocks(self, x: Tensor, blocks: int) -> Tensor:
+        return ops.packed_linear_blocks(x, self._weight, self._bias, blocks).transpose(0, 1)
+
     def add_to(self, residual: Tensor, x: Tensor) -> None:
         ops.packed_linear_add_(residual, x, self._weight, self._bias)
 
 
-class FixedGemm:
+class FixedGemm(Gemm):
     """Our own on CUDA, in Triton: one algorithm for every M, and all else is fused."""
 
     row_multiple: ClassVar[int] = 1
@@ -66,7 +73,7 @@ class FixedGemm:
         ops.fixed_linear_add_(residual, x, self._weight, self._bias)
 
 
-class Fp8Gemm:
+class Fp8Gemm(Gemm):
     """As `FixedGemm`, with weights and activations in e4m3, a scale per row of either."""
 
     row_multiple: ClassVar[int] = 1
@@ -87,7 +94,7 @@ class Fp8Gemm:
         ops.fixed_linear_add_(residual, x, self._weight, self._bias, scales=(scale, self._scale))
 
 
-class _LibraryGemm:
+class _LibraryGemm(Gemm):
     """A library's product in the dtype of the weight, which is that of x; what it does not fuse follows it."""
 
     row_multiple: ClassVar[int]
@@ -190,6 +197,10 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self._gemm(x)
+
+    def in_blocks(self, x: Tensor, blocks: int) -> Tensor:
+        """self(x), of a layer without activation, as [M, blocks, out / blocks]; see `Gemm`."""
+        return self._gemm.in_blocks(x, blocks)
 
     def add_to(self, residual: Tensor, x: Tensor) -> Tensor | None:
         """residual [M, out] float32 += self(x), in place; or self(x), if the next norm is to add it in its own pass."""

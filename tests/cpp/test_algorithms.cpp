@@ -1,9 +1,11 @@
 // Runs every algorithm file under AddressSanitizer and UndefinedBehaviorSanitizer: buffers are heap blocks of exactly
 // the stated size, sizes are odd ones, answers are compared with naive loops.
 
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <thread>
 #include <vector>
 
 #include "check.h"
@@ -93,18 +95,30 @@ void test_packed_linear(Isa isa, Activation activation, bool is_added, int64_t m
   }
   const std::vector<float> residual = random_floats<float>(m * width);
   std::vector<float> out = residual;
-  const PackedLinear<Weight> job{x.data(), panels.data(), bias.data(), out.data(), m,
+  const PackedLinear<Weight> job{x.data(), panels.data(), bias.data(), out.data(), width, m,
                                  k,        layout,        activation,  is_added,   isa};
-  const int64_t middle = job.tiles() / 2;
-  job.run(middle, job.tiles());
-  job.run(0, middle);
+  const auto run_on = [](const PackedLinear<Weight>& linear, int threads) {
+    std::atomic<int64_t> next_tile = 0;
+    std::vector<std::thread> pool;
+    for (int i = 0; i < threads; ++i) pool.emplace_back([&] { linear.run(next_tile); });
+    for (std::thread& thread : pool) thread.join();
+  };
+  run_on(job, 3);
 
   // The last row alone has the same bits.
   std::vector<float> last(residual.end() - width, residual.end());
   PackedLinear<Weight> alone = job;
   alone.x = x.data() + (m - 1) * k, alone.out = last.data(), alone.m = 1;
-  alone.run(0, alone.tiles());
+  run_on(alone, 1);
   CHECK(std::memcmp(last.data(), out.data() + (m - 1) * width, width * sizeof(float)) == 0);
+
+  if (!is_added) {  // Column by column, the same bits.
+    std::vector<float> by_column(out.size());
+    PackedLinear<Weight> blocks = job;
+    blocks.out = by_column.data(), blocks.block_width = 1;
+    run_on(blocks, 1);
+    for (int64_t i = 0; i < m * width; ++i) CHECK(by_column[i % width * m + i / width] == out[i]);
+  }
 
   for (int64_t i = 0; i < m; ++i) {
     for (int64_t j = 0; j < width; ++j) {
@@ -133,9 +147,18 @@ void test_packed_attention(Isa isa, const std::vector<int32_t>& cu_seqlens, int6
   const std::vector<float> qkv = random_floats<float>(n * 3 * heads * dim), angles = random_floats<float>(n * half);
   std::vector<float> cos, sin, out(n * heads * dim);
   for (float angle : angles) cos.push_back(std::cos(angle)), sin.push_back(std::sin(angle));
-  const PackedAttention job{
-      qkv.data(), cos.data(), sin.data(), cu_seqlens.data(), out.data(), static_cast<int64_t>(cu_seqlens.size()) - 1,
-      heads,      dim,        isa};
+  const PackedAttention job{.qkv = qkv.data(),
+                            .row_stride = 3 * heads * dim,
+                            .part_stride = heads * dim,
+                            .head_stride = dim,
+                            .cos = cos.data(),
+                            .sin = sin.data(),
+                            .cu_seqlens = cu_seqlens.data(),
+                            .out = out.data(),
+                            .segments = static_cast<int64_t>(cu_seqlens.size()) - 1,
+                            .heads = heads,
+                            .dim = dim,
+                            .isa = isa};
   for (int64_t task = job.tasks(); task-- > 0;) job.run(task, task + 1);
 
   std::vector<float> at_once(out.size());
@@ -210,6 +233,7 @@ int main() {
     test_packed_linear<BFloat16>(isa, Activation::kGelu, false, 29, 129, 33);
     test_packed_linear<Float16>(isa, Activation::kQuickGelu, true, 15, 256, 64);
     test_packed_linear<BFloat16>(isa, Activation::kSiluGate, false, 230, 7, 37);
+    test_packed_linear<float>(isa, Activation::kNone, false, 3, 300, 150);
     test_packed_attention(isa, {0, 1, 1, 130, 160}, 2, 10);
     test_packed_attention(isa, {0, 40}, 1, 128);
     test_rms_norm(isa, 3, 1);
