@@ -147,6 +147,9 @@ class Settings(BaseSettings):
     mm_preprocess_max_workers: Positive = Field(
         default_factory=lambda: len(os.sched_getaffinity(0)), description="preprocess workers; default: one a core"
     )
+    mm_torch_threads: Positive | None = Field(
+        None, description="threads of a tower on the CPU; default: one a core that the process may run on"
+    )
     use_local_preprocess: Annotated[Literal[0, 1], BeforeValidator(_digit)] = Field(
         0, description="1: preprocess in threads of this process instead of worker processes"
     )

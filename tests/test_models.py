@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from rtp_mm.config import load_settings
@@ -111,3 +113,16 @@ def test_a_tower_of_nan_does_not_start(tiny_qwen2_vl: Path, tmp_path: Path) -> N
     save_file(tensors, tmp_path / "nan" / "model.safetensors")
     with pytest.raises(StartError, match="NaN or infinite values of a grey image"):
         load_model(load_settings(checkpoint_path=tmp_path / "nan", device="cpu"))
+
+
+def test_torch_threads_count_for_the_thread_that_runs_the_tower(tiny_qwen2_vl: Path) -> None:
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 3):
+            load_model(load_settings(checkpoint_path=tiny_qwen2_vl, mm_torch_threads=threads))
+            with ThreadPoolExecutor(1) as another:
+                assert another.submit(torch.get_num_threads).result() == threads
+        load_model(load_settings(checkpoint_path=tiny_qwen2_vl))
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)

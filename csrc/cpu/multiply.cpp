@@ -7,8 +7,8 @@
 namespace rtp_mm {
 namespace {
 
-// left[r][i] is left[r * kStride + i], or where kStride is 0, left[i * stride + r].
-template <int64_t kStride>
+// Element i of row r is left[r * kStripDepth + i], or, transposed, left[i * stride + r].
+template <bool kIsTransposed>
 struct Multiply {
   // Accumulators, a row of the panel and one element of the left operand fill the registers.
   template <class Arch>
@@ -23,14 +23,14 @@ struct Multiply {
     const float* panel = p.panel + column;
     const int64_t depth = p.depth, panel_stride = p.panel_stride;
     for (int64_t i = 0; i < depth; ++i, panel += panel_stride) {
-      if constexpr (kStride != 0) {
+      if constexpr (!kIsTransposed) {
         __builtin_prefetch(ahead, 0, 2);
         ahead += ahead_step;
       }
       Vector<Arch> b[kVectors];
       for (int v = 0; v < kVectors; ++v) b[v] = at<Arch>(panel + v * Arch::kLanes);
       for (int r = 0; r < kRows; ++r) {
-        const float a = kStride ? left[r * kStride + i] : left[i * stride + r];
+        const float a = kIsTransposed ? left[i * stride + r] : left[r * kStripDepth + i];
         for (int v = 0; v < kVectors; ++v) acc[r][v] += a * b[v];
       }
     }
@@ -63,8 +63,8 @@ struct Multiply {
     for (; column + kVectors * Arch::kLanes <= p.columns; column += kVectors * Arch::kLanes) {
       const char* next = ahead.data ? static_cast<const char*>(ahead.data) : reinterpret_cast<const char*>(left);
       for (int64_t r = 0; r < p.rows; r += height, next += ahead_step * p.depth) {
-        strip<Arch, kRows, kVectors>(p, std::min(height, p.rows - r), left + r * (kStride ? kStride : 1), stride,
-                                     column, p.sums + r * p.sums_stride + column, next, ahead_step);
+        strip<Arch, kRows, kVectors>(p, std::min(height, p.rows - r), left + r * (kIsTransposed ? 1 : kStripDepth),
+                                     stride, column, p.sums + r * p.sums_stride + column, next, ahead_step);
       }
     }
     if constexpr (kVectors > 1) columns<Arch, kVectors / 2>(p, left, stride, column, ahead);
@@ -78,16 +78,12 @@ struct Multiply {
 
 }  // namespace
 
-template <int64_t kStride>
 void multiply(Isa isa, const float* left, const Product& product, Ahead ahead) {
-  run<Multiply<kStride>>(isa, product, left, kStride, ahead);
+  run<Multiply<false>>(isa, product, left, kStripDepth, ahead);
 }
 
-template void multiply<kStripDepth>(Isa, const float*, const Product&, Ahead);
-template void multiply<kRowStride>(Isa, const float*, const Product&, Ahead);
-
 void multiply_transposed(Isa isa, const float* left, int64_t left_stride, const Product& product) {
-  run<Multiply<0>>(isa, product, left, left_stride, Ahead{});
+  run<Multiply<true>>(isa, product, left, left_stride, Ahead{});
 }
 
 }  // namespace rtp_mm

@@ -19,17 +19,17 @@ constexpr int64_t kQueries = 4 * kPanel;  // of a block, which reads keys and va
 constexpr int64_t kKeys = 128;            // of a block: their scores (16 KB) stay in L1, they and their values in L2
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 
-static_assert(kRowStride >= kMaxHeadDim);
+static_assert(kMaxHeadDim <= kStripDepth);
 
 int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
-// dst[r] = scale * the rotated src[r], rows of dst kRowStride apart.
+// dst[r] = scale * the rotated src[r], rows of dst kStripDepth apart.
 struct Rotate {
   template <class Arch>
   RTP_MM_INLINE static void run(const float* src, int64_t src_stride, const float* cos, const float* sin, int64_t rows,
                                 int64_t dim, float scale, float* __restrict dst) {
     const int64_t half = dim / 2;
-    for (; rows > 0; --rows, src += src_stride, dst += kRowStride, cos += half, sin += half) {
+    for (; rows > 0; --rows, src += src_stride, dst += kStripDepth, cos += half, sin += half) {
       int64_t i = 0;
       for (; i + Arch::kLanes <= half; i += Arch::kLanes) {
         const Vector<Arch> x = at<Arch>(src + i), y = at<Arch>(src + half + i);
@@ -62,7 +62,7 @@ struct Transpose {
   }
 };
 
-// Panels of queries between blocks of keys.
+// A panel of queries between blocks of keys.
 struct Panel {
   std::vector<float> queries;   // [dim][kPanel]
   std::vector<float> weighted;  // [dim][kPanel], values times probabilities so far
@@ -89,11 +89,10 @@ struct Panel {
         }
       }
       for (int v = 0; v < kVectors; ++v) {
-        Vector<Arch>&before = at<Arch>(panel->largest + v * Arch::kLanes),
-        &sum = at<Arch>(panel->sum + v * Arch::kLanes);
-        shrink[v] = exp<Arch>(before - largest[v]);
-        before = largest[v];
-        sum = sum * shrink[v] + total[v];
+        float *before = panel->largest + v * Arch::kLanes, *sum = panel->sum + v * Arch::kLanes;
+        shrink[v] = exp<Arch>(at<Arch>(before) - largest[v]);
+        at<Arch>(before) = largest[v];
+        at<Arch>(sum) = at<Arch>(sum) * shrink[v] + total[v];
       }
       for (float* row = panel->weighted.data(); row < panel->weighted.data() + panel->weighted.size(); row += kPanel) {
         for (int v = 0; v < kVectors; ++v) at<Arch>(row + v * Arch::kLanes) *= shrink[v];
@@ -121,10 +120,10 @@ class Workspace {
     }
   }
 
-  // Takes over keys and values of rows [first, first + length).
+  // Takes over the keys of rows [first, first + length); values are read where they are.
   void load_segment(int64_t head, int64_t first, int64_t length) {
     head_ = head, first_ = first, length_ = length;
-    keys_.resize(length * kRowStride);
+    keys_.resize(length * kStripDepth);
     rotate(1, first, length, 1, keys_.data());
   }
 
@@ -142,7 +141,7 @@ class Workspace {
  private:
   void begin(Panel& panel, int64_t first, int64_t rows) {
     rotate(0, first, rows, 1 / std::sqrt(static_cast<float>(job_.dim)), rotated_);
-    rtp_mm::run<Transpose>(job_.isa, static_cast<const float*>(rotated_), kRowStride, kPanel, padded_dim_,
+    rtp_mm::run<Transpose>(job_.isa, static_cast<const float*>(rotated_), kStripDepth, kPanel, padded_dim_,
                            panel.queries.data(), kPanel);
     std::fill(panel.weighted.begin(), panel.weighted.end(), 0.0f);
     std::fill_n(panel.largest, kPanel, kMinusInfinity);
@@ -151,15 +150,15 @@ class Workspace {
 
   void step(Panel& panel, int64_t rows, int64_t key, int64_t keys) {
     const int64_t columns = round_up(rows, kColumnUnit);
-    multiply<kRowStride>(job_.isa, keys_.data() + key * kRowStride,
-                         {.rows = keys,
-                          .columns = columns,
-                          .depth = job_.dim,
-                          .panel = panel.queries.data(),
-                          .panel_stride = kPanel,
-                          .sums = scores_,
-                          .sums_stride = kPanel,
-                          .is_added = false});
+    multiply(job_.isa, keys_.data() + key * kStripDepth,
+             {.rows = keys,
+              .columns = columns,
+              .depth = job_.dim,
+              .panel = panel.queries.data(),
+              .panel_stride = kPanel,
+              .sums = scores_,
+              .sums_stride = kPanel,
+              .is_added = false});
     rtp_mm::run<Panel::Softmax>(job_.isa, &panel, static_cast<float*>(scores_), keys);
     multiply_transposed(job_.isa, row(2, first_ + key), job_.row_stride,
                         {.rows = job_.dim,
@@ -175,9 +174,9 @@ class Workspace {
   void finish(Panel& panel, int64_t first, int64_t rows) {
     rtp_mm::run<Panel::Divide>(job_.isa, &panel);
     rtp_mm::run<Transpose>(job_.isa, static_cast<const float*>(panel.weighted.data()), kPanel, padded_dim_, kPanel,
-                           static_cast<float*>(rotated_), kRowStride);
+                           static_cast<float*>(rotated_), kStripDepth);
     for (int64_t r = 0; r < rows; ++r) {
-      std::copy_n(rotated_ + r * kRowStride, job_.dim, job_.out + ((first + r) * job_.heads + head_) * job_.dim);
+      std::copy_n(rotated_ + r * kStripDepth, job_.dim, job_.out + ((first + r) * job_.heads + head_) * job_.dim);
     }
   }
 
@@ -196,9 +195,9 @@ class Workspace {
   const PackedAttention& job_;
   const int64_t padded_dim_;  // to whole vectors
   int64_t head_ = 0, first_ = 0, length_ = 0;
-  std::vector<float> keys_;  // [length][kRowStride]
+  std::vector<float> keys_;  // [length][kStripDepth]
   Panel panels_[kQueries / kPanel];
-  alignas(64) float rotated_[kPanel * kRowStride] = {};
+  alignas(64) float rotated_[kPanel * kStripDepth] = {};
   alignas(64) float scores_[kKeys * kPanel] = {};
 };
 

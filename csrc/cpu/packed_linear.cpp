@@ -11,7 +11,7 @@
 namespace rtp_mm {
 namespace {
 
-// A tile. Its sums (115 KB) and the strips of one step of k (72 KB) stay in L2, the panel of that step (10 KB) in L1.
+// A tile. Its sums, the strips of one step of k (115 KB each) and the panel of that step (32 KB) stay in L2.
 // The more rows, the less it costs to widen a panel; the more panels, the less often the strips are read again.
 constexpr int64_t kMaxTileRows = 224;
 constexpr int64_t kTilePanels = 2;
@@ -140,16 +140,16 @@ void PackedLinear<Weight>::run(std::atomic<int64_t>& next_tile) const {
         const bool is_last = panel + 1 == end_panel;
         const Weight* next =
             is_last ? weight + (depth + (first_panel - panel) * k) * kLinearPanel : weight + k * kLinearPanel;
-        multiply<kStripDepth>(isa, strips.get() + step * rows * kStripDepth,
-                              {.rows = rows,
-                               .columns = kLinearPanel,
-                               .depth = depth,
-                               .panel = wide,
-                               .panel_stride = kLinearPanel,
-                               .sums = sums.get() + (panel - first_panel) * kLinearPanel,
-                               .sums_stride = kTileColumns,
-                               .is_added = step > 0},
-                              {next, depth * kLinearPanel * static_cast<int64_t>(sizeof(Weight))});
+        multiply(isa, strips.get() + step * rows * kStripDepth,
+                 {.rows = rows,
+                  .columns = kLinearPanel,
+                  .depth = depth,
+                  .panel = wide,
+                  .panel_stride = kLinearPanel,
+                  .sums = sums.get() + (panel - first_panel) * kLinearPanel,
+                  .sums_stride = kTileColumns,
+                  .is_added = step > 0},
+                 {next, depth * kLinearPanel * static_cast<int64_t>(sizeof(Weight))});
       }
     }
     for (int64_t panel = first_panel; panel < end_panel; ++panel) {

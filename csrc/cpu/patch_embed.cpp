@@ -62,15 +62,15 @@ void patch_embed_tiles(const PatchEmbed& job, int64_t begin, int64_t end, Out* o
     float sums[kTileRows * kPanelWidth];
     for (int64_t step = 0; step < steps; ++step) {
       const int64_t first = step * kStripDepth;
-      multiply<kStripDepth>(job.isa, strips.get() + first * rows,
-                            {.rows = rows,
-                             .columns = kPanelWidth,
-                             .depth = std::min(kStripDepth, job.k - first),
-                             .panel = job.panels + (panel * job.k + first) * kPanelWidth,
-                             .panel_stride = kPanelWidth,
-                             .sums = sums,
-                             .sums_stride = kPanelWidth,
-                             .is_added = step > 0});
+      multiply(job.isa, strips.get() + first * rows,
+               {.rows = rows,
+                .columns = kPanelWidth,
+                .depth = std::min(kStripDepth, job.k - first),
+                .panel = job.panels + (panel * job.k + first) * kPanelWidth,
+                .panel_stride = kPanelWidth,
+                .sums = sums,
+                .sums_stride = kPanelWidth,
+                .is_added = step > 0});
     }
     for (int64_t r = 0; r < rows; ++r) {
       Out* dst = out + (first_row + r) * job.d + column;

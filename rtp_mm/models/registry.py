@@ -30,7 +30,7 @@ def register_model(name: str, cls: type[MultimodalMixin], architectures: Sequenc
 def load_model(settings: Settings) -> MultimodalMixin:
     """The checkpoint's model with its multimodal part on the device, ready to run.
 
-    Blocks while it reads. Raises `StartError`.
+    MM_TORCH_THREADS, where it is set, counts for all of torch in this process. Blocks while it reads. Raises `StartError`.
     """
     if settings.checkpoint_path is None:
         raise StartError("CHECKPOINT_PATH is not set: the folder of a model in Hugging Face format")
@@ -42,6 +42,8 @@ def load_model(settings: Settings) -> MultimodalMixin:
     if settings.mm_model_module is not None:
         _import_third_party(settings.mm_model_module)
 
+    if settings.mm_torch_threads is not None:
+        torch.set_num_threads(settings.mm_torch_threads)
     cls = _class_for(folder, settings.model_type)
     device = choose_device(settings.device)
     config = cls._create_config(str(folder))
