@@ -29,21 +29,25 @@ class Timing:
 
 
 def interleave(
-    contenders: Mapping[str, Callable[[], object]], rounds: int, clock: Callable[[], float] = time.perf_counter
+    contenders: Mapping[str, Callable[[], object]],
+    rounds: int,
+    clock: Callable[[], float] = time.perf_counter,
+    warm_up_rounds: int = WARM_UP_ROUNDS,
 ) -> dict[str, Timing]:
     """Every round gives each contender a turn, so that whatever else the machine does hits all of them alike.
 
     clock: `time.thread_time` for work on the calling thread alone leaves out the time that others had the core.
+    warm_up_rounds: 0 for calls of a second and more, that ran before.
     """
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     calls = dict.fromkeys(contenders, 1)
-    for round_number in range(WARM_UP_ROUNDS + rounds):
+    for round_number in range(warm_up_rounds + rounds):
         for name, run in contenders.items():
             started = clock()
             for _ in range(calls[name]):
                 run()
             elapsed = (clock() - started) / calls[name]
-            if round_number >= WARM_UP_ROUNDS:
+            if round_number >= warm_up_rounds:
                 seconds[name].append(elapsed)
             elif elapsed > 0:
                 calls[name] = max(1, round(SLICE_S / elapsed))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-ROUNDS = 2_000_000  # some 10 ms
+ROUNDS = 20_000_000  # some 150 ms: on a busy machine threads take a while to find a core each
 
 
 def fma_peak() -> tuple[Callable[[], object], float]:

@@ -30,7 +30,7 @@ def register_model(name: str, cls: type[MultimodalMixin], architectures: Sequenc
 def load_model(settings: Settings) -> MultimodalMixin:
     """The checkpoint's model with its multimodal part on the device, ready to run.
 
-    MM_TORCH_THREADS, where it is set, counts for all of torch in this process. Blocks while it reads. Raises `StartError`.
+    Blocks while it reads. MM_TORCH_THREADS counts for all of torch in this process. Raises `StartError`.
     """
     if settings.checkpoint_path is None:
         raise StartError("CHECKPOINT_PATH is not set: the folder of a model in Hugging Face format")
