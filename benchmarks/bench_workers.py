@@ -117,9 +117,7 @@ def main() -> None:
         for what, value in kinds["threads"].items():
             table.add_row(photo, what, str(value), str(kinds["processes"][what]))
     Console().print(table)
-    print(
-        "MiB of each worker:", measured["pss_mib_of_each_worker"], "(PSS)", measured["uss_mib_of_each_worker"], "(USS)"
-    )
+    print("MiB of each worker, PSS without the slab and inboxes:", measured["pss_mib_of_each_worker"])
     write_result("workers", {"command": "python -m benchmarks.bench_workers", **measured})
 
 
