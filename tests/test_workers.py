@@ -24,6 +24,7 @@ from scripted_worker import ScriptedPreprocessor, script
 from rtp_mm.config import load_settings
 from rtp_mm.engine import worker_pool
 from rtp_mm.engine.worker_pool import WorkerPool
+from rtp_mm.engine.worker_process import WorkerProcess
 from rtp_mm.engine.workers import PreprocessWorkers
 from rtp_mm.errors import (
     DeadlineError,
@@ -323,6 +324,23 @@ async def test_closing_ends_what_runs_and_what_waits(tmp_path: Path) -> None:
             with pytest.raises(DrainingError):
                 await job
         assert is_gone(int(note.read_text()))
+
+
+async def test_closing_does_not_wait_for_workers_that_start(pair: WorkerPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One is stopped as it starts, as on a machine that has no time for it."""
+    greet, greeted = WorkerProcess.greet, []
+
+    def stopped_greet(worker: WorkerProcess, setup: bytes) -> None:
+        os.kill(worker.pid, signal.SIGSTOP)
+        greeted.append(worker.pid)
+        greet(worker, setup)
+
+    monkeypatch.setattr(WorkerProcess, "greet", stopped_greet)
+    kill(int(await text(pair, "pid")))
+    await until(lambda: greeted)
+    pair.close()
+    await asyncio.to_thread(pair._threads.shutdown)
+    assert all(is_gone(pid) for pid in greeted)
 
 
 PARENT = """

@@ -33,7 +33,7 @@ T = TypeVar("T")
 
 _GRACE_S = 1.0  # for work that nobody waits for any more: about what a new worker costs
 _INLINE_BYTES = 1 << 20  # a longer copy, of 0.3 ms and more, leaves the event loop
-_FIRST_RETRY_S, _LAST_RETRY_S = 0.1, 5.0  # between starts of workers that do not start
+_FIRST_RETRY_S, _LAST_RETRY_S = 0.1, 1.0  # between starts of workers that do not start
 _ERRORS = {cls.__name__: cls for cls in (WrongFormatError, NotSupportedError, ProcessError)}  # what a worker may raise
 
 
@@ -79,6 +79,7 @@ class WorkerPool:
         self._space_line = asyncio.Lock()
         self._space_freed = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
+        self._starting: set[WorkerProcess] = set()
         self._is_closed = False
         self.restarts: Counter[str] = Counter()  # by cause
         self._threads = ThreadPoolExecutor(count, thread_name_prefix="rtp_mm-workers")  # they outlive the workers
@@ -86,6 +87,7 @@ class WorkerPool:
         try:
             self._workers = {start.result() for start in starts}
         except StartError:
+            self._stop_starts()
             for start in starts:
                 start.add_done_callback(_discard)
             self._threads.shutdown()
@@ -257,7 +259,22 @@ class WorkerPool:
             delay_s = min(2 * delay_s, _LAST_RETRY_S)
 
     def _start(self) -> WorkerProcess:
-        return WorkerProcess(self._setup, self.slab.fd, self._inbox_bytes)
+        """On a thread of ours. Raises `StartError`."""
+        worker = WorkerProcess(self.slab.fd, self._inbox_bytes)
+        self._starting.add(worker)
+        try:
+            if self._is_closed:
+                worker.kill()
+            worker.greet(self._setup)
+        finally:
+            self._starting.remove(worker)
+        return worker
+
+    def _stop_starts(self) -> None:
+        """No worker starts any more, and no thread waits for one that does."""
+        self._is_closed = True
+        for worker in tuple(self._starting):
+            worker.kill()
 
     async def _in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
         return await self._loop.run_in_executor(self._threads, function, *arguments)
@@ -266,9 +283,9 @@ class WorkerPool:
         """Ends all workers; blocks for milliseconds. Rows that are still in use stay readable. Idempotent."""
         if self._is_closed:
             return
-        self._is_closed = True
         for task in self._tasks:
             task.cancel()
+        self._stop_starts()
         for job in (*self._jobs, *self._busy):
             job.fail(DrainingError("the engine is closed"))
         for worker in self._workers:

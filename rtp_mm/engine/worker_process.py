@@ -34,10 +34,10 @@ class WorkerDiedError(Exception):
 class WorkerProcess:
     """Started by spawn, never fork; its conversation is described in `rtp_mm/preprocess/worker.py`."""
 
-    def __init__(self, setup: bytes, slab_fd: int, inbox_bytes: int) -> None:
-        """Blocks until the worker is ready. Raises `StartError`.
+    def __init__(self, slab_fd: int, inbox_bytes: int) -> None:
+        """Starts it. For a thread that outlives it: the kernel kills it where the thread that started it ends.
 
-        For a thread that outlives the worker: the kernel kills it where the thread that started it ends.
+        Raises `StartError`.
         """
         self._loop: asyncio.AbstractEventLoop | None = None
         self._answer: asyncio.Future[dict[str, Any]] | None = None
@@ -49,9 +49,9 @@ class WorkerProcess:
                 self._process = _spawn(theirs.fileno(), self._inbox.fd, slab_fd)
         except OSError as error:
             raise StartError(f"a preprocess worker cannot be started: {error}") from None
-        self._greet(setup)
 
-    def _greet(self, setup: bytes) -> None:
+    def greet(self, setup: bytes) -> None:
+        """Blocks until the worker is ready. Raises `StartError` for one that is not, which has ended then."""
         self._socket.settimeout(_START_LIMIT_S)
         try:
             self._socket.send(setup)

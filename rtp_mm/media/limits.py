@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from rtp_mm.config import Settings
 from rtp_mm.errors import WrongFormatError
 from rtp_mm.media.probe import ImageHeader, NeedsMore, probe_start
 from rtp_mm.types import MMUrlType
@@ -16,6 +15,9 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 FIRST_LOOK_BYTES = 65536  # holds the header of nearly every image; shorter files are here before a look pays
+
+if TYPE_CHECKING:
+    from rtp_mm.config import Settings  # preprocess workers read this file, and have no use for pydantic
 
 
 @dataclass(frozen=True, slots=True)

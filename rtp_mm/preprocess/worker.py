@@ -82,6 +82,7 @@ class _Worker:
         try:
             setup: Setup = self._receive()
             _limit_memory(setup.memory_bytes)
+            os.nice(_NICENESS)  # not before: a worker that replaces another is waited for
             self._say({"ready": True})
             while True:
                 self._serve(self._receive(), setup)
@@ -139,7 +140,6 @@ def _settle_in(parent: int) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # they go to whole groups; the engine drains first
         signal.signal(number, signal.SIG_IGN)
     faulthandler.enable()
-    os.nice(_NICENESS)
     with suppress(OSError), open("/proc/self/oom_score_adj", "w") as score:  # some containers have it read-only
         score.write(str(_OOM_SCORE))
 
