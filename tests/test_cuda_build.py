@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import re
 
-import cuda_compiled
 import pytest
 from conftest import require
-from cuda_compiled import ARCHS, KERNELS, PTX_ARCH
+from cuda_compiled import ARCHS, KERNELS, PTX_ARCH, compiled
 
 STEMS = [path.stem for path in KERNELS]
 
@@ -20,17 +19,17 @@ def _nvcc() -> None:
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("stem", STEMS)
 def test_no_kernel_spills(stem: str, arch: str) -> None:
-    compiled = cuda_compiled.compile_all()[stem, arch]
-    kernels = re.findall(r"Compiling entry function", compiled.report)
-    clean = re.findall(r"\b0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads", compiled.report)
-    assert len(kernels) == len(clean) == len(compiled.instructions()) > 0, compiled.report
-    for name, instructions in compiled.instructions().items():
+    code = compiled(stem, arch)
+    kernels = re.findall(r"Compiling entry function", code.report)
+    clean = re.findall(r"\b0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads", code.report)
+    assert len(kernels) == len(clean) == len(code.instructions()) > 0, code.report
+    for name, instructions in code.instructions().items():
         assert not [i for i in instructions if i.startswith(("LDL", "STL"))], name
 
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_patch_embed_multiplies_on_tensor_cores_and_moves_16_bytes(arch: str) -> None:
-    kernels = cuda_compiled.compile_all()["patch_embed_mma", arch].instructions()
+    kernels = compiled("patch_embed_mma", arch).instructions()
     assert len(kernels) == 6  # two weights, three outputs
     for name, instructions in kernels.items():
         weight, out = re.search(r"multiply_mmaI(\d+__(?:half|nv_bfloat16))(.*?)EEv", name).groups()  # type: ignore[union-attr]
@@ -52,13 +51,13 @@ def count(instructions: dict[str, int], *parts: str) -> int:
 @pytest.mark.parametrize("arch", ARCHS)
 def test_float32_weights_are_multiplied_in_float32(arch: str) -> None:
     """TF32 would lose 13 bits."""
-    kernels = cuda_compiled.compile_all()["patch_embed", arch].instructions()
+    kernels = compiled("patch_embed", arch).instructions()
     assert all(count(i, "FFMA") > 0 and not count(i, "HMMA") for i in kernels.values())
 
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_the_resize_writes_words_and_sums_integers(arch: str) -> None:
-    for instructions in cuda_compiled.compile_all()["resize_patchify", arch].instructions().values():
+    for instructions in compiled("resize_patchify", arch).instructions().values():
         assert count(instructions, "IMAD") > 0
         assert instructions["STG.E"] > 0  # 32 bits
         assert not [i for i in instructions if i.startswith(("FFMA", "DFMA", "FMUL"))]
@@ -66,7 +65,7 @@ def test_the_resize_writes_words_and_sums_integers(arch: str) -> None:
 
 @pytest.mark.parametrize("stem", STEMS)
 def test_ptx_for_what_comes_after(stem: str) -> None:
-    ptx = cuda_compiled.compile_all()[stem, PTX_ARCH].code.read_text()
+    ptx = compiled(stem, PTX_ARCH).code.read_text()
     assert re.search(r"^\.target sm_80$", ptx, re.MULTILINE)
     assert ".entry" in ptx
     if stem == "patch_embed_mma":
