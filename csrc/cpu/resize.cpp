@@ -6,6 +6,7 @@
 #include "cpu/resize.h"
 
 #include <algorithm>
+#include <bit>
 #include <cstring>
 #include <memory>
 #include <new>
@@ -53,10 +54,10 @@ class Buffer {
 };
 
 struct Scratch {
-  Buffer ring, ring_pointers, columns, band, quads, lines, line_pointers, edge;
+  Buffer ring, ring_pointers, columns, band, resized, resized_pointers, lines, edge;
 
   void shrink() {
-    Buffer* const buffers[] = {&ring, &ring_pointers, &columns, &band, &quads, &lines, &line_pointers, &edge};
+    Buffer* const buffers[] = {&ring, &ring_pointers, &columns, &band, &resized, &resized_pointers, &lines, &edge};
     int64_t bytes = 0;
     for (const Buffer* buffer : buffers) bytes += buffer->bytes();
     if (bytes > kKeptScratch) {
@@ -91,13 +92,14 @@ Rows readable_rows(const PixelView& image, int64_t begin, int64_t count, int64_t
 // Quads of rows, of which the last few are kept.
 class Ring {
  public:
-  Ring(int64_t slots, int64_t dwords, int64_t most_quads, Scratch& scratch)
-      : quads_(scratch.ring.reserve<uint32_t>(slots * dwords)),
-        pointers_(scratch.ring_pointers.reserve<const uint32_t*>(most_quads)),
-        slots_(slots),
-        dwords_(dwords) {}
+  // Keeps `slots` quads of `dwords` or more; the outputs that come from them touch up to `most_quads` at once.
+  Ring(int64_t slots, int64_t dwords, int64_t most_quads, Buffer& quads, Buffer& pointers)
+      : slots_(static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(slots)))),
+        dwords_(dwords),
+        quads_(quads.reserve<uint32_t>(slots_ * dwords)),
+        pointers_(pointers.reserve<const uint32_t*>(most_quads)) {}
 
-  uint32_t* slot(int64_t quad) const { return quads_ + quad % slots_ * dwords_; }
+  uint32_t* slot(int64_t quad) const { return quads_ + (quad & (slots_ - 1)) * dwords_; }
 
   // The quads of an output, one after the other.
   const uint32_t* const* quads_of(const OutputTaps& output) const {
@@ -106,38 +108,9 @@ class Ring {
   }
 
  private:
+  int64_t slots_, dwords_;  // slots: a power of 2, because a division per row showed
   uint32_t* quads_;
   const uint32_t** pointers_;
-  int64_t slots_, dwords_;
-};
-
-// Finished lines, three planes each, until a row of patches is complete.
-class Lines {
- public:
-  Lines(int64_t capacity, int64_t stride, int64_t plane, const PatchRows& dst, Scratch& scratch)
-      : memory_(scratch.lines.reserve<uint8_t>(capacity * stride + kReadAhead)),
-        pointers_(scratch.line_pointers.reserve<const uint8_t*>(dst.patch)),
-        capacity_(capacity),
-        stride_(stride),
-        plane_(plane),
-        dst_(dst) {}
-
-  uint8_t* line(int64_t y) const { return memory_ + y % capacity_ * stride_; }
-
-  // Lines below `end` are there: cuts the rows of patches that they complete.
-  void cut_until(int64_t end) {
-    for (; (cut_ + 1) * dst_.patch <= end; ++cut_) {
-      for (int64_t y = 0; y < dst_.patch; ++y) pointers_[y] = line(cut_ * dst_.patch + y);
-      cut_patches(pointers_, plane_, cut_, dst_);
-    }
-  }
-
- private:
-  uint8_t* memory_;
-  const uint8_t** pointers_;
-  int64_t capacity_, stride_, plane_;
-  PatchRows dst_;
-  int64_t cut_ = 0;  // rows of patches
 };
 
 // The horizontal pass over a band of 16 rows.
@@ -150,11 +123,21 @@ class HorizontalPass {
     columns_ = scratch.columns.reserve<uint32_t>((most + 1) * kChannels * kBandRows);  // + 1: read, never counted
   }
 
-  void operator()(Rows rows, QuadRows dst) const {
-    for (const OutputRun& run : axis_.runs) {
+  // Fetches `ahead` meanwhile; without one, what the next run reads: the rows are an image's own, one band after
+  // another.
+  void operator()(Rows rows, QuadRows dst, Ahead* ahead = nullptr) const {
+    const uint8_t* next_pixels = rows.pixels;
+    for (size_t i = 0; i < axis_.runs.size(); ++i) {
+      const OutputRun& run = axis_.runs[i];
+      if (i + 1 == axis_.runs.size()) next_pixels += kBandRows * rows.stride;
+      const OutputRun& next = axis_.runs[(i + 1) % axis_.runs.size()];
+      Ahead next_run(Ahead::kRead, next_pixels + next.first_quad * 4 * pixel_stride_,
+                     (next.end_quad - next.first_quad) * 4 * pixel_stride_, rows.stride, kBandRows,
+                     (run.end - run.begin) / 4);
       kernels_.gather_columns(rows.pixels + run.first_quad * 4 * pixel_stride_, rows.stride, pixel_stride_,
                               run.end_quad - run.first_quad, columns_);
-      kernels_.horizontal(columns_, run.first_quad, axis_.outputs.data(), axis_.taps.data(), run.begin, run.end, dst);
+      kernels_.horizontal(columns_, run.first_quad, axis_.outputs.data(), axis_.taps.data(), run.begin, run.end, dst,
+                          ahead ? *ahead : next_run);
     }
   }
 
@@ -170,22 +153,32 @@ struct Passes {
   const ResizeKernels& kernels;
 };
 
+// What row `patch_row` of patches is written to.
+Ahead patches_ahead(const PatchRows& dst, int64_t patch_row, int64_t steps) {
+  const int64_t run = dst.merge * dst.row_bytes(), blocks = dst.width / dst.patch / dst.merge;
+  return {Ahead::kWrite, PatchWalk(dst, patch_row).patch(0), run, dst.merge * run, blocks, steps};
+}
+
 void horizontal_first(const PixelView& image, const Passes& passes, const PatchRows& dst, int64_t height,
                       Scratch& scratch) {
   const int64_t plane = round_up(dst.width, 4), line = round_up(kChannels * plane, kBlock);
-  const Ring ring(round_up(passes.rows.span + kBandQuads - 1, kBandQuads), line, passes.rows.most_quads, scratch);
+  const Ring ring(passes.rows.span + kBandQuads - 1, line, passes.rows.most_quads, scratch.ring, scratch.ring_pointers);
   const HorizontalPass horizontal(passes.columns, passes.kernels, image.pixel_stride, scratch);
   const int64_t reach = image.width * image.pixel_stride + kReadAhead;
-  Lines lines(dst.patch, line, plane, dst, scratch);
-  int64_t quads = 0;  // in the ring so far
-  for (int64_t y = 0; y < height; ++y) {
-    const OutputTaps& output = passes.rows.outputs[y];
-    for (; quads <= last_quad(output); quads += kBandQuads) {
-      const Rows rows = readable_rows(image, quads * 4, kBandRows, reach, scratch.edge);
-      horizontal(rows, {ring.slot(quads), line, plane});
+  uint8_t* lines = scratch.lines.reserve<uint8_t>(dst.patch * line + kReadAhead);
+  int64_t ready = 0;  // quads in the ring so far
+  for (int64_t patch_row = 0; patch_row < height / dst.patch; ++patch_row) {
+    Ahead patches = patches_ahead(dst, patch_row, dst.patch * line / kBlock);
+    for (int64_t y = 0; y < dst.patch; ++y) {
+      const OutputTaps& output = passes.rows.outputs[patch_row * dst.patch + y];
+      for (; ready <= last_quad(output); ready += kBandQuads) {
+        const Rows rows = readable_rows(image, ready * 4, kBandRows, reach, scratch.edge);
+        horizontal(rows, {ring.slot(ready), line, plane});
+      }
+      passes.kernels.vertical(ring.quads_of(output), output, passes.rows.taps.data(), line / kBlock, lines + y * line,
+                              patches);
     }
-    passes.kernels.vertical(ring.quads_of(output), output, passes.rows.taps.data(), line / kBlock, lines.line(y));
-    lines.cut_until(y + 1);
+    passes.kernels.cut(lines, line, plane, patch_row, dst);
   }
 }
 
@@ -193,14 +186,16 @@ void vertical_first(const PixelView& image, const Passes& passes, const PatchRow
                     Scratch& scratch) {
   const int64_t plane = round_up(dst.width, 4), line = round_up(kChannels * plane, kBlock);
   const int64_t row = round_up(image.width * image.pixel_stride, kBlock), band_row = row + kBlock;
-  const Ring ring(passes.rows.span, row, passes.rows.most_quads, scratch);
+  const Ring ring(passes.rows.span, row, passes.rows.most_quads, scratch.ring, scratch.ring_pointers);
+  const int64_t patch_quads = (dst.patch + 6) / 4;  // that a row of patches touches
+  const Ring resized(patch_quads + kBandQuads, line, 0, scratch.resized, scratch.ring_pointers);
   uint8_t* band = scratch.band.reserve<uint8_t>(kBandRows * band_row);
-  uint32_t* quads = scratch.quads.reserve<uint32_t>(kBandQuads * line);
+  uint8_t* lines = scratch.lines.reserve<uint8_t>(4 * patch_quads * line + kReadAhead);
   const HorizontalPass horizontal(passes.columns, passes.kernels, image.pixel_stride, scratch);
-  Lines lines(round_up(dst.patch + kBandRows, kBandRows), line, plane, dst, scratch);
-  int64_t ready = 0;  // quads in the ring so far
+  int64_t ready = 0, patch_row = 0;  // quads in the ring so far, rows of patches
   for (int64_t top = 0; top < height; top += kBandRows) {
     const int64_t bottom = std::min(top + kBandRows, height);
+    Ahead patches = patches_ahead(dst, patch_row, (bottom - top) * row / kBlock);
     for (int64_t y = top; y < bottom; ++y) {
       const OutputTaps& output = passes.rows.outputs[y];
       for (; ready <= last_quad(output); ++ready) {
@@ -208,13 +203,18 @@ void vertical_first(const PixelView& image, const Passes& passes, const PatchRow
         passes.kernels.interleave(rows.pixels, rows.stride, row / kBlock, ring.slot(ready));
       }
       passes.kernels.vertical(ring.quads_of(output), output, passes.rows.taps.data(), row / kBlock,
-                              band + (y - top) * band_row);
+                              band + (y - top) * band_row, patches);
     }
-    horizontal({band, band_row}, {quads, line, plane});
-    for (int64_t quad = 0; quad < kBandQuads; ++quad) {
-      passes.kernels.separate(quads + quad * line, line / kBlock, lines.line(top + 4 * quad), line);
+    Ahead next_rows(Ahead::kRead, image.pixels + 4 * ready * image.row_stride, image.width * image.pixel_stride,
+                    image.row_stride, kBandRows, static_cast<int64_t>(passes.columns.outputs.size()) / 4);
+    horizontal({band, band_row}, {resized.slot(top / 4), line, plane}, &next_rows);
+    for (; (patch_row + 1) * dst.patch <= bottom; ++patch_row) {
+      const int64_t begin = patch_row * dst.patch, first = begin / 4;
+      for (int64_t quad = first; 4 * quad < begin + dst.patch; ++quad) {
+        passes.kernels.separate(resized.slot(quad), line / kBlock, lines + 4 * (quad - first) * line, line);
+      }
+      passes.kernels.cut(lines + begin % 4 * line, line, plane, patch_row, dst);
     }
-    lines.cut_until(bottom);
   }
 }
 

@@ -7,7 +7,7 @@
 
 #include "cpu/resize_kernels.h"
 
-#define AVX2 __attribute__((target("avx2")))
+#define AVX2 __attribute__((target("avx2,prfchw")))
 #define AVX2_INLINE AVX2 __attribute__((always_inline)) inline
 
 namespace rtp_mm {
@@ -105,8 +105,9 @@ AVX2 void gather_columns(const uint8_t* pixels, int64_t row_stride, int64_t pixe
 }
 
 AVX2 void horizontal(const uint32_t* columns, int64_t first, const OutputTaps* outputs, const QuadTaps* taps,
-                     int64_t begin, int64_t end, QuadRows dst) {
+                     int64_t begin, int64_t end, QuadRows dst, Ahead& ahead) {
   for (int64_t x = begin; x < end; x += 4) {
+    ahead.step();
     for (int64_t half = 0; half < 2; ++half) {
       __m256i sums[4][kChannels];
 #pragma GCC unroll 4
@@ -144,8 +145,9 @@ AVX2 void interleave(const uint8_t* rows, int64_t row_stride, int64_t blocks, ui
 }
 
 AVX2 void vertical(const uint32_t* const* quads, const OutputTaps& output, const QuadTaps* taps, int64_t blocks,
-                   uint8_t* row) {
+                   uint8_t* row, Ahead& ahead) {
   for (int64_t block = 0; block < blocks; ++block) {
+    ahead.step();
     for (int64_t half = 0; half < 2; ++half) {
       const int64_t place = block * kBlock + 8 * half;
       __m256i sums[4];
@@ -174,7 +176,7 @@ AVX2 void separate(const uint32_t* quads, int64_t blocks, uint8_t* rows, int64_t
 
 }  // namespace
 
-const ResizeKernels kResizeAvx2 = {encode, gather_columns, horizontal, interleave, vertical, separate};
+const ResizeKernels kResizeAvx2 = {encode, gather_columns, horizontal, interleave, vertical, separate, cut_patches};
 
 }  // namespace rtp_mm
 

@@ -13,7 +13,7 @@
 
 #include "cpu/resize_kernels.h"
 
-#define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni")))
+#define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni,prfchw")))
 #define AVX512_INLINE AVX512 __attribute__((always_inline)) inline
 
 namespace rtp_mm {
@@ -51,13 +51,17 @@ AVX512_INLINE __m512i select(const Multiplier& m, const uint32_t* first, const u
   return _mm512_ternarylogic_epi32(load(first), m.mask, load(last), 0xe2);
 }
 
-// An output of one quad.
-AVX512_INLINE __m512i multiply(const Multiplier& m, const uint32_t* first, const uint32_t* last) {
-  const __m512i bytes = select(m, first, last);
-  __m512i sum = _mm512_dpbusd_epi32(m.rounding, bytes, m.high);
-  sum = _mm512_dpbusd_epi32(_mm512_slli_epi32(sum, 8), bytes, m.middle);
-  sum = _mm512_dpbusd_epi32(_mm512_slli_epi32(sum, 8), bytes, m.low);
-  return _mm512_srai_epi32(sum, kFractionBits);
+// An output of one quad in kVectors vectors, step by step side by side: each step waits for the one before it.
+template <int kVectors>
+AVX512_INLINE void multiply(const Multiplier& m, const uint32_t* first, const uint32_t* last, __m512i* sums) {
+  __m512i bytes[kVectors];
+  for (int v = 0; v < kVectors; ++v) bytes[v] = select(m, first + 16 * v, last + 16 * v);
+  for (int v = 0; v < kVectors; ++v) sums[v] = _mm512_dpbusd_epi32(m.rounding, bytes[v], m.high);
+  for (int v = 0; v < kVectors; ++v) sums[v] = _mm512_slli_epi32(sums[v], 8);
+  for (int v = 0; v < kVectors; ++v) sums[v] = _mm512_dpbusd_epi32(sums[v], bytes[v], m.middle);
+  for (int v = 0; v < kVectors; ++v) sums[v] = _mm512_slli_epi32(sums[v], 8);
+  for (int v = 0; v < kVectors; ++v) sums[v] = _mm512_dpbusd_epi32(sums[v], bytes[v], m.low);
+  for (int v = 0; v < kVectors; ++v) sums[v] = _mm512_srai_epi32(sums[v], kFractionBits);
 }
 
 // An output of kCount quads, or of any number if that is 0, in kVectors vectors; `quad(i, v)` points to vector v of its
@@ -133,38 +137,47 @@ AVX512 void gather_columns(const uint8_t* pixels, int64_t row_stride, int64_t pi
   }
 }
 
-// The three channels of one output column, 16 rows each; `columns` starts at the output's first quad.
-AVX512_INLINE void column(const uint32_t* columns, const OutputTaps& output, const QuadTaps* taps, __m512i* sums) {
+// Four output columns of kCount quads each, or of their own numbers if that is 0; three channels of 16 rows each.
+// `columns` starts at quad 0.
+template <int kCount>
+AVX512_INLINE void four_columns(const uint32_t* columns, const OutputTaps* outputs, const QuadTaps* taps,
+                                __m512i (*sums)[kChannels]) {
   constexpr int64_t kQuad = kChannels * 16;
-  if (output.count == 1) {
-    const Multiplier m = multiplier(output, *taps);
-    for (int64_t channel = 0; channel < kChannels; ++channel) {
-      const uint32_t* first = columns + 16 * channel;
-      sums[channel] = multiply(m, first, first + kQuad);
-    }
-  } else {
-    const auto quad = [&](int64_t i, int64_t channel) { return columns + i * kQuad + 16 * channel; };
-    switch (output.count) {
-      case 2:
-        return multiply_add<kChannels, 2>(output, taps, quad, sums);
-      case 3:
-        return multiply_add<kChannels, 3>(output, taps, quad, sums);
-      case 4:
-        return multiply_add<kChannels, 4>(output, taps, quad, sums);
-      default:
-        return multiply_add<kChannels, 0>(output, taps, quad, sums);
+#pragma GCC unroll 4
+  for (int64_t i = 0; i < 4; ++i) {
+    const OutputTaps& output = outputs[i];
+    const uint32_t* start = columns + output.first * kQuad;
+    if constexpr (kCount == 1) {
+      const Multiplier m = multiplier(output, taps[output.taps]);
+      multiply<kChannels>(m, start, start + kQuad, sums[i]);
+    } else {
+      const auto quad = [&](int64_t index, int64_t channel) { return start + index * kQuad + 16 * channel; };
+      multiply_add<kChannels, kCount>(output, taps + output.taps, quad, sums[i]);
     }
   }
 }
 
 AVX512 void horizontal(const uint32_t* columns, int64_t first, const OutputTaps* outputs, const QuadTaps* taps,
-                       int64_t begin, int64_t end, QuadRows dst) {
+                       int64_t begin, int64_t end, QuadRows dst, Ahead& ahead) {
+  columns -= first * kChannels * 16;
   for (int64_t x = begin; x < end; x += 4) {
+    ahead.step();
     __m512i sums[4][kChannels];
-#pragma GCC unroll 4
-    for (int64_t i = 0; i < 4; ++i) {
-      const OutputTaps& output = outputs[x + i];
-      column(columns + (output.first - first) * kChannels * 16, output, taps + output.taps, sums[i]);
+    switch (common_count(outputs + x)) {
+      case 1:
+        four_columns<1>(columns, outputs + x, taps, sums);
+        break;
+      case 2:
+        four_columns<2>(columns, outputs + x, taps, sums);
+        break;
+      case 3:
+        four_columns<3>(columns, outputs + x, taps, sums);
+        break;
+      case 4:
+        four_columns<4>(columns, outputs + x, taps, sums);
+        break;
+      default:
+        four_columns<0>(columns, outputs + x, taps, sums);
     }
     for (int64_t channel = 0; channel < kChannels; ++channel) {
       const __m512i bytes = pack(sums[0][channel], sums[1][channel], sums[2][channel], sums[3][channel]);
@@ -192,7 +205,7 @@ AVX512 void interleave(const uint8_t* rows, int64_t row_stride, int64_t blocks, 
 }
 
 AVX512 void vertical(const uint32_t* const* quads, const OutputTaps& output, const QuadTaps* all_taps, int64_t blocks,
-                     uint8_t* row) {
+                     uint8_t* row, Ahead& ahead) {
   const QuadTaps* taps = all_taps + output.taps;
   const int64_t bytes = blocks * kBlock;
   __m512i sums[4];
@@ -200,11 +213,13 @@ AVX512 void vertical(const uint32_t* const* quads, const OutputTaps& output, con
     const Multiplier m = multiplier(output, *taps);
     const uint32_t *first = quads[0], *last = quads[1];
     for (int64_t i = 0; i < bytes; i += kBlock) {
-      for (int64_t v = 0; v < 4; ++v) sums[v] = multiply(m, first + i + 16 * v, last + i + 16 * v);
+      ahead.step();
+      multiply<4>(m, first + i, last + i, sums);
       _mm512_store_si512(row + i, pack(sums[0], sums[1], sums[2], sums[3]));
     }
   } else {
     for (int64_t i = 0; i < bytes; i += kBlock) {
+      ahead.step();
       const auto quad = [&](int64_t index, int64_t v) { return quads[index] + i + 16 * v; };
       multiply_add<4, 0>(output, taps, quad, sums);
       _mm512_store_si512(row + i, pack(sums[0], sums[1], sums[2], sums[3]));
@@ -226,9 +241,40 @@ AVX512 void separate(const uint32_t* quads, int64_t blocks, uint8_t* rows, int64
   }
 }
 
+// Sixteen bytes of each of kLines lines.
+template <int kLines>
+AVX512_INLINE __m512i load_lines(const uint8_t* src, int64_t line) {
+  const auto bytes = [&](int64_t y) { return reinterpret_cast<const __m128i*>(src + y * line); };
+  __m512i v = _mm512_castsi128_si512(_mm_loadu_si128(bytes(0)));
+  if constexpr (kLines > 1) v = _mm512_inserti32x4(v, _mm_loadu_si128(bytes(1)), 1);
+  if constexpr (kLines > 2) v = _mm512_inserti32x4(v, _mm_loadu_si128(bytes(2)), 2);
+  if constexpr (kLines > 3) v = _mm512_inserti32x4(v, _mm_loadu_si128(bytes(3)), 3);
+  return v;
+}
+
+// Four lines of a patch in one store: a quarter of the stores wait for the memory that they go to.
+AVX512 void cut(const uint8_t* lines, int64_t line, int64_t plane, int64_t patch_row, const PatchRows& dst) {
+  if (dst.patch != 14) return cut_patches(lines, line, plane, patch_row, dst);
+  constexpr int64_t kPatch = 14;
+  const __m512i in_a_row = _mm512_set_epi16(0, 0, 0, 0, 30, 29, 28, 27, 26, 25, 24, 22, 21, 20, 19, 18, 17, 16, 14, 13,
+                                            12, 11, 10, 9, 8, 6, 5, 4, 3, 2, 1, 0);
+  for (PatchWalk walk(dst, patch_row); !walk.is_done(); walk.next()) {
+    for (int64_t channel = 0; channel < kChannels; ++channel) {
+      const uint8_t* src = lines + channel * plane + walk.column() * kPatch;
+      uint8_t* patch = walk.patch(channel);
+      for (int64_t y = 0; y < 12; y += 4, src += 4 * line, patch += 4 * kPatch) {
+        // What is written too far, the next lines put right.
+        _mm512_storeu_si512(patch, _mm512_permutexvar_epi16(in_a_row, load_lines<4>(src, line)));
+      }
+      const __m512i two = _mm512_permutexvar_epi16(in_a_row, load_lines<2>(src, line));
+      _mm256_mask_storeu_epi32(patch, 0x7f, _mm512_castsi512_si256(two));
+    }
+  }
+}
+
 }  // namespace
 
-const ResizeKernels kResizeAvx512Vnni = {encode, gather_columns, horizontal, interleave, vertical, separate};
+const ResizeKernels kResizeAvx512Vnni = {encode, gather_columns, horizontal, interleave, vertical, separate, cut};
 
 }  // namespace rtp_mm
 

@@ -8,6 +8,7 @@
 
 #include <cstdint>
 
+#include "cpu/patch_rows.h"
 #include "cpu/resize_windows.h"
 
 namespace rtp_mm {
@@ -32,6 +33,12 @@ struct OutputTaps {
   int32_t taps;  // index of its first QuadTaps
 };
 
+// How many quads each of four outputs comes from, or 0 if they differ.
+inline int32_t common_count(const OutputTaps* outputs) {
+  const int32_t count = outputs[0].count;
+  return count == outputs[1].count && count == outputs[2].count && count == outputs[3].count ? count : 0;
+}
+
 // Byte i of a row stands at this dword among its quads: the order in which unpack instructions leave 64 bytes, and
 // pack instructions put them together again.
 constexpr int64_t quad_place(int64_t i) { return (i & ~63) | (i >> 2 & 3) << 4 | (i >> 4 & 3) << 2 | (i & 3); }
@@ -43,6 +50,43 @@ struct QuadRows {
   int64_t plane;   // bytes of a row from one channel to the next, divisible by 4
 };
 
+// Memory that is needed next, `runs` runs of `bytes`, fetched evenly over the `steps` of a computation, which takes
+// about as long as the memory does.
+class Ahead {
+ public:
+  enum Use { kRead, kWrite };
+
+  Ahead() = default;
+  Ahead(Use use, const uint8_t* start, int64_t bytes, int64_t stride, int64_t runs, int64_t steps)
+      : use_(use),
+        run_(start),
+        bytes_(bytes),
+        stride_(stride),
+        lines_(runs * ((bytes + kLine - 1) / kLine)),
+        steps_(steps) {}
+
+  void step() {
+    for (due_ += lines_; due_ >= steps_; due_ -= steps_) {
+      if (use_ == kWrite) {
+        __builtin_prefetch(run_ + offset_, 1);
+      } else {
+        __builtin_prefetch(run_ + offset_, 0, 2);  // to L2: there is as much of it as fits in L1
+      }
+      offset_ += kLine;
+      if (offset_ >= bytes_) {
+        offset_ = 0;
+        run_ += stride_;
+      }
+    }
+  }
+
+ private:
+  static constexpr int64_t kLine = 64;
+  Use use_ = kRead;
+  const uint8_t* run_ = nullptr;
+  int64_t offset_ = 0, bytes_ = 0, stride_ = 0, lines_ = 0, steps_ = 1, due_ = 0;
+};
+
 // All pointers to dwords and to rows that are written are aligned to 64 bytes.
 struct ResizeKernels {
   QuadTaps (*encode)(const int32_t* coefficients);
@@ -52,19 +96,23 @@ struct ResizeKernels {
   void (*gather_columns)(const uint8_t* pixels, int64_t row_stride, int64_t pixel_stride, int64_t quads,
                          uint32_t* columns);
 
-  // Outputs [begin, end), multiples of 4, of 16 rows; `columns` starts at quad `first`.
+  // Outputs [begin, end), multiples of 4, of 16 rows; `columns` starts at quad `first`. A step of `ahead` for each
+  // four.
   void (*horizontal)(const uint32_t* columns, int64_t first, const OutputTaps* outputs, const QuadTaps* taps,
-                     int64_t begin, int64_t end, QuadRows dst);
+                     int64_t begin, int64_t end, QuadRows dst, Ahead& ahead);
 
   // Four rows of bytes to one quad of rows. Reads and writes whole blocks.
   void (*interleave)(const uint8_t* rows, int64_t row_stride, int64_t blocks, uint32_t* quads);
 
-  // One output row; `quads[i]` are the rows of quad `output.first + i`.
+  // One output row; `quads[i]` are the rows of quad `output.first + i`. A step of `ahead` for each block.
   void (*vertical)(const uint32_t* const* quads, const OutputTaps& output, const QuadTaps* taps, int64_t blocks,
-                   uint8_t* row);
+                   uint8_t* row, Ahead& ahead);
 
   // The inverse of interleave.
   void (*separate)(const uint32_t* quads, int64_t blocks, uint8_t* rows, int64_t row_stride);
+
+  // cut_patches.
+  void (*cut)(const uint8_t* lines, int64_t line, int64_t plane, int64_t patch_row, const PatchRows& dst);
 };
 
 extern const ResizeKernels kResizePortable;

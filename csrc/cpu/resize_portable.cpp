@@ -50,7 +50,7 @@ void gather_columns(const uint8_t* pixels, int64_t row_stride, int64_t pixel_str
 }
 
 void horizontal(const uint32_t* columns, int64_t first, const OutputTaps* outputs, const QuadTaps* taps, int64_t begin,
-                int64_t end, QuadRows dst) {
+                int64_t end, QuadRows dst, Ahead&) {
   for (int64_t x = begin; x < end; x += 4) {
     for (int64_t channel = 0; channel < kChannels; ++channel) {
       uint8_t bytes[4][16];
@@ -75,7 +75,7 @@ void interleave(const uint8_t* rows, int64_t row_stride, int64_t blocks, uint32_
 }
 
 void vertical(const uint32_t* const* quads, const OutputTaps& output, const QuadTaps* taps, int64_t blocks,
-              uint8_t* row) {
+              uint8_t* row, Ahead&) {
   for (int64_t i = 0; i < blocks * kBlock; i += 16) {
     uint8_t bytes[16];
     dot(output, taps, [&](int64_t quad) { return quads[quad] + i; }, bytes);
@@ -95,6 +95,6 @@ void separate(const uint32_t* quads, int64_t blocks, uint8_t* rows, int64_t row_
 
 }  // namespace
 
-const ResizeKernels kResizePortable = {encode, gather_columns, horizontal, interleave, vertical, separate};
+const ResizeKernels kResizePortable = {encode, gather_columns, horizontal, interleave, vertical, separate, cut_patches};
 
 }  // namespace rtp_mm
