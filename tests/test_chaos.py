@@ -14,6 +14,7 @@ REQUESTS = 250
 SLACK = 8  # descriptors and threads of connections and pools that stay open
 
 
+@pytest.mark.timeout(900)  # half a minute where nothing else runs
 @pytest.mark.parametrize("seed", [1])
 def test_every_request_gets_its_right_answer_or_its_right_error_and_nothing_leaks(
     tiny_qwen2_5_vl: Path, tmp_path: Path, seed: int
