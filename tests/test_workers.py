@@ -24,7 +24,7 @@ from scripted_worker import ScriptedPreprocessor, script
 from rtp_mm.config import load_settings
 from rtp_mm.engine import worker_pool
 from rtp_mm.engine.worker_pool import WorkerPool
-from rtp_mm.engine.worker_process import WorkerProcess
+from rtp_mm.engine.worker_process import WorkerDiedError, WorkerProcess
 from rtp_mm.engine.workers import PreprocessWorkers
 from rtp_mm.errors import (
     DeadlineError,
@@ -167,15 +167,11 @@ async def test_a_worker_killed_while_it_writes_fails_its_item_and_nobody_sees_it
     assert pair.restarts == {"crash": 1}
 
 
-SHAPE = '{"shape": [4, 12]}'
 FATAL = [
     (script("crash", note="/dev/null"), "was killed by SIGSEGV"),
     (script("leave", status=3), "ended with status 3"),
     (script("lie", said=["no JSON"]), "was killed by SIGKILL"),
-    (script("lie", said=['{"shape": [-4, -4]}']), "was killed by SIGKILL"),
-    (script("lie", said=['{"shape": [4, "12"]}']), "was killed by SIGKILL"),
-    (script("lie", said=[SHAPE, '{"grid": [1, 2, 3]}']), "was killed by SIGKILL"),
-    (script("lie", said=[SHAPE, SHAPE]), "was killed by SIGKILL"),
+    (script("lie", said=['{"shape": [4, 12]}', '{"grid": [1, 2, 3]}']), "was killed by SIGKILL"),
 ]
 
 
@@ -188,6 +184,20 @@ async def test_a_worker_that_crashes_or_lies_is_replaced(pool: WorkerPool) -> No
         assert pid != (pid := await text(pool, "pid"))
     await until(lambda: pool.slab.free_bytes == pool.slab.nbytes)
     assert pool.restarts == {"crash": len(FATAL)}
+
+
+@pytest.mark.parametrize("shape", [None, 4, [], [4], [4, 12, 1], [-4, -12], [0, 12], [4, "12"], [4.0, 12]], ids=repr)
+def test_shapes_that_are_none_are_a_workers_end(shape: Any) -> None:
+    assert worker_pool._shape({"shape": [4, 12]}) == (4, 12)
+    with pytest.raises(WorkerDiedError):
+        worker_pool._shape({"shape": shape})
+
+
+@pytest.mark.parametrize("grid", [None, [4], [1, 2, 3], [-1, -2, 2], [1, 2.0, 2], [1, 4], [1, "2", 2]], ids=repr)
+def test_grids_that_do_not_fit_are_a_workers_end(grid: Any) -> None:
+    assert worker_pool._grid({"grid": [1, 2, 2]}, (4, 12)) == (1, 2, 2)
+    with pytest.raises(WorkerDiedError):
+        worker_pool._grid({"grid": grid}, (4, 12))
 
 
 async def test_rows_over_the_slab_and_files_over_the_inbox_are_refused(pool: WorkerPool) -> None:

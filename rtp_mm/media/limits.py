@@ -14,10 +14,9 @@ from rtp_mm.types import MMUrlType
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-FIRST_LOOK_BYTES = 65536  # holds the header of nearly every image; shorter files are here before a look pays
-
-if TYPE_CHECKING:
     from rtp_mm.config import Settings  # preprocess workers read this file, and have no use for pydantic
+
+FIRST_LOOK_BYTES = 65536  # holds the header of nearly every image; shorter files are here before a look pays
 
 
 @dataclass(frozen=True, slots=True)
