@@ -16,8 +16,8 @@ def _nvcc() -> None:
     require("nvcc")
 
 
-@pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("stem", STEMS)
+@pytest.mark.parametrize("arch", ARCHS)  # in the order in which they are compiled
 def test_no_kernel_spills(stem: str, arch: str) -> None:
     code = compiled(stem, arch)
     kernels = re.findall(r"Compiling entry function", code.report)

@@ -1,6 +1,7 @@
 // Runs every algorithm file under AddressSanitizer and UndefinedBehaviorSanitizer: buffers are heap blocks of exactly
 // the stated size, sizes are odd ones, answers are compared with naive loops.
 
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstdint>
@@ -25,10 +26,31 @@ void test_vision_positions(const std::vector<int32_t>& grid_thw, int32_t merge_s
   const int64_t cells = end.first_cell, patches = cells * merge_size * merge_size;
   // -1 where nothing is written: every place must be.
   std::vector<int32_t> rope_hw(2 * patches, -1), pos_thw(3 * cells, -1), cu_frames(end.first_frame + 1, -1);
-  std::vector<int32_t> window_order(window ? cells : 0, -1), cu_windows(window ? end.first_window + 1 : 0, -1);
-  vision_positions(batch, {rope_hw.data(), pos_thw.data(), window_order.data(), cu_windows.data(), cu_frames.data()});
-  for (const auto* values : {&rope_hw, &pos_thw, &window_order, &cu_windows, &cu_frames}) {
+  std::vector<int32_t> window_order(window ? cells : 0, -1), window_inverse(window_order);
+  std::vector<int32_t> cu_windows(window ? end.first_window + 1 : 0, -1);
+  constexpr int64_t kQuarter = 3, kPadding = 5;
+  const int64_t positions = grid_thw.empty() ? 0 : *std::max_element(grid_thw.begin(), grid_thw.end());
+  std::vector<float> table(2 * positions * kQuarter);  // cos: its position; sin: the same, negative
+  for (int64_t i = 0; i < positions * kQuarter; ++i) {
+    table[i] = static_cast<float>(i / kQuarter);
+    table[positions * kQuarter + i] = -table[i];
+  }
+  std::vector<float> cos((patches + kPadding) * 2 * kQuarter), sin(cos);
+  vision_positions(batch, {table.data(), table.data() + positions * kQuarter, positions, kQuarter},
+                   {rope_hw.data(), pos_thw.data(), window_order.data(), window_inverse.data(), cu_windows.data(),
+                    cu_frames.data(), cos.data(), sin.data(), patches + kPadding});
+  for (const auto* values : {&rope_hw, &pos_thw, &window_order, &window_inverse, &cu_windows, &cu_frames}) {
     for (int32_t value : *values) CHECK(value >= 0);
+  }
+  const int64_t area = merge_size * merge_size;
+  for (int64_t row = 0; row < patches + kPadding; ++row) {
+    const int64_t cell = row < patches && window ? window_order[row / area] : row / area;
+    for (int64_t i = 0; i < 2 * kQuarter; ++i) {
+      const size_t at = row * 2 * kQuarter + i;
+      const bool is_turned = row < patches;
+      const int32_t position = is_turned ? rope_hw[2 * (cell * area + row % area) + i / kQuarter] : 0;
+      CHECK(cos[at] == (is_turned ? static_cast<float>(position) : 1.0f) && sin[at] == -static_cast<float>(position));
+    }
   }
   for (const auto* borders : {&cu_frames, &cu_windows}) {
     for (size_t i = 1; i < borders->size(); ++i) CHECK((*borders)[i - 1] < (*borders)[i]);
@@ -38,21 +60,24 @@ void test_vision_positions(const std::vector<int32_t>& grid_thw, int32_t merge_s
   for (int32_t cell : window_order) {
     CHECK(cell < cells && !is_taken[cell]);
     is_taken[cell] = true;
+    CHECK(window_order[window_inverse[cell]] == cell);
   }
 }
 
 template <class Weight, class Out>
 void test_patch_embed(Isa isa, int64_t n, int64_t k, int64_t d, int64_t terms, int64_t group) {
   const std::vector<uint8_t> rows = random_bytes(n * k);
-  const std::vector<Weight> weight = random_floats<Weight>(terms * d * k);
-  const std::vector<float> bias = random_floats<float>(d);
+  const int64_t stride = k + 3;  // of the weight's columns
+  const std::vector<Weight> weight = random_floats<Weight>((terms * d - 1) * stride + k);
+  const std::vector<float> bias = random_floats<float>(d), pos = random_floats<float>(n * d);
   std::vector<int32_t> order;
   for (int64_t g = 0; g < n / group; ++g) order.push_back(static_cast<int32_t>(n / group - 1 - g));
   std::vector<float> panels(panel_count(d) * k * kPanelWidth);
   for (int64_t panel = 0; panel < panel_count(d); ++panel) {
-    pack_panel(weight.data(), terms, d, k, panel, panels.data() + panel * k * kPanelWidth);
+    pack_panel(WeightTerms<Weight>{weight.data(), terms, d, k, d * stride, stride}, panel,
+               panels.data() + panel * k * kPanelWidth);
   }
-  const PatchEmbed job{rows.data(), panels.data(), bias.data(), order.data(), 0.25f, n, k, d, group, isa};
+  const PatchEmbed job{rows.data(), panels.data(), bias.data(), pos.data(), order.data(), 0.25f, n, k, d, group, isa};
   std::vector<Out> out(n * d);
   const int64_t middle = tile_count(job) / 2;
   patch_embed_tiles(job, middle, tile_count(job), out.data());
@@ -61,6 +86,7 @@ void test_patch_embed(Isa isa, int64_t n, int64_t k, int64_t d, int64_t terms, i
   // The last row alone has the same bits.
   PatchEmbed alone = job;
   alone.rows = rows.data() + (order.back() * group + group - 1) * k;
+  alone.pos = pos.data() + (n - 1) * d;
   alone.order = nullptr;
   alone.n = alone.group = 1;
   std::vector<Out> last(d);
@@ -73,12 +99,12 @@ void test_patch_embed(Isa isa, int64_t n, int64_t k, int64_t d, int64_t terms, i
       double sum = 0, magnitude = 1;
       for (int64_t l = 0; l < k; ++l) {
         double w = 0;
-        for (int64_t term = 0; term < terms; ++term) w += to_float(weight[(term * d + j) * k + l]);
+        for (int64_t term = 0; term < terms; ++term) w += to_float(weight[(term * d + j) * stride + l]);
         sum += (rows[row * k + l] - 128) * w;
         magnitude += std::abs((rows[row * k + l] - 128) * w);
       }
       // float32 sums, then one rounding to at least bfloat16's 8 bits
-      const double exact = 0.25 * sum + bias[j], tolerance = 1e-6 * magnitude + std::abs(exact) / 256;
+      const double exact = 0.25 * sum + bias[j] + pos[i * d + j], tolerance = 1e-6 * magnitude + std::abs(exact) / 256;
       CHECK(std::abs(to_float(out[i * d + j]) - exact) <= tolerance);
     }
   }
