@@ -141,6 +141,14 @@ class Settings(BaseSettings):
     )
     mm_allow_truncated_images: bool = Field(False, description="1: a truncated image is decoded as far as it goes")
     mm_exif_transpose: bool = Field(False, description="1: turn images as their EXIF orientation says")
+    mm_video_rule: Literal["qwen", "hf"] = Field(
+        "qwen", description="whose rule chooses a video's frames and their size: qwen-vl-utils' or transformers'"
+    )
+    mm_max_frames: Positive = Field(768, description="most frames taken of one video")
+    mm_max_video_seconds: Positive = Field(7200, description="longest video, seconds")
+    mm_pos_t: Literal["index", "scaled"] = Field(
+        "index", description="t of a video's position ids: the temporal patch, or its time in the model's own steps"
+    )
     mm_resize_order: Literal["auto", "pillow-12.1", "pillow-12.2", "pillow-13.0"] = Field(
         "auto", description="whose rule decides the first pass of a resize; auto: the installed Pillow's"
     )

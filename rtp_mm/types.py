@@ -138,10 +138,12 @@ class Patches:
     rows:     [N, C * T * P * P] uint8 in merge-block order; columns are (channel, frame, y, x). T is 1 for a still
               image (the family's temporal fold is in the weights) and `temporal_patch_size` for a clip.
     grid_thw: (t, h, w) in patches; N == t * h * w.
+    seconds_per_grid: of a clip, the time from one t to the next; `None` for a still.
     """
 
     rows: NDArray[np.uint8]
     grid_thw: tuple[int, int, int]
+    seconds_per_grid: float | None = None
 
     @property
     def nbytes(self) -> int:
@@ -160,6 +162,7 @@ class MMEmbeddingRes:
     extra_inputs: one flat tensor per item (deepstack), or `None`.
     timings_ms:   milliseconds by stage: fetch, preprocess, queue, forward; the slowest item of each.
     cached_items: how many came from the embedding cache, or `None` where nobody counted.
+    seconds_per_grid: time from one t of the position ids' grid to the next, per item; `None` for what is no clip.
     """
 
     embeddings: list[Tensor]
@@ -167,6 +170,7 @@ class MMEmbeddingRes:
     extra_inputs: list[Tensor] | None = None
     timings_ms: dict[str, float] = field(default_factory=dict)
     cached_items: int | None = None
+    seconds_per_grid: list[float | None] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,9 +29,9 @@ class Cost(NamedTuple):
 
 @runtime_checkable
 class Predicts(Protocol):
-    """A preprocessor that knows an image's patches from its size."""
+    """A preprocessor that knows an image's patches, or those of decoded frames, from their size."""
 
-    def predict(self, width: int, height: int, options: PreprocessOptions) -> int: ...
+    def predict(self, width: int, height: int, options: PreprocessOptions, frames: int = 1) -> int: ...
 
 
 @dataclass(slots=True, eq=False)
@@ -154,15 +154,16 @@ class Admission:
         if isinstance(blob.data, np.ndarray):
             if blob.data.ndim != 4:  # [T, H, W, 3] are pixels
                 return None
-            _, height, width, _ = blob.data.shape
+            frames, height, width, _ = blob.data.shape
         elif mm_type in (MMUrlType.IMAGE, MMUrlType.DEFAULT):
+            frames = 1
             header = probe(blob.data)
             if header is None:
                 return None
             width, height = header.width, header.height
         else:
             return None
-        return preprocessor.predict(width, height, options)
+        return preprocessor.predict(width, height, options, frames)
 
     def check_item(self, patches: int, max_patches: int) -> None:
         """Raises `WrongFormatError` for an item too large for the device."""

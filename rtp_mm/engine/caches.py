@@ -30,14 +30,18 @@ class EmbeddingKey(NamedTuple):
 
 
 class Embedded(NamedTuple):
-    """One item's answer on the host: [tokens, hidden], and [tokens, 3] int32 or `None`."""
+    """One item's answer on the host: [tokens, hidden], [tokens, 3] int32 or `None`, and a clip's seconds from one t of
+    its grid to the next.
+    """
 
     embedding: Tensor
     position_ids: Tensor | None
+    seconds_per_grid: float | None = None
 
     def copy(self) -> Embedded:
         """For a caller who may write into it."""
-        return Embedded(self.embedding.clone(), None if self.position_ids is None else self.position_ids.clone())
+        ids = None if self.position_ids is None else self.position_ids.clone()
+        return self._replace(embedding=self.embedding.clone(), position_ids=ids)
 
     @property
     def nbytes(self) -> int:

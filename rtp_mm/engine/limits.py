@@ -9,7 +9,7 @@ import torch
 
 from rtp_mm.config import Settings
 from rtp_mm.models.multimodal_common import MultiModalEmbeddingInterface
-from rtp_mm.preprocess.patches import ImagePreprocessor
+from rtp_mm.preprocess.media import MediaPreprocessor
 from rtp_mm.types import MMPreprocessConfig, MMUrlType, Patches
 
 CPU_BATCH_PATCHES = 4096  # a CPU's throughput is flat from some 1000 on: more in a batch only makes others wait
@@ -41,7 +41,7 @@ def device_limits(mm_part: MultiModalEmbeddingInterface, settings: Settings) -> 
 def _fitting_patches(mm_part: MultiModalEmbeddingInterface) -> int:
     """Patches that one forward has memory for, by what a small one takes. On a CPU: any number."""
     device, preprocessor = mm_part._device, mm_part.preprocessor
-    if device.type != "cuda" or not isinstance(preprocessor, ImagePreprocessor):
+    if device.type != "cuda" or not isinstance(preprocessor, MediaPreprocessor):
         return ITEM_PATCHES
     side = _PROBE_SIDE * preprocessor.merge_size
     patches = side * side

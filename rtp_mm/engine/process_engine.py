@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -157,6 +158,8 @@ class MMProcessEngine:
             if prepared.patches is not None:
                 self._admission.check_item(prepared.patches, self._limits.item)
             embedded, device_timings = await self._batcher.run(*prepared, key.patches.mm_type, config)
+        if isinstance(prepared.value, Patches):
+            embedded = embedded._replace(seconds_per_grid=prepared.value.seconds_per_grid)
         self._embeddings.put(key, embedded)
         return Answer(embedded, timings | device_timings)
 
@@ -166,7 +169,7 @@ class MMProcessEngine:
         prepared = await self._workers.prepare(blob, key.mm_type, config)
         if isinstance(prepared.value, Patches) and self._patches.has_room_for(prepared.value.nbytes):
             # A copy: the rows may be a worker's memory, given back after the forward.
-            self._patches.put(key, Patches(prepared.value.rows.copy(), prepared.value.grid_thw))
+            self._patches.put(key, replace(prepared.value, rows=prepared.value.rows.copy()))
         return prepared
 
     # --- a request's way

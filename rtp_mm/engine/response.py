@@ -61,7 +61,13 @@ def as_response(
     if position_ids and len(position_ids) < len(items):
         raise ProcessError("the model gave position ids for some items and none for others")
     cached_items = sum("forward" not in answer.timings_ms for answer in answers)
-    return MMEmbeddingRes([item.embedding for item in items], position_ids or None, None, timings, cached_items)
+    return MMEmbeddingRes(
+        [item.embedding for item in items],
+        position_ids or None,
+        timings_ms=timings,
+        cached_items=cached_items,
+        seconds_per_grid=[item.seconds_per_grid for item in items],
+    )
 
 
 def _as_one_error(failures: Sequence[ItemFailure]) -> MMError:

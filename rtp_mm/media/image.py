@@ -44,13 +44,13 @@ def decode(data: bytes, *, max_pixels: int, allow_truncated: bool, exif_transpos
     allow_truncated: a file that ends early is decoded as far as it goes.
     exif_transpose:  the image is turned as its EXIF orientation says.
 
-    Transparent pixels are laid over white, as in transformers' `convert_to_rgb` (5.23); other modes become RGB by
+    Transparent pixels are laid over white, as in transformers' `convertto_rgb` (5.23); other modes become RGB by
     Pillow's `convert("RGB")`. Raises `WrongFormatError` for a broken image or one of more than `max_pixels` (before it
     is decoded), `NotSupportedError` for a video or sound.
     """
     if (header := probe(data)) is not None:
         check_pixels(header.width, header.height, max_pixels)  # Pillow opens an icon by decoding it
-    with _named_errors(data), _TRUNCATION.decoding(allow_truncated), _open(data) as image:
+    with named_errors(data), _TRUNCATION.decoding(allow_truncated), _open(data) as image:
         check_pixels(*image.size, max_pixels)
         if image.format in ("JPEG", "MPO") and not exif_transpose:
             pixels = decode_jpeg(data, *image.size)
@@ -60,7 +60,7 @@ def decode(data: bytes, *, max_pixels: int, allow_truncated: bool, exif_transpos
         image.load()
         if exif_transpose:
             ImageOps.exif_transpose(image, in_place=True)
-        return np.asarray(_to_rgb(image))
+        return np.asarray(to_rgb(image))
 
 
 def _open(data: bytes) -> ImageFile.ImageFile:
@@ -78,7 +78,7 @@ def _heif_format(data: bytes) -> tuple[str, ...]:
     return ("HEIF",)
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
     if "A" in image.getbands() or image.info.get("transparency") is not None:
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
@@ -86,7 +86,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 @contextmanager
-def _named_errors(data: bytes) -> Iterator[None]:
+def named_errors(data: bytes) -> Iterator[None]:
     """Turns Pillow's many errors into ours."""
     try:
         yield

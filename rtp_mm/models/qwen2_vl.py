@@ -19,7 +19,8 @@ from rtp_mm.models.gpt_init_model_parameters import GptInitModelParameters
 from rtp_mm.models.multimodal_common import Embedding, MultiModalEmbeddingInterface
 from rtp_mm.models.multimodal_mixin import MultimodalMixin, TowerWeights
 from rtp_mm.models.registry import register_model
-from rtp_mm.preprocess.patches import ImagePreprocessor, ImageProcessorConfig
+from rtp_mm.preprocess.image_config import ImageProcessorConfig
+from rtp_mm.preprocess.media import MediaPreprocessor
 from rtp_mm.types import MMPreprocessConfig, MMUrlType, Patches
 from rtp_mm.vit.tower import TowerConfig, TowerOptions, VisionTower
 
@@ -55,7 +56,7 @@ class Qwen2VLEmbedding(MultiModalEmbeddingInterface):
         device = torch.get_default_device()
         self.processor = ImageProcessorConfig.from_checkpoint(Path(config.ckpt_path), PUBLISHED_PROCESSOR)
         self.processor.check(tower.patch_size, tower.spatial_merge_size, tower.temporal_patch_size)
-        self.preprocessor = ImagePreprocessor.from_config(self.processor, settings)
+        self.preprocessor = MediaPreprocessor.from_checkpoint(Path(config.ckpt_path), self.processor, settings)
         self.visual = VisionTower(tower, self._data_type, device, tower_options(settings))
 
     @property

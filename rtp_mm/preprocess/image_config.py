@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,14 @@ from rtp_mm.errors import StartError
 
 _log = logging.getLogger(__name__)
 
+ProcessorFiles = Sequence[tuple[str, str | None]]  # a file, and the key in it where it holds several processors
+IMAGE_FILES: ProcessorFiles = (("processor_config.json", "image_processor"), ("preprocessor_config.json", None))
+# The published checkpoints have none for videos: Hugging Face's video processor then takes the images' file.
+VIDEO_FILES: ProcessorFiles = (
+    ("processor_config.json", "video_processor"),
+    ("video_preprocessor_config.json", None),
+    ("preprocessor_config.json", None),
+)
 BICUBIC = 3  # PIL.Image.Resampling.BICUBIC, the one filter of these families
 
 
@@ -30,13 +38,15 @@ class ImageProcessorConfig:
     image_std: tuple[float, float, float]
 
     @classmethod
-    def from_checkpoint(cls, folder: Path, defaults: ImageProcessorConfig) -> ImageProcessorConfig:
+    def from_checkpoint(
+        cls, folder: Path, defaults: ImageProcessorConfig, files: ProcessorFiles = IMAGE_FILES
+    ) -> ImageProcessorConfig:
         """Reads the checkpoint's file; `defaults`, the family's published values, stand in for what it leaves out.
 
         `processor_config.json` goes before `preprocessor_config.json`, as in transformers 5. Raises `StartError` that
         names the file and the key for what is malformed or asks for what we do not do.
         """
-        for name, key in (("processor_config.json", "image_processor"), ("preprocessor_config.json", None)):
+        for name, key in files:
             path = folder / name
             if path.is_file():
                 file = _read(path)

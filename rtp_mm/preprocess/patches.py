@@ -72,8 +72,9 @@ class ImagePreprocessor:
         """Of one patch of a still image."""
         return 3 * self.patch_size**2
 
-    def predict(self, width: int, height: int, options: PreprocessOptions) -> int:
+    def predict(self, width: int, height: int, options: PreprocessOptions, frames: int = 1) -> int:
         """Patches of an image of that size, known before it is decoded; advisory where `exif_transpose` turns it.
+        Several frames, which are refused later, are as many images.
 
         Raises `WrongFormatError` for a limit that it breaks.
         """
@@ -82,7 +83,7 @@ class ImagePreprocessor:
             top, left, bottom, right = crop_pixels(height, width, options.crop)
             height, width = bottom - top, right - left
         height, width = self._target_size(height, width, options)
-        return (height // self.patch_size) * (width // self.patch_size)
+        return frames * (height // self.patch_size) * (width // self.patch_size)
 
     def __call__(
         self, blob: Blob, mm_type: MMUrlType, options: PreprocessOptions, allocate: RowAllocator = new_rows

@@ -1,0 +1,49 @@
+"""A clip, whatever holds it: how many frames it has, how fast they come, and chosen ones of them, one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rtp_mm.errors import WrongFormatError
+
+Frame = NDArray[np.uint8]  # [H, W, 3] RGB
+
+
+@dataclass(frozen=True, slots=True)
+class ClipLimits:
+    """What a clip may cost before it is decoded."""
+
+    max_pixels: int  # of a frame
+    max_seconds: float
+
+    def check_seconds(self, seconds: float) -> None:
+        """Raises `WrongFormatError` for a longer clip."""
+        if seconds > self.max_seconds:
+            raise WrongFormatError(
+                f"a video of {seconds:.1f} s, over the limit of {self.max_seconds} s (MM_MAX_VIDEO_SECONDS)"
+            )
+
+
+class Clip(Protocol):
+    """`frames` at `fps` a second, of `width` x `height` pixels as they are shown. `decoded` counts the frames that
+    were decoded for those that were asked for.
+    """
+
+    frames: int
+    fps: Fraction
+    width: int
+    height: int
+    decoded: int
+
+    def read(self, indices: Sequence[int]) -> Iterator[Frame]:
+        """The frames at these ascending indices, in order of presentation. Raises `WrongFormatError`."""
+
+
+OpenClip = AbstractContextManager[Clip]

@@ -1,0 +1,65 @@
+"""One preprocessor for all that a model takes: the modality is the request's, else what the bytes tell."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from rtp_mm.errors import NotSupportedError
+from rtp_mm.media.sniff import sniff
+from rtp_mm.preprocess.image_config import ImageProcessorConfig
+from rtp_mm.preprocess.patches import ImagePreprocessor
+from rtp_mm.preprocess.video import VideoPreprocessor
+from rtp_mm.types import Blob, MMUrlType, Patches, PreprocessOptions
+
+if TYPE_CHECKING:
+    from rtp_mm.config import Settings
+
+
+@dataclass(frozen=True, slots=True)
+class MediaPreprocessor:
+    """Stills and clips. Picklable, for worker processes."""
+
+    image: ImagePreprocessor
+    video: VideoPreprocessor
+
+    @classmethod
+    def from_checkpoint(cls, folder: Path, config: ImageProcessorConfig, settings: Settings) -> MediaPreprocessor:
+        """`config` is the checkpoint's for images. Raises `StartError` for what the folder says of videos."""
+        image = ImagePreprocessor.from_config(config, settings)
+        return cls(image, VideoPreprocessor.from_checkpoint(folder, config, image, settings))
+
+    @property
+    def cache_key(self) -> tuple[object, ...]:
+        return (*self.image.cache_key, *self.video.cache_key)
+
+    @property
+    def row_bytes(self) -> int:
+        """Of one patch of a still image."""
+        return self.image.row_bytes
+
+    @property
+    def merge_size(self) -> int:
+        return self.image.merge_size
+
+    def predict(self, width: int, height: int, options: PreprocessOptions, frames: int = 1) -> int:
+        """Patches of an image, or of decoded frames, of that size. Raises `WrongFormatError`."""
+        if frames == 1:
+            return self.image.predict(width, height, options)
+        return self.video.predict(frames, width, height, options)
+
+    def __call__(self, blob: Blob, mm_type: MMUrlType, options: PreprocessOptions) -> Patches:
+        """Raises `WrongFormatError` and `NotSupportedError`."""
+        if isinstance(blob.data, np.ndarray):
+            if blob.data.ndim != 4:
+                raise NotSupportedError(f"this model takes images and videos, the tensor is {list(blob.data.shape)}")
+            kind = MMUrlType.IMAGE if len(blob.data) == 1 else MMUrlType.VIDEO
+        else:
+            kind = (sniff(blob.data) or MMUrlType.IMAGE) if mm_type is MMUrlType.DEFAULT else mm_type
+        if kind not in (MMUrlType.IMAGE, MMUrlType.VIDEO):
+            raise NotSupportedError(f"this model takes images and videos, not {kind.name.lower()}")
+        preprocess = self.image if kind is MMUrlType.IMAGE else self.video
+        return preprocess(blob, mm_type, options)

@@ -1,0 +1,161 @@
+"""Clips to patch rows, for the Qwen2-VL line: choose frames, decode these, crop, resize, cut; one frame at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from dataclasses import astuple, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from rtp_mm import _core
+from rtp_mm.errors import NotSupportedError, WrongFormatError
+from rtp_mm.media.animation import open_animation
+from rtp_mm.media.clip import Clip, ClipLimits, Frame
+from rtp_mm.media.limits import check_pixels
+from rtp_mm.media.sniff import sniff
+from rtp_mm.media.video import decoder, open_video
+from rtp_mm.preprocess.image_config import VIDEO_FILES, ImageProcessorConfig
+from rtp_mm.preprocess.patches import ImagePreprocessor
+from rtp_mm.preprocess.resize_order import resize_order
+from rtp_mm.preprocess.sizes import crop_pixels
+from rtp_mm.preprocess.video_rule import FPS, TOTAL_TOKENS, VideoRule
+from rtp_mm.types import Blob, MMUrlType, Patches, PreprocessOptions
+
+if TYPE_CHECKING:
+    from rtp_mm.config import Settings
+
+
+@dataclass(frozen=True, slots=True)
+class VideoPreprocessor:
+    """A function from a blob to its patches, with everything that it depends on. Picklable, for worker processes.
+
+    Memory is the file, the rows and one frame, however long the clip.
+    """
+
+    rule: VideoRule
+    image: ImagePreprocessor  # whose patches and limits these are
+    max_seconds: int
+    max_patches: int
+
+    @classmethod
+    def from_checkpoint(
+        cls, folder: Path, config: ImageProcessorConfig, image: ImagePreprocessor, settings: Settings
+    ) -> VideoPreprocessor:
+        """The rule that the settings name; `config` is the checkpoint's for images. Raises `StartError`."""
+        factor, step = config.patch_size * config.merge_size, config.temporal_patch_size
+        rule = replace(
+            VideoRule.published(settings.mm_video_rule, factor, step), server_max_frames=settings.mm_max_frames
+        )
+        if rule.name == "hf":
+            defaults = replace(config, min_pixels=rule.min_pixels, max_pixels=rule.max_pixels)
+            own = ImageProcessorConfig.from_checkpoint(folder, defaults, VIDEO_FILES)
+            own.check(config.patch_size, config.merge_size, step)
+            rule = replace(rule, min_pixels=own.min_pixels, max_pixels=own.max_pixels)
+        patches = settings.mm_max_patches_per_item or int(TOTAL_TOKENS) * config.merge_size**2
+        return cls(rule, image, settings.mm_max_video_seconds, patches)
+
+    @property
+    def cache_key(self) -> tuple[object, ...]:
+        """All else that decides the bytes."""
+        return (decoder(), *astuple(self.rule))
+
+    def predict(self, frames: int, width: int, height: int, options: PreprocessOptions) -> int:
+        """Patches of frames that were decoded elsewhere. Raises `WrongFormatError` for a limit that they break."""
+        height, width = self._target_size(height, width, frames, options)
+        t, h, w = self._grid(frames, height, width)
+        return t * h * w
+
+    def __call__(self, blob: Blob, mm_type: MMUrlType, options: PreprocessOptions) -> Patches:
+        """Rows [t * h * w, 3 * T * P * P], the grid (t, h, w) and seconds from one t to the next.
+
+        An array is frames at `options.fps` (2 a second unless set), all of which are taken. Raises `WrongFormatError`
+        for what cannot be decoded, breaks a limit or has bad options, `NotSupportedError` for what is no video.
+        """
+        data = blob.data
+        if isinstance(data, np.ndarray):
+            frames, height, width, _ = data.shape
+            if frames > self.rule.server_max_frames:
+                raise WrongFormatError(
+                    f"{frames} frames, over the limit of {self.rule.server_max_frames} (MM_MAX_FRAMES)"
+                )
+            return self._patches(data, frames, height, width, options.fps or FPS, options)
+        limits = ClipLimits(self.image.max_image_pixels, self.max_seconds)
+        with _open(data, limits) as clip:
+            chosen = self.rule.choose_frames(clip.frames, clip.fps, options)
+            fps = len(chosen) / clip.frames * float(clip.fps)
+            return self._patches(clip.read(chosen), len(chosen), clip.height, clip.width, fps, options)
+
+    def _patches(
+        self,
+        frames: Iterable[Frame],
+        count: int,
+        height: int,
+        width: int,
+        fps: float,
+        options: PreprocessOptions,
+    ) -> Patches:
+        """Of `count` frames at `fps` a second; the last is repeated where the temporal patch is not full."""
+        patch, merge, step = self.image.patch_size, self.image.merge_size, self.rule.temporal_patch_size
+        height, width = self._target_size(height, width, count, options)
+        grid = t, h, w = self._grid(count, height, width)
+        if t * h * w > self.max_patches:
+            raise WrongFormatError(
+                f"{t * h * w} patches of {count} frames of {width}x{height}, over the limit of {self.max_patches} "
+                "(MM_MAX_PATCHES_PER_ITEM); max_frames and max_pixels make them fewer"
+            )
+        rows = np.empty((t * h * w, 3 * step * patch**2), np.uint8)
+        done = 0
+        for frame in frames:
+            slots = [done] if done + 1 < count else range(done, t * step)
+            pixels = _cropped(frame, options)
+            order = resize_order(*pixels.shape[:2], height, width, self.image.resize_rule)
+            for slot in slots:
+                pair = slot // step
+                _core.resize_patchify(
+                    pixels,
+                    height,
+                    width,
+                    patch,
+                    merge,
+                    order=order,
+                    temporal_patch_size=step,
+                    slot=slot % step,
+                    out=rows[pair * h * w : (pair + 1) * h * w],
+                )
+            done += 1
+        if done != count:
+            raise WrongFormatError(f"broken video: {done} of {count} frames came")
+        return Patches(rows, grid, step / fps)
+
+    def _grid(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
+        patch, step = self.image.patch_size, self.rule.temporal_patch_size
+        return -(-frames // step), height // patch, width // patch
+
+    def _target_size(self, height: int, width: int, frames: int, options: PreprocessOptions) -> tuple[int, int]:
+        check_pixels(width, height, self.image.max_image_pixels)
+        if options.crop is not None:
+            top, left, bottom, right = crop_pixels(height, width, options.crop)
+            height, width = bottom - top, right - left
+        height, width = self.rule.frame_size(height, width, frames, options)
+        check_pixels(width, height, self.image.max_image_pixels)
+        return height, width
+
+
+def _open(data: bytes, limits: ClipLimits) -> AbstractContextManager[Clip]:
+    match sniff(data):
+        case MMUrlType.IMAGE:
+            return open_animation(data, limits)
+        case MMUrlType.AUDIO:
+            raise NotSupportedError("a video is expected here, these bytes are audio")
+        case _:
+            return open_video(data, limits)
+
+
+def _cropped(frame: Frame, options: PreprocessOptions) -> Frame:
+    if options.crop is None:
+        return frame
+    top, left, bottom, right = crop_pixels(frame.shape[0], frame.shape[1], options.crop)
+    return frame[top:bottom, left:right]
