@@ -66,6 +66,7 @@ class MMProcessEngine:
             self._data_type,
             str(mm_part._device),
             str(getattr(getattr(mm_part, "visual", None), "attention_backend", "")),
+            str(getattr(mm_part, "answer_key", "")),
         )
         self._preprocess_key = getattr(mm_part.preprocessor, "cache_key", ())
         self._row_bytes = getattr(mm_part.preprocessor, "row_bytes", 0)

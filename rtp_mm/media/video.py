@@ -59,7 +59,7 @@ def open_video(data: bytes, limits: ClipLimits) -> Iterator[Clip]:
 
     options = {"format_whitelist": ",".join(CONTAINERS), "max_streams": str(MAX_STREAMS)}
     try:
-        with av.open(io.BytesIO(data), container_options=options, metadata_errors="replace") as container:
+        with av.open(io.BytesIO(data), "r", container_options=options, metadata_errors="replace") as container:
             yield _Video(container, _video_stream(container), limits)
     except av.FFmpegError as error:
         raise WrongFormatError(f"broken video: {error.strerror or type(error).__name__}") from None
@@ -78,7 +78,7 @@ def _video_stream(container: InputContainer) -> VideoStream:
     if stream.codec_context is None or stream.codec_context.name not in CODECS:
         name = "unknown" if stream.codec_context is None else stream.codec_context.name
         raise NotSupportedError(f"videos in codec {name} are not decoded")
-    return stream  # type: ignore[no-any-return]
+    return stream
 
 
 class _Run(NamedTuple):
@@ -117,7 +117,7 @@ class _Video:
         if not self.frames:
             raise WrongFormatError("a video without frames")
         self.fps = self._rate()
-        limits.check_seconds(self.frames / self.fps)
+        limits.check_seconds(float(self.frames / self.fps))
         turn = self._turn = self._quarter_turns()
         size = (self._context.width, self._context.height)
         self.width, self.height = size[::-1] if turn % 2 else size
@@ -209,11 +209,11 @@ class _Video:
             entry -= 1
         return entry
 
-    def _from(self, entry: int, last: int, places: dict[int, int], wanted: set[int]) -> Iterator[Packet]:
+    def _from(self, entry: int, last: int, places: dict[int, int], wanted: set[int]) -> Iterator[Packet[Any]]:
         """Packets from `entry` to `last`, without those that serve nothing."""
         first, is_under_way = self._entries[entry], False
         for packet in self._seek(entry, places):
-            place = None if packet.is_discard else places.get(packet.pts)
+            place = None if packet.is_discard or packet.pts is None else places.get(packet.pts)
             if place is None or place < first:
                 if is_under_way:
                     yield packet  # is shown never, but others may refer to it
@@ -224,13 +224,13 @@ class _Video:
             if place >= last:
                 return
 
-    def _seek(self, entry: int, places: dict[int, int]) -> Iterator[Packet]:
+    def _seek(self, entry: int, places: dict[int, int]) -> Iterator[Packet[Any]]:
         """Packets from `entry` or from before it. A container that seeks past it is read from its start."""
         if entry and (time := self._seek_times[entry]) is not None:
             self._container.seek(time, stream=self._stream)
             packets = self._packets()
             first = next(packets, None)
-            if first is not None and places.get(first.pts, self.frames) <= self._entries[entry]:
+            if first and first.pts is not None and places.get(first.pts, self.frames) <= self._entries[entry]:
                 yield first
                 yield from packets
                 return
@@ -241,11 +241,11 @@ class _Video:
         start = self._times[0] if self._times else 0
         self._container.seek(min(0, start), stream=self._stream)
 
-    def _packets(self) -> Iterator[Packet]:
+    def _packets(self) -> Iterator[Packet[Any]]:
         """Of the stream, but for the empty one that ends it."""
         return (packet for packet in self._container.demux(self._stream) if packet.size)
 
-    def _decode(self, packets: Iterator[Packet]) -> Iterator[VideoFrame]:
+    def _decode(self, packets: Iterator[Packet[Any]]) -> Iterator[VideoFrame]:
         """All frames of these packets, in order of presentation."""
         for packet in packets:
             self.decoded += 1

@@ -48,7 +48,7 @@ def tower_options(settings: Settings) -> TowerOptions:
 
 
 class Qwen2VLEmbedding(MultiModalEmbeddingInterface):
-    """`mm_part` of the Qwen2-VL line: images to [tokens, out_hidden_size] and (t, h, w) position ids."""
+    """`mm_part` of the Qwen2-VL line: images and clips to [tokens, out_hidden_size] and (t, h, w) position ids."""
 
     def __init__(self, config: GptInitModelParameters, tower: TowerConfig) -> None:
         super().__init__(config)
@@ -58,18 +58,54 @@ class Qwen2VLEmbedding(MultiModalEmbeddingInterface):
         self.processor.check(tower.patch_size, tower.spatial_merge_size, tower.temporal_patch_size)
         self.preprocessor = MediaPreprocessor.from_checkpoint(Path(config.ckpt_path), self.processor, settings)
         self.visual = VisionTower(tower, self._data_type, device, tower_options(settings))
+        self._tokens_per_second = self._time_scale(config) if settings.mm_pos_t == "scaled" else None
 
     @property
     def _device(self) -> torch.device:
         return self.visual.device
 
+    @property
+    def answer_key(self) -> tuple[object, ...]:
+        """What decides answers beside patches and tower: a part of every embedding's cache key."""
+        return (self._tokens_per_second,)
+
     def mm_process(self, mm_input: Patches, **kwargs: Any) -> Embedding:
-        return self.visual([mm_input])[0]  # type: ignore[no-any-return]
+        [answer] = self._embed([mm_input])
+        return answer
 
     def mm_process_batch(
         self, mm_inputs: Sequence[Patches], mm_types: Sequence[MMUrlType], configs: Sequence[MMPreprocessConfig]
     ) -> list[Tensor | Embedding]:
-        return self.visual(mm_inputs)  # type: ignore[no-any-return]
+        return [*self._embed(mm_inputs)]
+
+    def _embed(self, items: Sequence[Patches]) -> list[Embedding]:
+        answers = self.visual(items)
+        if self._tokens_per_second is None:
+            return answers  # type: ignore[no-any-return]
+        return [
+            (embedding, _in_time(ids, item, self._tokens_per_second))
+            for item, (embedding, ids) in zip(items, answers, strict=True)
+        ]
+
+    @staticmethod
+    def _time_scale(config: GptInitModelParameters) -> float:
+        """Steps of t in a second, for MM_POS_T=scaled. Raises `StartError` for a model that counts none."""
+        scale = config.mm_related_params.config.get("tokens_per_second")
+        if type(scale) not in (int, float) or scale <= 0:
+            raise StartError(f"MM_POS_T=scaled: this model's tokens_per_second is {scale!r}, it counts t by index")
+        return float(scale)
+
+
+def _in_time(ids: Tensor, item: Patches, tokens_per_second: float) -> Tensor:
+    """[tokens, 3] ids of a clip with t by the clock: floor(t * tokens_per_second * seconds_per_grid), in float32 as
+    `get_rope_index` of transformers 5.23. A still stays as it is.
+    """
+    if item.seconds_per_grid is None:
+        return ids
+    interval = np.float32(tokens_per_second * item.seconds_per_grid)
+    times = (np.arange(item.grid_thw[0], dtype=np.float32) * interval).astype(np.int32)
+    by_index = torch.from_numpy(times).to(ids.device, non_blocking=True)
+    return torch.cat((by_index[ids[:, :1].long()], ids[:, 1:]), dim=1)
 
 
 class Qwen2VL(MultimodalMixin):

@@ -10,7 +10,7 @@ from rtp_mm.types import CropBox
 MAX_ASPECT_RATIO = 200
 
 
-def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: float) -> tuple[int, int]:
     """(height, width) as multiples of `factor`, near the aspect ratio, the area within the limits where factors allow.
 
     The rule of `Qwen2VLImageProcessorPil` (transformers 5.23), floating point and half-to-even rounding included: a

@@ -111,7 +111,7 @@ class VideoPreprocessor:
         for frame in frames:
             slots = [done] if done + 1 < count else range(done, t * step)
             pixels = _cropped(frame, options)
-            order = resize_order(*pixels.shape[:2], height, width, self.image.resize_rule)
+            order = resize_order(pixels.shape[0], pixels.shape[1], height, width, self.image.resize_rule)
             for slot in slots:
                 pair = slot // step
                 _core.resize_patchify(

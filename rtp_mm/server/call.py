@@ -12,10 +12,11 @@ from typing import Any
 
 from rtp_mm.errors import MMError, QueueFullError
 from rtp_mm.logs import log_event
-from rtp_mm.server.wire import RETRY_AFTER_METADATA
+from rtp_mm.server.wire import RETRY_AFTER_METADATA, SECONDS_METADATA
 from rtp_mm.types import Caller, MMEmbeddingRes, MultimodalInput
 
 REQUEST_ID_METADATA = "rtp-mm-request-id"
+MAX_SECONDS_BYTES = 4096  # a status with more metadata than the peer takes (8 KiB) is lost
 _access = logging.getLogger("rtp_mm.access")
 
 
@@ -35,6 +36,7 @@ class Call:
     received_bytes: int | None = None  # of URLs, data URLs and tensors
     sent_bytes: int | None = None
     timings_ms: dict[str, float] = field(default_factory=dict)
+    seconds_per_grid: list[float | None] = field(default_factory=list)
     status: str = "OK"
     failure: MMError | None = None
 
@@ -46,6 +48,7 @@ class Call:
         self.tokens = sum(embedding.shape[0] for embedding in result.embeddings)
         self.cached_items = result.cached_items
         self.timings_ms = result.timings_ms
+        self.seconds_per_grid = result.seconds_per_grid
         self.sent_bytes = len(reply)
 
     def failed(self, failure: MMError) -> None:
@@ -55,11 +58,17 @@ class Call:
         self.seconds = time.perf_counter() - self.started
 
     def trailing_metadata(self) -> tuple[tuple[str, str], ...]:
-        """Request id, `rtp-mm-<stage>-ms`, and `retry-after-ms` where the queue was full."""
+        """Request id, `rtp-mm-<stage>-ms`, `retry-after-ms` where the queue was full, and, where there is a clip,
+        `rtp-mm-second-per-grid`: a number per item, in order, separated by commas, 0 for what is no clip.
+        """
         metadata = [(REQUEST_ID_METADATA, self.id)]
         metadata += [(f"rtp-mm-{stage}-ms", f"{ms:.3f}") for stage, ms in self.timings_ms.items()]
         if isinstance(self.failure, QueueFullError):
             metadata.append((RETRY_AFTER_METADATA, str(self.failure.retry_after_ms)))
+        if any(seconds is not None for seconds in self.seconds_per_grid):
+            text = ",".join(f"{seconds or 0:.9g}" for seconds in self.seconds_per_grid)
+            if len(text) <= MAX_SECONDS_BYTES:
+                metadata.append((SECONDS_METADATA, text))
         return tuple(metadata)
 
     def log(self) -> None:

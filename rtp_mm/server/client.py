@@ -176,8 +176,11 @@ class RemoteEngine:
             raise self._as_mm_error(error) from None
         except WrongFormatError as error:
             raise RemoteCallError(f"{self.address}: {error}") from None
-        stages = ((_STAGE.fullmatch(key), value) for key, value in call.trailing_metadata() or ())
+        metadata = dict(call.trailing_metadata() or ())
+        stages = ((_STAGE.fullmatch(key), value) for key, value in metadata.items())
         result.timings_ms = {match[1]: float(value) for match, value in stages if match}
+        if seconds := metadata.get(wire.SECONDS_METADATA):
+            result.seconds_per_grid = [float(text) or None for text in seconds.split(",")]
         return result
 
     def _ask(self, method: Any, request: Any) -> Any:

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 WIRE_METADATA = "rtp-mm-wire"
 RETRY_AFTER_METADATA = "retry-after-ms"
+SECONDS_METADATA = "rtp-mm-second-per-grid"
 _CONFIG_FIELDS = tuple(MMPreprocessConfigPB.DESCRIPTOR.fields_by_name)  # MMPreprocessConfig has the same names
 
 

@@ -1,0 +1,192 @@
+"""Videos: the frames that were asked for are those of a full decode, at the least cost, and bad files are refused."""
+
+from __future__ import annotations
+
+import io
+import random
+from collections.abc import Sequence
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+from rtp_mm.errors import NotSupportedError, WrongFormatError
+from rtp_mm.media.animation import open_animation
+from rtp_mm.media.clip import ClipLimits
+from rtp_mm.media.video import open_video
+from tests.clips import FRAMES, KINDS, decode_all, encode, moving, sound_only
+
+LIMITS = ClipLimits(max_pixels=10**8, max_seconds=1000)
+Pixels = NDArray[np.uint8]
+
+
+@pytest.fixture(scope="module")
+def frames(photos: dict[str, Pixels]) -> list[Pixels]:
+    return moving(photos["chelsea"])
+
+
+@pytest.fixture(scope="module")
+def plain(frames: list[Pixels]) -> bytes:
+    """H.264 in mp4: key frames every 10 frames, two of three frames in between referred to by nothing."""
+    return encode(frames, options={"x264-params": "bframes=2:b-adapt=0:scenecut=0:b-pyramid=none"})
+
+
+def choices() -> list[list[int]]:
+    chance = random.Random(0)
+    some = [sorted(chance.sample(range(FRAMES), n)) for n in (1, 2, 3, 8, 20)]
+    return [[0], [FRAMES - 1], [0, FRAMES - 1], [9, 10, 11], [*range(FRAMES)], *some]
+
+
+def read(data: bytes, indices: Sequence[int]) -> tuple[list[Pixels], int]:
+    with open_video(data, LIMITS) as clip:
+        return list(clip.read(indices)), clip.decoded
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_chosen_frames_are_those_of_a_full_decode(kind: str, frames: list[Pixels]) -> None:
+    codec, container, options = KINDS[kind]
+    data = encode(frames, codec, container, options)
+    expected = decode_all(data)
+    with open_video(data, LIMITS) as clip:
+        assert clip.frames == len(expected) == FRAMES
+        assert clip.fps == 24
+        for indices in choices():
+            got = list(clip.read(indices))
+            assert [next(i for i, e in enumerate(expected) if np.array_equal(g, e)) for g in got] == indices
+
+
+def test_no_two_frames_of_these_clips_are_equal(plain: bytes) -> None:
+    """Else the test above would not notice a frame taken for another."""
+    assert len({frame.tobytes() for frame in decode_all(plain)}) == FRAMES
+
+
+def test_only_what_the_chosen_frames_need_is_decoded(plain: bytes) -> None:
+    """Key frames at 0, 10, 20, 30, 40; from each of them frames 3, 6, 9 are referred to."""
+    assert read(plain, [0])[1] == 1
+    assert read(plain, [20])[1] == 1
+    assert read(plain, [26])[1] == 3  # 20, 23, 26
+    assert read(plain, [25])[1] == 4  # and 25, which lies between
+    assert read(plain, [10, 30])[1] == 2
+    assert read(plain, range(FRAMES))[1] == FRAMES
+
+
+def test_a_variable_frame_rate_is_read_by_index(frames: list[Pixels]) -> None:
+    steps = [1, 5, 2, 9]
+    times = [sum(steps[j % 4] for j in range(i)) for i in range(FRAMES)]
+    data = encode(frames, times=times)
+    expected = decode_all(data)
+    with open_video(data, LIMITS) as clip:
+        assert clip.frames == FRAMES
+        assert clip.fps == pytest.approx(24 * FRAMES / (times[-1] + 9), rel=0.1)
+        for index, frame in zip([3, 17, 40], clip.read([3, 17, 40]), strict=True):
+            assert np.array_equal(frame, expected[index])
+
+
+@pytest.mark.parametrize("degrees", [90, 180, 270])
+def test_frames_are_turned_as_the_container_says(degrees: int, frames: list[Pixels]) -> None:
+    data = encode(frames, rotation=degrees)
+    with open_video(data, LIMITS) as clip:
+        [frame] = clip.read([7])
+        assert (clip.height, clip.width) == frame.shape[:2]
+    assert np.array_equal(frame, np.rot90(decode_all(data)[7], degrees // 90))
+
+
+def test_sound_beside_a_video_is_ignored(frames: list[Pixels]) -> None:
+    data = encode(frames, with_sound=True)
+    assert np.array_equal(read(data, [5])[0][0], decode_all(data)[5])
+
+
+@pytest.mark.parametrize("start", [1, 13])
+def test_a_stream_that_starts_anywhere_is_what_a_decoder_makes_of_it(start: int, frames: list[Pixels]) -> None:
+    """A transport stream cut before its first key frame."""
+    data = encode(frames, "libx264", "mpegts", {"bf": "2"})
+    cut = data[188 * start * 8 :]
+    expected = decode_all(cut)
+    assert 0 < len(expected) <= FRAMES
+    with open_video(cut, LIMITS) as clip:
+        assert clip.frames == len(expected)
+        assert all(map(np.array_equal, clip.read(range(clip.frames)), expected))
+
+
+# --- animations
+
+
+def animate(frames: Sequence[Pixels], kind: str, milliseconds: int | list[int]) -> bytes:
+    file = io.BytesIO()
+    first, *others = [Image.fromarray(frame) for frame in frames]
+    lossless = {"lossless": True} if kind == "WEBP" else {}
+    first.save(file, kind, save_all=True, append_images=others, duration=milliseconds, loop=0, **lossless)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["WEBP", "PNG", "GIF"])
+def test_animations_are_clips(kind: str, frames: list[Pixels]) -> None:
+    data = animate(frames[:10], kind, 50)
+    with open_animation(data, LIMITS) as clip:
+        assert (clip.frames, clip.fps) == (10, Fraction(20))
+        got = list(clip.read([2, 9]))
+    tolerance = 0 if kind != "GIF" else 60  # a palette of 256 colours
+    assert all(np.abs(g.astype(int) - frames[i]).mean() <= tolerance for g, i in zip(got, [2, 9], strict=True))
+    assert clip.decoded == 10
+
+
+def test_frames_of_an_animation_may_last_differently(frames: list[Pixels]) -> None:
+    with open_animation(animate(frames[:4], "GIF", [100, 200, 300, 400]), LIMITS) as clip:
+        assert clip.fps == 4
+
+
+# --- what is refused
+
+
+def test_a_file_without_video_is_refused() -> None:
+    with (
+        pytest.raises(WrongFormatError, match="no video in this file, it holds audio"),
+        open_video(sound_only(), LIMITS),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("share", [0.02, 0.5, 0.9])
+def test_truncated_files_are_refused(share: float, plain: bytes) -> None:
+    data = plain[: int(len(plain) * share)]  # the index of this mp4 is at its end
+    with pytest.raises(WrongFormatError, match="broken video"):
+        read(data, [40])
+
+
+def test_damage_in_the_chosen_frames_is_an_error_or_a_picture_never_a_crash(plain: bytes) -> None:
+    chance = random.Random(3)
+    for _ in range(30):
+        damaged = bytearray(plain)
+        for _ in range(20):
+            damaged[chance.randrange(len(damaged))] = chance.randrange(256)
+        try:
+            got, _ = read(bytes(damaged), [0, 13, 40])
+            assert all(frame.ndim == 3 for frame in got)
+        except (WrongFormatError, NotSupportedError):
+            pass
+
+
+@pytest.mark.parametrize("data", [b"", b"not a video at all", b"\0" * 4096, b"\x1a\x45\xdf\xa3" + b"\xff" * 100])
+def test_no_video_is_refused(data: bytes) -> None:
+    with pytest.raises(WrongFormatError), open_video(data, LIMITS):
+        pass
+
+
+def test_playlists_are_not_followed(tmp_path: object) -> None:
+    """FFmpeg would open what they name: other files, other hosts."""
+    playlist = b"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nfile:///etc/passwd\n#EXT-X-ENDLIST\n"
+    concat = b"ffconcat version 1.0\nfile '/etc/passwd'\n"
+    for data in (playlist, concat):
+        with pytest.raises(WrongFormatError, match="broken video"), open_video(data, LIMITS):
+            pass
+
+
+def test_limits_come_before_decoding(plain: bytes) -> None:
+    with pytest.raises(WrongFormatError, match="MM_MAX_PIXELS"), open_video(plain, ClipLimits(112 * 80 - 1, 1000)):
+        pass
+    with pytest.raises(WrongFormatError, match="MM_MAX_VIDEO_SECONDS"), open_video(plain, ClipLimits(10**6, 1)):
+        pass
+    with open_video(plain, ClipLimits(112 * 80, 2)) as clip:
+        assert clip.decoded <= 1
