@@ -201,9 +201,10 @@ class WorkerPool:
         worker.clear(content.size)
         if job.slot is None:
             raise WrongFormatError(f"{nbytes} bytes of patch rows, over the limit of {self.slab.nbytes} (MM_SLAB_MB)")
-        grid = _grid(_checked(await worker.answer(), job), shape)
+        answer = _checked(await worker.answer(), job)
+        grid, seconds = _grid(answer, shape), _seconds(answer)
         slot, job.slot = job.slot, None
-        return Patches(self.slab.rows(slot, shape, self._take_back), grid)
+        return Patches(self.slab.rows(slot, shape, self._take_back), grid, seconds)
 
     async def _bury(self, worker: WorkerProcess, job: _Job) -> str:
         """Reaps it; only after that its slot may be used again. What it died of."""
@@ -338,4 +339,13 @@ def _grid(answer: Mapping[str, Any], shape: tuple[int, int]) -> tuple[int, int, 
     match answer.get("grid"):
         case [int(t), int(h), int(w)] if min(t, h, w) > 0 and t * h * w == shape[0]:
             return t, h, w
+    raise WorkerDiedError
+
+
+def _seconds(answer: Mapping[str, Any]) -> float | None:
+    match answer.get("seconds_per_grid"):
+        case None:
+            return None
+        case float(seconds) if 0 < seconds < math.inf:
+            return seconds
     raise WorkerDiedError

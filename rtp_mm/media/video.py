@@ -8,6 +8,7 @@ ignored.
 
 from __future__ import annotations
 
+import errno
 import importlib.metadata
 import io
 from array import array
@@ -62,6 +63,8 @@ def open_video(data: bytes, limits: ClipLimits) -> Iterator[Clip]:
         with av.open(io.BytesIO(data), "r", container_options=options, metadata_errors="replace") as container:
             yield _Video(container, _video_stream(container), limits)
     except av.FFmpegError as error:
+        if error.errno == errno.ENOMEM:
+            raise MemoryError from None
         raise WrongFormatError(f"broken video: {error.strerror or type(error).__name__}") from None
 
 

@@ -11,9 +11,9 @@ import numpy as np
 from rtp_mm.errors import NotSupportedError
 from rtp_mm.media.sniff import sniff
 from rtp_mm.preprocess.image_config import ImageProcessorConfig
-from rtp_mm.preprocess.patches import ImagePreprocessor
+from rtp_mm.preprocess.patches import ImagePreprocessor, new_rows
 from rtp_mm.preprocess.video import VideoPreprocessor
-from rtp_mm.types import Blob, MMUrlType, Patches, PreprocessOptions
+from rtp_mm.types import Blob, MMUrlType, Patches, PreprocessOptions, RowAllocator
 
 if TYPE_CHECKING:
     from rtp_mm.config import Settings
@@ -51,7 +51,9 @@ class MediaPreprocessor:
             return self.image.predict(width, height, options)
         return self.video.predict(frames, width, height, options)
 
-    def __call__(self, blob: Blob, mm_type: MMUrlType, options: PreprocessOptions) -> Patches:
+    def __call__(
+        self, blob: Blob, mm_type: MMUrlType, options: PreprocessOptions, allocate: RowAllocator = new_rows
+    ) -> Patches:
         """Raises `WrongFormatError` and `NotSupportedError`."""
         if isinstance(blob.data, np.ndarray):
             if blob.data.ndim != 4:
@@ -62,4 +64,4 @@ class MediaPreprocessor:
         if kind not in (MMUrlType.IMAGE, MMUrlType.VIDEO):
             raise NotSupportedError(f"this model takes images and videos, not {kind.name.lower()}")
         preprocess = self.image if kind is MMUrlType.IMAGE else self.video
-        return preprocess(blob, mm_type, options)
+        return preprocess(blob, mm_type, options, allocate)

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -18,14 +18,23 @@ from rtp_mm.media.limits import check_pixels
 from rtp_mm.media.sniff import sniff
 from rtp_mm.media.video import decoder, open_video
 from rtp_mm.preprocess.image_config import VIDEO_FILES, ImageProcessorConfig
-from rtp_mm.preprocess.patches import ImagePreprocessor
+from rtp_mm.preprocess.patches import ImagePreprocessor, new_rows
 from rtp_mm.preprocess.resize_order import resize_order
 from rtp_mm.preprocess.sizes import crop_pixels
 from rtp_mm.preprocess.video_rule import FPS, TOTAL_TOKENS, VideoRule
-from rtp_mm.types import Blob, MMUrlType, Patches, PreprocessOptions
+from rtp_mm.types import Blob, MMUrlType, Patches, PreprocessOptions, RowAllocator
 
 if TYPE_CHECKING:
     from rtp_mm.config import Settings
+
+
+class _Frames(NamedTuple):
+    """How many there are, how large, and how many a second."""
+
+    count: int
+    height: int
+    width: int
+    fps: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +77,11 @@ class VideoPreprocessor:
         t, h, w = self._grid(frames, height, width)
         return t * h * w
 
-    def __call__(self, blob: Blob, mm_type: MMUrlType, options: PreprocessOptions) -> Patches:
-        """Rows [t * h * w, 3 * T * P * P], the grid (t, h, w) and seconds from one t to the next.
+    def __call__(
+        self, blob: Blob, mm_type: MMUrlType, options: PreprocessOptions, allocate: RowAllocator = new_rows
+    ) -> Patches:
+        """Rows [t * h * w, 3 * T * P * P], written to what `allocate` gives, the grid (t, h, w) and seconds from one t
+        to the next.
 
         An array is frames at `options.fps` (2 a second unless set), all of which are taken. Raises `WrongFormatError`
         for what cannot be decoded, breaks a limit or has bad options, `NotSupportedError` for what is no video.
@@ -81,32 +93,29 @@ class VideoPreprocessor:
                 raise WrongFormatError(
                     f"{frames} frames, over the limit of {self.rule.server_max_frames} (MM_MAX_FRAMES)"
                 )
-            return self._patches(data, frames, height, width, options.fps or FPS, options)
+            shape = _Frames(frames, height, width, options.fps or FPS)
+            return self._patches(data, shape, options, allocate)
         limits = ClipLimits(self.image.max_image_pixels, self.max_seconds)
         with _open(data, limits) as clip:
             chosen = self.rule.choose_frames(clip.frames, clip.fps, options)
             fps = len(chosen) / clip.frames * float(clip.fps)
-            return self._patches(clip.read(chosen), len(chosen), clip.height, clip.width, fps, options)
+            shape = _Frames(len(chosen), clip.height, clip.width, fps)
+            return self._patches(clip.read(chosen), shape, options, allocate)
 
     def _patches(
-        self,
-        frames: Iterable[Frame],
-        count: int,
-        height: int,
-        width: int,
-        fps: float,
-        options: PreprocessOptions,
+        self, frames: Iterable[Frame], shape: _Frames, options: PreprocessOptions, allocate: RowAllocator
     ) -> Patches:
-        """Of `count` frames at `fps` a second; the last is repeated where the temporal patch is not full."""
+        """The last frame is repeated where it leaves a temporal patch unfilled."""
         patch, merge, step = self.image.patch_size, self.image.merge_size, self.rule.temporal_patch_size
-        height, width = self._target_size(height, width, count, options)
+        count = shape.count
+        height, width = self._target_size(shape.height, shape.width, count, options)
         grid = t, h, w = self._grid(count, height, width)
         if t * h * w > self.max_patches:
             raise WrongFormatError(
                 f"{t * h * w} patches of {count} frames of {width}x{height}, over the limit of {self.max_patches} "
                 "(MM_MAX_PATCHES_PER_ITEM); max_frames and max_pixels make them fewer"
             )
-        rows = np.empty((t * h * w, 3 * step * patch**2), np.uint8)
+        rows = allocate((t * h * w, 3 * step * patch**2))
         done = 0
         for frame in frames:
             slots = [done] if done + 1 < count else range(done, t * step)
@@ -128,7 +137,7 @@ class VideoPreprocessor:
             done += 1
         if done != count:
             raise WrongFormatError(f"broken video: {done} of {count} frames came")
-        return Patches(rows, grid, step / fps)
+        return Patches(rows, grid, step / shape.fps)
 
     def _grid(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
         patch, step = self.image.patch_size, self.rule.temporal_patch_size

@@ -4,7 +4,8 @@ One conversation after another over a SOCK_SEQPACKET socket, where a message arr
 
     engine: Setup                    worker: {"ready": true}
     engine: Task, bytes in the inbox worker: {"shape": [N, C]}        it wants memory for its rows
-    engine: offset in the slab       worker: {"grid": [t, h, w]}      they are written
+    engine: offset in the slab       worker: {"grid": [t, h, w],      they are written
+                                             "seconds_per_grid": number or null}
             None: nobody waits any more; nothing is answered
 
 At any turn the worker may answer {"error": class of MMError, "text"} or {"bug": exception, "stack"} instead, which
@@ -93,7 +94,7 @@ class _Worker:
         answer: dict[str, Any]
         try:
             patches = setup.preprocess(self._blob(task), task.mm_type, task.options, self._allocate)
-            answer = {"grid": patches.grid_thw}
+            answer = {"grid": patches.grid_thw, "seconds_per_grid": patches.seconds_per_grid}
         except _NobodyWaitsError:
             return
         except MMError as error:
