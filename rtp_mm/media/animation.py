@@ -40,6 +40,7 @@ class _Animation:
         milliseconds = 0.0
         for index in range(self.frames):
             image.seek(index)
+            image.load()  # WebP tells a frame's duration no sooner
             shown = float(image.info.get("duration") or 0)
             milliseconds += shown if shown >= _SHORTEST_MS else _DEFAULT_MS
             limits.check_seconds(milliseconds / 1e3)

@@ -16,6 +16,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
+from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -84,6 +85,10 @@ def _video_stream(container: InputContainer) -> VideoStream:
     return stream
 
 
+def _quarter_turns(frame: VideoFrame) -> int:
+    return round(frame.rotation / 90) % 4
+
+
 class _Run(NamedTuple):
     """Packets to decode without a break: from an entry (by its number) to the place of the last, for these frames."""
 
@@ -114,16 +119,16 @@ class _Video:
         for duration, unit in ((stream.duration, stream.time_base), (container.duration, Fraction(1, 1_000_000))):
             if duration is not None and unit is not None:
                 limits.check_seconds(float(duration * unit))
+        self._turn = 0  # by so many times 90 degrees, counter-clockwise
         self._is_indexed = self._index()
-        self._shown = sorted(self._times) if self._is_indexed else self._count()
+        self._shown = self._order() if self._is_indexed else self._count()
         self.frames = len(self._shown)
         if not self.frames:
             raise WrongFormatError("a video without frames")
         self.fps = self._rate()
         limits.check_seconds(float(self.frames / self.fps))
-        turn = self._turn = self._quarter_turns()
         size = (self._context.width, self._context.height)
-        self.width, self.height = size[::-1] if turn % 2 else size
+        self.width, self.height = size[::-1] if self._turn % 2 else size
 
     # --- what there is
 
@@ -144,10 +149,21 @@ class _Video:
             return False
         return is_reliable and self._times[0] == min(self._times) and self._context.field_order in (0, 1)
 
+    def _order(self) -> list[int]:
+        """When each frame is shown, by the index. The first is decoded: a container's display matrix comes with it."""
+        self._rewind()
+        for frame in self._decode(islice(self._packets(), 1)):
+            self._turn = _quarter_turns(frame)
+        return sorted(self._times)
+
     def _count(self) -> list[int]:
         """When each frame is shown, of all that a decoder gives."""
         self._rewind()
-        return [0 if frame.pts is None else frame.pts for frame in self._decode(self._packets())]
+        times = []
+        for frame in self._decode(self._packets()):
+            times.append(frame.pts or 0)
+            self._turn = _quarter_turns(frame)
+        return times
 
     def _rate(self) -> Fraction:
         """The container's average; without one, that of the frames' times; of a single frame, 1."""
@@ -156,14 +172,6 @@ class _Video:
         span = self._shown[-1] - self._shown[0]
         unit = self._stream.time_base
         return Fraction(self.frames - 1) / (span * unit) if span > 0 and unit else Fraction(1)
-
-    def _quarter_turns(self) -> int:
-        """How often a frame is to be turned by 90 degrees, counter-clockwise."""
-        self._rewind()
-        for packet in self._packets():
-            for frame in self._context.decode(packet) or self._context.decode(None):
-                return round(frame.rotation / 90) % 4
-        return 0
 
     # --- reading
 

@@ -91,7 +91,7 @@ class Qwen2VLEmbedding(MultiModalEmbeddingInterface):
     def _time_scale(config: GptInitModelParameters) -> float:
         """Steps of t in a second, for MM_POS_T=scaled. Raises `StartError` for a model that counts none."""
         scale = config.mm_related_params.config.get("tokens_per_second")
-        if type(scale) not in (int, float) or scale <= 0:
+        if not isinstance(scale, int | float) or scale <= 0:
             raise StartError(f"MM_POS_T=scaled: this model's tokens_per_second is {scale!r}, it counts t by index")
         return float(scale)
 

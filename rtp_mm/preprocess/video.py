@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 class _Frames(NamedTuple):
     """How many there are, how large, and how many a second."""
 
-    count: int
+    number: int
     height: int
     width: int
     fps: float
@@ -107,7 +107,7 @@ class VideoPreprocessor:
     ) -> Patches:
         """The last frame is repeated where it leaves a temporal patch unfilled."""
         patch, merge, step = self.image.patch_size, self.image.merge_size, self.rule.temporal_patch_size
-        count = shape.count
+        count = shape.number
         height, width = self._target_size(shape.height, shape.width, count, options)
         grid = t, h, w = self._grid(count, height, width)
         if t * h * w > self.max_patches:
