@@ -178,7 +178,8 @@ class Settings(BaseSettings):
         4096, description="MiB held for requests in progress (messages, files, patches, answers); more are refused"
     )
     mm_max_patches_per_item: Positive | None = Field(
-        None, description="patches of one image; default: 65536, or what the device's free memory holds"
+        None,
+        description="patches of one image or video; default: 65536 on a CPU; on CUDA 460800, or what its memory holds",
     )
     vit_max_batch_patches: Positive | None = Field(
         None,

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 FRAMES = 48
-QUIET = {"x265-params": "log-level=none:pools=1"}
+X265 = "log-level=none:pools=1"
 
 # name: codec, container, encoder's options
 KINDS: dict[str, tuple[str, str, Mapping[str, str]]] = {
@@ -24,12 +24,12 @@ KINDS: dict[str, tuple[str, str, Mapping[str, str]]] = {
     "h264 avi": ("libx264", "avi", {"bf": "2"}),
     "h264 ts": ("libx264", "mpegts", {"bf": "2"}),
     "h264 mp4, interlaced": ("libx264", "mp4", {"x264-params": "interlaced=1:bframes=2"}),
-    "hevc mp4": ("libx265", "mp4", QUIET),
-    "hevc mkv, closed groups": ("libx265", "matroska", {"x265-params": "log-level=none:pools=1:open-gop=0"}),
+    "hevc mp4": ("libx265", "mp4", {"x265-params": X265}),
+    "hevc mkv, closed groups": ("libx265", "matroska", {"x265-params": f"{X265}:open-gop=0"}),
     "hevc mp4, temporal layers": (
         "libx265",
         "mp4",
-        {"x265-params": "log-level=none:pools=1:temporal-layers=1:bframes=7"},
+        {"x265-params": f"{X265}:temporal-layers=1:bframes=7"},
     ),
     "vp9 webm": ("libvpx-vp9", "webm", {"deadline": "realtime", "cpu-used": "8", "auto-alt-ref": "1"}),
     "mpeg4 avi": ("mpeg4", "avi", {}),

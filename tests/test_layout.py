@@ -107,3 +107,9 @@ def foreign_imports(source: str) -> set[str]:
     nodes = list(ast.walk(ast.parse(source)))
     plain = {alias.name.split(".")[0] for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     return plain | {(node.module or "").split(".")[0] for node in nodes if isinstance(node, ast.ImportFrom)}
+
+
+def test_ffmpeg_is_imported_in_one_file() -> None:
+    """And only when a video is opened: other files of a server without PyAV work."""
+    assert [module_name(file) for file in FILES if "av" in foreign_imports(file.read_text())] == ["rtp_mm.media.video"]
+    assert "av" not in modules_after(["rtp_mm.preprocess.media"])

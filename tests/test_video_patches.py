@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pickle
+from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,12 +16,13 @@ from PIL import Image
 
 from rtp_mm.config import load_settings
 from rtp_mm.errors import NotSupportedError, StartError, WrongFormatError
+from rtp_mm.models.multimodal_common import VideoEmbeddingInterface
 from rtp_mm.models.qwen2_vl import PUBLISHED_PROCESSOR, _in_time
 from rtp_mm.models.registry import load_model
 from rtp_mm.preprocess.media import MediaPreprocessor
-from rtp_mm.types import Blob, MMUrlType, Patches, PreprocessOptions
+from rtp_mm.types import Blob, CropBox, MMPreprocessConfig, MMUrlType, Patches, PreprocessOptions
 from tests import reference
-from tests.clips import decode_all, encode, moving, sound_only
+from tests.clips import FRAMES, decode_all, encode, moving, sound_only
 from tests.huggingface import HuggingFace, relative_l2
 
 Pixels = NDArray[np.uint8]
@@ -113,8 +116,6 @@ def test_one_frame_is_a_clip(frames: list[Pixels], tmp_path: Path) -> None:
 
 
 def test_crops_are_cut_from_every_frame(clip: bytes, tmp_path: Path) -> None:
-    from rtp_mm.types import CropBox
-
     patches = preprocessor(tmp_path)(blob(clip), VIDEO, PreprocessOptions(crop=CropBox(0.25, 0.0, 0.75, 0.5)))
     _, h, w = patches.grid_thw
     cut = [decode_all(clip)[i][:40, 28:84] for i in (0, 16, 31, 47)]
@@ -169,8 +170,6 @@ def test_embeddings_of_clips_are_hugging_faces(tiny_checkpoint: Path, clip: byte
 @pytest.mark.parametrize("scale", [2, 4, 25])
 def test_scaled_t_is_get_rope_index(seconds: float, scale: int) -> None:
     """Of transformers' Qwen2.5-VL, on a prompt that is one video."""
-    from types import SimpleNamespace
-
     from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
 
     t, h, w = 40, 4, 6
@@ -196,3 +195,17 @@ def test_scaled_t_needs_a_model_that_counts_time(tiny_qwen2_vl: Path, tiny_qwen2
     with pytest.raises(StartError, match="tokens_per_second"):
         load_model(load_settings(None, checkpoint_path=tiny_qwen2_vl, **options))
     load_model(load_settings(None, checkpoint_path=tiny_qwen2_5_vl, **options))
+
+
+def test_a_third_partys_video_model_gets_frames(clip: bytes) -> None:
+    """`VideoEmbeddingInterface` decodes by itself: the chosen frames, as they come, in RGB."""
+
+    class Model(VideoEmbeddingInterface):
+        def video_embedding(self, video: Any) -> torch.Tensor:
+            return torch.tensor([np.asarray(frame).mean() for frame in video])
+
+    model = Model()
+    frames = model._mm_preprocess(BytesIO(clip), configs=MMPreprocessConfig(max_frames=2))
+    expected = [decode_all(clip)[i] for i in (0, FRAMES - 1)]
+    assert all(np.array_equal(frame, e) for frame, e in zip(frames, expected, strict=True))
+    assert model.mm_process(frames).tolist() == pytest.approx([e.mean() for e in expected])

@@ -14,7 +14,10 @@ from rtp_mm.types import MMPreprocessConfig, MMUrlType, Patches
 
 CPU_BATCH_PATCHES = 4096  # a CPU's throughput is flat from some 1000 on: more in a batch only makes others wait
 CUDA_BATCH_PATCHES = 32768  # the same for the largest GPUs
-ITEM_PATCHES = 65536  # 16384 tokens of 2 x 2: the most that a published checkpoint of these families asks for
+# 16384 tokens of 2 x 2: the most that a published checkpoint of these families asks for one image. On CUDA also the
+# 115200 tokens of a video by the published rule.
+CPU_ITEM_PATCHES = 65536
+CUDA_ITEM_PATCHES = 460800
 QUEUE_BATCHES = 32  # full batches that may wait
 _PROBE_SIDE = 16  # tokens
 _SHARE = 0.5  # of the free device memory, for one forward: the allocator's pieces and other programs have the rest
@@ -34,15 +37,15 @@ def device_limits(mm_part: MultiModalEmbeddingInterface, settings: Settings) -> 
     batch = settings.vit_max_batch_patches or min(
         CPU_BATCH_PATCHES if mm_part._device.type == "cpu" else CUDA_BATCH_PATCHES, fitting
     )
-    item = settings.mm_max_patches_per_item or min(ITEM_PATCHES, fitting)
+    item = settings.mm_max_patches_per_item or fitting
     return DeviceLimits(batch, item, settings.mm_max_queue_patches or QUEUE_BATCHES * batch)
 
 
 def _fitting_patches(mm_part: MultiModalEmbeddingInterface) -> int:
-    """Patches that one forward has memory for, by what a small one takes. On a CPU: any number."""
+    """Patches that one forward has memory for, by what a small one takes, up to the constants above."""
     device, preprocessor = mm_part._device, mm_part.preprocessor
     if device.type != "cuda" or not isinstance(preprocessor, MediaPreprocessor):
-        return ITEM_PATCHES
+        return CPU_ITEM_PATCHES if device.type == "cpu" else CUDA_ITEM_PATCHES
     side = _PROBE_SIDE * preprocessor.merge_size
     patches = side * side
     grey = Patches(np.full((patches, preprocessor.row_bytes), 128, np.uint8), (1, side, side))
@@ -54,4 +57,4 @@ def _fitting_patches(mm_part: MultiModalEmbeddingInterface) -> int:
     torch.cuda.synchronize(device)
     a_patch: int = max(1, (torch.cuda.max_memory_allocated(device) - before) // patches)
     free: int = torch.cuda.mem_get_info(device)[0]
-    return max(patches, int(free * _SHARE) // a_patch)
+    return min(max(patches, int(free * _SHARE) // a_patch), CUDA_ITEM_PATCHES)

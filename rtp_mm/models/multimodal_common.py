@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from io import BytesIO
 from typing import Any, Protocol
 
@@ -21,9 +22,12 @@ from torch import Tensor
 
 from rtp_mm.config import Settings, load_settings
 from rtp_mm.errors import NotSupportedError
+from rtp_mm.media.clip import ClipLimits
 from rtp_mm.media.fetch import Fetcher
 from rtp_mm.media.image import decode
 from rtp_mm.models.gpt_init_model_parameters import GptInitModelParameters
+from rtp_mm.preprocess.video import chosen_frames
+from rtp_mm.preprocess.video_rule import VideoRule
 from rtp_mm.types import (
     LIBRARY_CALLER,
     Blob,
@@ -139,16 +143,24 @@ class ImageEmbeddingInterface(MultiModalEmbeddingInterface):
 
 
 class VideoEmbeddingInterface(MultiModalEmbeddingInterface):
-    """For models of videos: define `_mm_preprocess` and `video_embedding`."""
+    """For models of videos: define `video_embedding`."""
 
     def _mm_preprocess(self, data: Any, **kwargs: Any) -> Any:
-        raise NotSupportedError(f"{type(self).__name__} has no video decoder: define _mm_preprocess")
+        """RGB frames, those that MM_VIDEO_RULE and `configs` choose; all frames of a tensor [T, H, W, 3]."""
+        if isinstance(data, Tensor):
+            return [Image.fromarray(frame) for frame in data.numpy()]
+        settings = self.settings or load_settings()
+        configs: MMPreprocessConfig = kwargs.get("configs") or MMPreprocessConfig()
+        rule = VideoRule.published(settings.mm_video_rule, factor=1, temporal_patch_size=2)
+        rule = replace(rule, server_max_frames=settings.mm_max_frames)
+        limits = ClipLimits(settings.mm_max_pixels, settings.mm_max_video_seconds)
+        return [Image.fromarray(frame) for frame in chosen_frames(data.read(), limits, rule, configs.options())]
 
     def mm_process(self, mm_input: Any, **kwargs: Any) -> Tensor | Embedding:
         return self.video_embedding(mm_input)
 
     def video_embedding(self, video: Any) -> Tensor | Embedding:
-        """A prepared video to its embedding."""
+        """A prepared video, by default a list of RGB images, to its embedding."""
         raise NotImplementedError(f"{type(self).__name__} must define video_embedding")
 
 

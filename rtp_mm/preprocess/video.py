@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
@@ -151,6 +151,12 @@ class VideoPreprocessor:
         height, width = self.rule.frame_size(height, width, frames, options)
         check_pixels(width, height, self.image.max_image_pixels)
         return height, width
+
+
+def chosen_frames(data: bytes, limits: ClipLimits, rule: VideoRule, options: PreprocessOptions) -> Iterator[Frame]:
+    """The frames of a file that `rule` and `options` choose. Raises `WrongFormatError` and `NotSupportedError`."""
+    with _open(data, limits) as clip:
+        yield from clip.read(rule.choose_frames(clip.frames, clip.fps, options))
 
 
 def _open(data: bytes, limits: ClipLimits) -> AbstractContextManager[Clip]:
