@@ -96,7 +96,7 @@ def embed(
     act_type: Dtype = ActType.bf16,
     device: Device = "auto",
 ) -> None:
-    """Print, or save, the embeddings and position ids of images, from a checkpoint or a running server."""
+    """Print, or save, the embeddings and position ids of images and videos, from a checkpoint or a running server."""
     from rtp_mm.cli.embed import run
     from rtp_mm.types import MMUrlType
 

@@ -1,0 +1,52 @@
+"""Clips through the engine and the server: cached with their timing, which the trailing metadata carries."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import rtp_mm
+from rtp_mm.server.call import MAX_SECONDS_BYTES, Call
+from rtp_mm.server.wire import SECONDS_METADATA
+from rtp_mm.types import Caller, MMUrlType
+from tests.clips import encode, moving
+
+
+def trailing(seconds: list[float | None]) -> str | None:
+    call = Call(Caller("test", is_local=True))
+    call.seconds_per_grid = seconds
+    return dict(call.trailing_metadata()).get(SECONDS_METADATA)
+
+
+def test_seconds_per_grid_has_a_number_per_item() -> None:
+    assert trailing([None, 1.0, 2 / 3]) == "0,1,0.666666667"
+
+
+def test_stills_alone_send_none() -> None:
+    assert trailing([None, None]) is None
+    assert trailing([]) is None
+
+
+def test_metadata_that_would_cost_the_status_is_left_out() -> None:
+    assert trailing([2 / 3] * 300) is not None
+    assert trailing([2 / 3] * MAX_SECONDS_BYTES) is None
+
+
+def test_a_cached_clip_keeps_its_timing(tiny_qwen2_5_vl: Path, tmp_path: Path, photos: dict[str, Any]) -> None:
+    """And its frames go through worker processes."""
+    path = tmp_path / "clip.mp4"
+    path.write_bytes(encode(moving(photos["chelsea"])))
+    options = {"act_type": "fp32", "device": "cpu", "mm_pos_t": "scaled", "mm_preprocess_max_workers": 1}
+    engine = rtp_mm.create_engine(vit_separation=0, checkpoint_path=tiny_qwen2_5_vl, **options)
+    try:
+        first = engine.submit([str(path)], types=[MMUrlType.VIDEO])
+        again = engine.submit([str(path)], types=[MMUrlType.DEFAULT])  # told from the bytes
+    finally:
+        engine.close()
+    assert first.seconds_per_grid == again.seconds_per_grid == [1.0]
+    assert again.cached_items == 1
+    assert first.position_ids is not None
+    assert first.position_ids[0][:, 0].unique().tolist() == [0, 2]  # 1 s is 2 steps
+    assert torch.equal(first.embeddings[0], again.embeddings[0])
