@@ -150,6 +150,28 @@ class Patches:
         return self.rows.nbytes
 
 
+@dataclass(frozen=True, slots=True)
+class LogMel:
+    """What an audio tower eats: log-mel frames, one row each.
+
+    rows:  [2 * steps + 2, bins] float32: zeros, as the tower's convolutions see them before a sound's beginning, then
+           frames 0 to 2 * steps; the sound's own, and of the silence behind it what the last step sees.
+    cut_s: where a longer sound was cut off, seconds, or `None`.
+    """
+
+    rows: NDArray[np.float32]
+    cut_s: float | None = None
+
+    @property
+    def steps(self) -> int:
+        """Rows of the tower: two frames are a step, two steps a token."""
+        return len(self.rows) // 2 - 1
+
+    @property
+    def nbytes(self) -> int:
+        return self.rows.nbytes
+
+
 RowAllocator = Callable[[tuple[int, int]], NDArray[np.uint8]]  # gives the [N, C] array that rows are written to
 
 

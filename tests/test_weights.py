@@ -135,12 +135,12 @@ def test_shards_without_the_tower_are_not_opened(rewrite: Rewrite) -> None:
     ],
 )
 def test_the_prefix_is_the_one_that_has_everything(names: set[str], found: str) -> None:
-    plan = WeightPlan({"a": ("a.w",), "b": ("b.w",)}, "visual.", is_owner=True)
+    plan = WeightPlan({"a": ("a.w",), "b": ("b.w",)}, "visual.", owned=("",))
     assert find_prefix(frozenset(names), plan) == found
 
 
 def test_a_plan_that_owns_nothing_takes_its_own_prefix_alone() -> None:
-    plan = WeightPlan({"a": ("weight",)}, "vision.projector.", is_owner=False)
+    plan = WeightPlan({"a": ("weight",)}, "vision.projector.")
     with pytest.raises(StartError, match=r"lacks vision\.projector\.weight"):
         find_prefix(frozenset({"visual.projector.weight"}), plan)
 

@@ -62,10 +62,13 @@ class GptInitModelParameters:
     def from_checkpoint(cls, folder: Path | str) -> GptInitModelParameters:
         """From `config.json`, flat (published) or nested under `text_config` (re-saved). Raises `StartError`."""
         config = read_json(Path(folder) / "config.json")
-        text = {**config, **_object(config, "text_config")}  # nested values win: there the top level has few of them
+        text = {
+            **config,
+            **config_object(config, "text_config"),
+        }  # nested values win: there the top level has few of them
         heads = text.get("num_attention_heads", 0)
         hidden = text.get("hidden_size", 0)
-        rope = _object(text, "rope_parameters") or _object(text, "rope_scaling")
+        rope = config_object(text, "rope_parameters") or config_object(text, "rope_scaling")
         parameters = cls(
             head_num=heads,
             size_per_head=text.get("head_dim") or (hidden // heads if heads else 0),
@@ -81,14 +84,14 @@ class GptInitModelParameters:
             model_type=config.get("model_type", ""),
             ckpt_path=str(folder),
         )
-        parameters.mm_related_params.config = {**_object(config, "vision_config"), "ckpt_path": str(folder)}
+        parameters.mm_related_params.config = {**config_object(config, "vision_config"), "ckpt_path": str(folder)}
         parameters.mm_related_params.special_token_ids = {
             key: value for key, value in config.items() if key.endswith("_token_id") and isinstance(value, int)
         }
         return parameters
 
 
-def _object(config: dict[str, Any], key: str) -> dict[str, Any]:
+def config_object(config: dict[str, Any], key: str) -> dict[str, Any]:
     """A nested object; absent and null are empty."""
     value = config.get(key) or {}
     if not isinstance(value, dict):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -11,7 +12,6 @@ from torch import nn
 from rtp_mm.models.gpt_init_model_parameters import GptInitModelParameters
 from rtp_mm.models.multimodal_common import ACT_DTYPES, MultiModalEmbeddingInterface
 from rtp_mm.vit.checkpoint import Checkpoint
-from rtp_mm.vit.tower import VisionTower
 from rtp_mm.vit.weights import WeightPlan, load_weights
 
 
@@ -58,26 +58,36 @@ class BaseVitWeights:
     def plan(self) -> WeightPlan:
         """Where in the model each weight goes."""
         root = self._ft_prefix.removeprefix("self.")
-        return WeightPlan({root + name: (name,) for name in self.weight_names}, self._ckpt_prefix, is_owner=False)
+        return WeightPlan({root + name: (name,) for name in self.weight_names}, self._ckpt_prefix)
+
+
+class Tower(Protocol):
+    """A tower of our own."""
+
+    def checkpoint_names(self) -> dict[str, tuple[str, ...]]:
+        """Each parameter's name to the checkpoint tensors it holds."""
 
 
 class TowerWeights(BaseVitWeights):
-    """Weights of our own `VisionTower` at `self.mm_part.visual`: everything under its prefix, some of it fused."""
+    """Weights of our own tower at `self.mm_part.<attribute>`, some of them fused; `owned` as in `WeightPlan`."""
 
-    def __init__(self, tower: VisionTower) -> None:
+    def __init__(
+        self, tower: Tower, *, attribute: str = "visual", prefix: str = "visual.", owned: tuple[str, ...] = ("",)
+    ) -> None:
         self._sources = tower.checkpoint_names()
-        super().__init__({"visual": tower})
+        self._owned = owned
+        self._prefixes = prefix, f"self.mm_part.{attribute}."
+        super().__init__({})
 
     def _set_weight_prefix(self) -> None:
-        self._ckpt_prefix = "visual."
-        self._ft_prefix = "self.mm_part.visual."
+        self._ckpt_prefix, self._ft_prefix = self._prefixes
 
     def _get_vit_params(self, vit_part: Mapping[str, nn.Module | nn.Parameter], with_prefix: bool = False) -> None:
         self.weight_names = [name for sources in self._sources.values() for name in sources]
 
     def plan(self) -> WeightPlan:
-        sources = {f"mm_part.visual.{path}": names for path, names in self._sources.items()}
-        return WeightPlan(sources, self._ckpt_prefix, is_owner=True)
+        root = self._ft_prefix.removeprefix("self.")
+        return WeightPlan({root + path: names for path, names in self._sources.items()}, self._ckpt_prefix, self._owned)
 
 
 class MultimodalMixin:

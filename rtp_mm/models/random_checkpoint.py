@@ -1,7 +1,8 @@
 """Checkpoints of the published shapes with random weights, in the published layout, for tests, demos and
 benchmarks: `config.json`, `preprocessor_config.json` and safetensors, one file or shards with an index.
 
-Shapes, names and config keys: the files published with Qwen2-VL 2B and 7B and Qwen2.5-VL 3B and 7B.
+Shapes, names and config keys: the files published with Qwen2-VL 2B and 7B and Qwen2.5-VL 3B and 7B; Qwen2-Audio's are
+in `random_audio.py`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO, Final
@@ -18,11 +19,12 @@ from typing import Any, BinaryIO, Final
 import torch
 
 from rtp_mm.errors import StartError
+from rtp_mm.models import random_audio
+from rtp_mm.models.tensor_shapes import Language, TensorSpec, language_tensors, linear, norm
 
 Progress = Callable[[int, int], None]  # bytes of the tower written so far, bytes of the tower
 
 SHARD_BYTES: Final = 4 * 10**9  # the published number of files: 2 for 3B, 5 for 7B
-BF16_BYTES: Final = 2
 
 # Qwen2-VL calls the tower's width embed_dim and the language model's hidden_size;
 # Qwen2.5-VL calls them hidden_size and out_hidden_size.
@@ -69,50 +71,17 @@ _TINY_VISION: Final[dict[str, dict[str, Any]]] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class _Language:
-    """The language model beside a tower; `mrope_section` splits half a head into (t, h, w)."""
-
-    width: int
-    layers: int
-    heads: int
-    kv_heads: int
-    intermediate: int
-    vocabulary: int
-    has_tied_embeddings: bool
-    max_positions: int
-    mrope_section: tuple[int, int, int] = (16, 24, 24)
-
-    @property
-    def head_dim(self) -> int:
-        return self.width // self.heads
-
-
-_TINY: Final = _Language(48, 2, 3, 1, 96, 151936, True, 32768, (2, 3, 3))
-_LANGUAGE: Final[dict[tuple[str, str], _Language]] = {
+_TINY: Final = Language(48, 2, 3, 1, 96, 151936, True, 32768, (2, 3, 3))
+_LANGUAGE: Final[dict[tuple[str, str], Language]] = {
     ("qwen2_vl", "tiny"): _TINY,
-    ("qwen2_vl", "2b"): _Language(1536, 28, 12, 2, 8960, 151936, True, 32768),
-    ("qwen2_vl", "7b"): _Language(3584, 28, 28, 4, 18944, 152064, False, 32768),
+    ("qwen2_vl", "2b"): Language(1536, 28, 12, 2, 8960, 151936, True, 32768),
+    ("qwen2_vl", "7b"): Language(3584, 28, 28, 4, 18944, 152064, False, 32768),
     ("qwen2_5_vl", "tiny"): _TINY,
-    ("qwen2_5_vl", "3b"): _Language(2048, 36, 16, 2, 11008, 151936, True, 128000),
-    ("qwen2_5_vl", "7b"): _Language(3584, 28, 28, 4, 18944, 152064, False, 128000),
+    ("qwen2_5_vl", "3b"): Language(2048, 36, 16, 2, 11008, 151936, True, 128000),
+    ("qwen2_5_vl", "7b"): Language(3584, 28, 28, 4, 18944, 152064, False, 128000),
 }
 _CLASS_PREFIX: Final = {"qwen2_vl": "Qwen2VL", "qwen2_5_vl": "Qwen2_5_VL"}
 _LANGUAGE_PREFIX: Final = {"visual.": "model.", "model.visual.": "model.language_model."}
-
-
-@dataclass(frozen=True, slots=True)
-class TensorSpec:
-    """A bf16 tensor of a checkpoint: normal around `mean`, or, with `std` of `None`, a hole that reads as zeros."""
-
-    name: str
-    shape: tuple[int, ...]
-    mean: float = 0.0
-    std: float | None = None
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * BF16_BYTES
 
 
 def write_checkpoint(
@@ -123,7 +92,7 @@ def write_checkpoint(
     seed: int = 0,
     sparse_llm: bool = False,
     shard_bytes: int = SHARD_BYTES,
-    prefix: str = "visual.",
+    prefix: str | None = None,
     progress: Progress | None = None,
 ) -> None:
     """Writes a checkpoint whose tower is real in shape and random in value; the same `seed` gives the same bytes.
@@ -132,10 +101,11 @@ def write_checkpoint(
     drawn in float32 and stored as bf16. The language model is left out or, with `sparse_llm`, stands in index
     and headers with its real shapes over holes in the files (16.6 GB apparent at 7B, 1.4 GB on disk).
 
-    family:      "qwen2_vl" or "qwen2_5_vl".
-    size:        "tiny", or a published one: 2b and 7b of Qwen2-VL, 3b and 7b of Qwen2.5-VL.
+    family:      "qwen2_vl", "qwen2_5_vl" or "qwen2_audio".
+    size:        "tiny", or a published one: 2b and 7b of Qwen2-VL, 3b and 7b of Qwen2.5-VL, 7b of Qwen2-Audio.
     shard_bytes: most bytes of tensors in a file; what fits one is a single `model.safetensors` without an index.
-    prefix:      "visual." as published, or "model.visual." as saved by transformers since 4.52.
+    prefix:      of the tower; as published ("visual.", none for Qwen2-Audio), or as saved by later versions of
+                 transformers ("model.visual.", "model.").
 
     `config.json` comes last, so a folder that has one is complete. Peak memory is the largest tensor's, thrice.
     Raises `StartError` where there is no such model, or the folder already holds one.
@@ -160,20 +130,27 @@ def write_checkpoint(
     _write_json(folder / "config.json", model_config(family, size))
 
 
-def checkpoint_tensors(family: str, size: str, *, prefix: str = "visual.") -> tuple[list[TensorSpec], list[TensorSpec]]:
+def checkpoint_tensors(
+    family: str, size: str, *, prefix: str | None = None
+) -> tuple[list[TensorSpec], list[TensorSpec]]:
     """The tensors of the tower and of the language model, in the published order. Raises `StartError`."""
+    if family == random_audio.FAMILY:
+        return random_audio.checkpoint_tensors(size, prefix or "")
+    prefix = prefix or "visual."
     vision, language = _vision(family, size), _LANGUAGE[family, size]
     if prefix not in _LANGUAGE_PREFIX:
         raise StartError(f"prefix must be one of {', '.join(_LANGUAGE_PREFIX)}; got {prefix}")
     tower = [replace(spec, name=prefix + spec.name) for spec in _tower_tensors(family, vision)]
-    return tower, list(_language_tensors(language, _LANGUAGE_PREFIX[prefix]))
+    return tower, list(language_tensors(language, _LANGUAGE_PREFIX[prefix]))
 
 
 def model_config(family: str, size: str) -> dict[str, Any]:
-    """`config.json` in its original layout: the language model's fields flat, beside `vision_config`.
+    """`config.json` in its original layout: the language model's fields flat, beside `vision_config`, but for Qwen2-Audio.
 
     Raises `StartError`.
     """
+    if family == random_audio.FAMILY:
+        return random_audio.model_config(size)
     vision, language = _vision(family, size), _LANGUAGE[family, size]
     return {
         "architectures": [f"{_CLASS_PREFIX[family]}ForConditionalGeneration"],
@@ -211,7 +188,8 @@ def model_config(family: str, size: str) -> dict[str, Any]:
 def _vision(family: str, size: str) -> dict[str, Any]:
     """The published `vision_config`."""
     if (family, size) not in _LANGUAGE:
-        raise StartError(f"there is no {family} {size}; there are {', '.join(' '.join(key) for key in _LANGUAGE)}")
+        known = [*_LANGUAGE, *((random_audio.FAMILY, each) for each in random_audio.SIZES)]
+        raise StartError(f"there is no {family} {size}; there are {', '.join(map(' '.join, known))}")
     tiny = _TINY_VISION[family] if size == "tiny" else {}
     return _VISION[family] | tiny | {_OUT_KEY[family]: _LANGUAGE[family, size].width}
 
@@ -225,55 +203,24 @@ def _tower_tensors(family: str, vision: dict[str, Any]) -> Iterator[TensorSpec]:
     residual = (2 * vision["depth"]) ** -0.5  # all branches together add one unit of variance to the residual stream
     for layer in range(vision["depth"]):
         block = f"blocks.{layer}"
-        yield from _norm(f"{block}.norm1", width, has_norm_bias)
-        yield from _norm(f"{block}.norm2", width, has_norm_bias)
-        yield from _linear(f"{block}.attn.qkv", 3 * width, width)
-        yield from _linear(f"{block}.attn.proj", width, width, gain=residual)
+        yield from norm(f"{block}.norm1", width, has_norm_bias)
+        yield from norm(f"{block}.norm2", width, has_norm_bias)
+        yield from linear(f"{block}.attn.qkv", 3 * width, width)
+        yield from linear(f"{block}.attn.proj", width, width, gain=residual)
         if family == "qwen2_vl":
             inner = vision["mlp_ratio"] * width
-            yield from _linear(f"{block}.mlp.fc1", inner, width)
-            yield from _linear(f"{block}.mlp.fc2", width, inner, gain=residual)
+            yield from linear(f"{block}.mlp.fc1", inner, width)
+            yield from linear(f"{block}.mlp.fc2", width, inner, gain=residual)
         else:
             inner = vision["intermediate_size"]
-            yield from _linear(f"{block}.mlp.gate_proj", inner, width)
-            yield from _linear(f"{block}.mlp.up_proj", inner, width)
-            yield from _linear(f"{block}.mlp.down_proj", width, inner, gain=residual)
+            yield from linear(f"{block}.mlp.gate_proj", inner, width)
+            yield from linear(f"{block}.mlp.up_proj", inner, width)
+            yield from linear(f"{block}.mlp.down_proj", width, inner, gain=residual)
 
     merged = vision["spatial_merge_size"] ** 2 * width
-    yield from _norm("merger.ln_q", width, has_norm_bias)
-    yield from _linear("merger.mlp.0", merged, merged)
-    yield from _linear("merger.mlp.2", vision[_OUT_KEY[family]], merged)
-
-
-def _linear(name: str, rows: int, columns: int, gain: float = 1.0) -> Iterator[TensorSpec]:
-    """Gives unit inputs a standard deviation of `gain`."""
-    yield TensorSpec(f"{name}.weight", (rows, columns), std=gain * columns**-0.5)
-    yield TensorSpec(f"{name}.bias", (rows,), std=0.02)
-
-
-def _norm(name: str, width: int, has_bias: bool) -> Iterator[TensorSpec]:
-    yield TensorSpec(f"{name}.weight", (width,), mean=1.0, std=0.05)
-    if has_bias:
-        yield TensorSpec(f"{name}.bias", (width,), std=0.02)
-
-
-def _language_tensors(language: _Language, prefix: str) -> Iterator[TensorSpec]:
-    width, kv_width = language.width, language.kv_heads * language.head_dim
-    yield TensorSpec(f"{prefix}embed_tokens.weight", (language.vocabulary, width))
-    for layer in range(language.layers):
-        block = f"{prefix}layers.{layer}"
-        for name, rows in (("q_proj", width), ("k_proj", kv_width), ("v_proj", kv_width)):
-            yield TensorSpec(f"{block}.self_attn.{name}.weight", (rows, width))
-            yield TensorSpec(f"{block}.self_attn.{name}.bias", (rows,))
-        yield TensorSpec(f"{block}.self_attn.o_proj.weight", (width, width))
-        yield TensorSpec(f"{block}.mlp.gate_proj.weight", (language.intermediate, width))
-        yield TensorSpec(f"{block}.mlp.up_proj.weight", (language.intermediate, width))
-        yield TensorSpec(f"{block}.mlp.down_proj.weight", (width, language.intermediate))
-        yield TensorSpec(f"{block}.input_layernorm.weight", (width,))
-        yield TensorSpec(f"{block}.post_attention_layernorm.weight", (width,))
-    yield TensorSpec(f"{prefix}norm.weight", (width,))
-    if not language.has_tied_embeddings:
-        yield TensorSpec("lm_head.weight", (language.vocabulary, width))
+    yield from norm("merger.ln_q", width, has_norm_bias)
+    yield from linear("merger.mlp.0", merged, merged)
+    yield from linear("merger.mlp.2", vision[_OUT_KEY[family]], merged)
 
 
 def _shards(specs: Sequence[TensorSpec], shard_bytes: int) -> list[list[TensorSpec]]:
@@ -329,6 +276,8 @@ def _index(files: Sequence[str], shards: Sequence[Sequence[TensorSpec]]) -> dict
 
 
 def _preprocessor_config(family: str) -> dict[str, Any]:
+    if family == random_audio.FAMILY:
+        return random_audio.PREPROCESSOR_CONFIG
     return {
         "min_pixels": 4 * 28 * 28,
         "max_pixels": 16384 * 28 * 28,

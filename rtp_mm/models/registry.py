@@ -15,7 +15,7 @@ from rtp_mm.errors import StartError
 from rtp_mm.models.gpt_init_model_parameters import read_json
 from rtp_mm.models.multimodal_mixin import MultimodalMixin
 
-FAMILIES = ("qwen2_vl", "qwen2_5_vl")  # modules beside this one; each registers itself
+FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen2_audio")  # modules beside this one; each registers itself
 
 _classes: dict[str, type[MultimodalMixin]] = {}
 _types_by_architecture: dict[str, str] = {}

@@ -49,7 +49,7 @@ class ImageProcessorConfig:
         for name, key in files:
             path = folder / name
             if path.is_file():
-                file = _read(path)
+                file = read_rules(path)
                 rules = file if key is None else file.get(key)
                 if rules is not None:
                     return cls.from_json(rules, defaults, str(path))
@@ -67,9 +67,9 @@ class ImageProcessorConfig:
         if min_pixels > max_pixels:
             raise StartError(f"{source}: min_pixels {min_pixels} is over max_pixels {max_pixels}")
         return cls(
-            patch_size=_positive(rules, "patch_size", defaults.patch_size, source),
-            merge_size=_positive(rules, "merge_size", defaults.merge_size, source),
-            temporal_patch_size=_positive(rules, "temporal_patch_size", defaults.temporal_patch_size, source),
+            patch_size=positive(rules, "patch_size", defaults.patch_size, source),
+            merge_size=positive(rules, "merge_size", defaults.merge_size, source),
+            temporal_patch_size=positive(rules, "temporal_patch_size", defaults.temporal_patch_size, source),
             min_pixels=min_pixels,
             max_pixels=max_pixels,
             image_mean=_channels(rules, "image_mean", defaults.image_mean, source),
@@ -87,7 +87,7 @@ class ImageProcessorConfig:
             )
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_rules(path: Path) -> dict[str, Any]:
     try:
         rules = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -112,14 +112,14 @@ def _pixels(rules: Mapping[str, Any], names: tuple[str, str], default: int, sour
     """A limit on the area: the old layout has it on top, the new one in `size`, under either name."""
     size = rules.get("size")
     if rules.get(names[0]) is not None or size is None:
-        return _positive(rules, names[0], default, source)
+        return positive(rules, names[0], default, source)
     for name in names:
         if isinstance(size, Mapping) and size.get(name) is not None:
-            return _positive(size, name, default, source)
+            return positive(size, name, default, source)
     raise StartError(f"{source}: size={size!r} is not supported, only {{shortest_edge, longest_edge}} in pixels")
 
 
-def _positive(rules: Mapping[str, Any], name: str, default: int, source: str) -> int:
+def positive(rules: Mapping[str, Any], name: str, default: int, source: str) -> int:
     value = rules.get(name)
     if value is None:
         return default

@@ -16,21 +16,22 @@ from rtp_mm.vit.attention import Attention, Segments
 from rtp_mm.vit.linear import Linear
 from rtp_mm.vit.rope import RotaryTable
 
-NORM_EPS = 1e-6  # in the code of every family so far, never in a config file
+NORM_EPS = 1e-6  # in the code of every vision family so far, never in a config file
 
 
 class LayerNorm(nn.Module):
     """Rows of float32 to mean 0 and variance 1, scaled and shifted, in `dtype`."""
 
-    def __init__(self, dim: int, dtype: torch.dtype) -> None:
+    def __init__(self, dim: int, dtype: torch.dtype, eps: float = NORM_EPS) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(dim, dtype=torch.float32), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(dim, dtype=torch.float32), requires_grad=False)
         self._dtype = dtype
+        self._eps = eps
 
     def forward(self, x: Tensor, delta: Tensor | None) -> Tensor:
         """The norm of `x += delta`."""
-        return ops.add_norm(x, delta, self.weight, self.bias, NORM_EPS, self._dtype)
+        return ops.add_norm(x, delta, self.weight, self.bias, self._eps, self._dtype)
 
 
 class RMSNorm(nn.Module):
@@ -49,9 +50,16 @@ class RMSNorm(nn.Module):
 class SelfAttention(nn.Module):
     """Rows attend within their segment; q, k and v come from one GEMM."""
 
-    def __init__(self, linear: Callable[..., Linear], dim: int, heads: int, attention: Attention) -> None:
+    def __init__(
+        self,
+        linear: Callable[..., Linear],
+        dim: int,
+        heads: int,
+        attention: Attention,
+        qkv_linear: Callable[..., Linear] | None = None,
+    ) -> None:
         super().__init__()
-        self.qkv = linear(dim, 3 * dim)
+        self.qkv = (qkv_linear or linear)(dim, 3 * dim)
         self.proj = linear(dim, dim)
         self._heads = heads
         self._attention = attention

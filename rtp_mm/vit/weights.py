@@ -24,13 +24,13 @@ class WeightPlan:
 
     sources:    attribute path from the model -> names of the tensors that stand there, one after another on
                 dimension 0, without prefix.
-    prefix:     where these names stand in a checkpoint; another prefix that has all of them will do.
-    is_owner:   nothing else may stand under the prefix.
+    prefix:     where these names stand in a checkpoint; where the plan owns parts, another that has all will do.
+    owned:      parts below the prefix ("" is all of it) under which nothing else may stand.
     """
 
     sources: Mapping[str, tuple[str, ...]]
     prefix: str
-    is_owner: bool
+    owned: tuple[str, ...] = ()
 
     @property
     def names(self) -> list[str]:
@@ -38,15 +38,15 @@ class WeightPlan:
 
 
 def find_prefix(names: frozenset[str], plan: WeightPlan) -> str:
-    """The prefix under which `names` has all that the plan wants: the declared one, else, for a plan that owns its
-    prefix, the shortest that is anywhere.
+    """The prefix under which `names` has all that the plan wants: the declared one, else, for a plan that owns
+    parts, the shortest that is anywhere.
 
     Saves of one family differ in it: `visual.`, `model.visual.`, `thinker.visual.`. Raises `StartError`, naming what
     is missing under the prefix that has most.
     """
     wanted = plan.names
     candidates = {plan.prefix}
-    if plan.is_owner:
+    if plan.owned:
         candidates |= {name.removesuffix(wanted[0]) for name in names if name.endswith(wanted[0])}
     missing = {prefix: [w for w in wanted if prefix + w not in names] for prefix in candidates}
     best = min(candidates, key=lambda prefix: (len(missing[prefix]), prefix != plan.prefix, len(prefix), prefix))
@@ -62,8 +62,7 @@ def load_weights(model: object, plan: WeightPlan, checkpoint: Checkpoint, device
     extra and misshapen tensors.
     """
     prefix = find_prefix(checkpoint.names, plan)
-    if plan.is_owner:
-        _refuse_extra(checkpoint.names, prefix, plan.names)
+    _refuse_extra(checkpoint.names, prefix, plan)
     fingerprint = blake3(max_threads=blake3.AUTO)
     for path, sources in plan.sources.items():
         owner, leaf = _resolve(model, path)
@@ -115,9 +114,10 @@ def _check(target: Tensor, tensors: Mapping[str, Tensor]) -> None:
             raise StartError(f"{name} is {part.dtype}: quantised checkpoints are not supported")
 
 
-def _refuse_extra(names: frozenset[str], prefix: str, wanted: Sequence[str]) -> None:
-    expected = {prefix + w for w in wanted}
-    extra = [n for n in names if n.startswith(prefix) and n not in expected and not n.endswith(IGNORED_SUFFIXES)]
+def _refuse_extra(names: frozenset[str], prefix: str, plan: WeightPlan) -> None:
+    expected = {prefix + name for name in plan.names}
+    owned = tuple(prefix + part for part in plan.owned)
+    extra = [n for n in names if n.startswith(owned) and n not in expected and not n.endswith(IGNORED_SUFFIXES)]
     if extra:
         raise StartError(f"the checkpoint has tensors that this tower has no place for: {_listing(sorted(extra))}")
 
