@@ -149,6 +149,9 @@ class Settings(BaseSettings):
     mm_pos_t: Literal["index", "scaled"] = Field(
         "index", description="t of a video's position ids: the temporal patch, or its time in the model's own steps"
     )
+    mm_max_audio_seconds: Positive = Field(
+        600, description="longest sound that a third party's model is given, seconds; our own cut it where they end"
+    )
     mm_resize_order: Literal["auto", "pillow-12.1", "pillow-12.2", "pillow-13.0"] = Field(
         "auto", description="whose rule decides the first pass of a resize; auto: the installed Pillow's"
     )

@@ -149,6 +149,11 @@ class Patches:
     def nbytes(self) -> int:
         return self.rows.nbytes
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """All but the rows, for JSON."""
+        return {"grid": self.grid_thw, "seconds_per_grid": self.seconds_per_grid}
+
 
 @dataclass(frozen=True, slots=True)
 class LogMel:
@@ -171,8 +176,14 @@ class LogMel:
     def nbytes(self) -> int:
         return self.rows.nbytes
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """All but the rows, for JSON."""
+        return {"cut_s": self.cut_s}
 
-RowAllocator = Callable[[tuple[int, int]], NDArray[np.uint8]]  # gives the [N, C] array that rows are written to
+
+Prepared = Patches | LogMel  # what a worker makes of a blob
+RowAllocator = Callable[[tuple[int, int]], NDArray[np.uint8]]  # gives the [N, C] bytes that rows are written to
 
 
 @dataclass(slots=True, weakref_slot=True)

@@ -71,6 +71,12 @@ def tiny_qwen2_5_vl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return _tiny(tmp_path_factory, "qwen2_5_vl")
 
 
+@pytest.fixture(scope="session")
+def tiny_qwen2_audio(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a Qwen2-Audio with 4 layers."""
+    return _tiny(tmp_path_factory, "qwen2_audio")
+
+
 def _tiny(tmp_path_factory: pytest.TempPathFactory, family: str) -> Path:
     folder = tmp_path_factory.mktemp("checkpoints") / family
     write_checkpoint(folder, family, "tiny")

@@ -32,6 +32,7 @@ class Media(StrEnum):
 class Family(StrEnum):
     qwen2_vl = "qwen2_vl"
     qwen2_5_vl = "qwen2_5_vl"
+    qwen2_audio = "qwen2_audio"
 
 
 class Size(StrEnum):
@@ -146,15 +147,16 @@ def look(
 def init_checkpoint(
     folder: Annotated[Path, typer.Argument(help="where to write it; must not hold one")],
     family: Annotated[Family, typer.Option()] = Family.qwen2_5_vl,
-    size: Annotated[Size, typer.Option(help="tiny, or a published size: 2b, 7b of Qwen2-VL; 3b, 7b of Qwen2.5-VL")] = (
-        Size.tiny
-    ),
+    size: Annotated[
+        Size,
+        typer.Option(help="tiny, or published: 2b, 7b of Qwen2-VL; 3b, 7b of Qwen2.5-VL; 7b of Qwen2-Audio"),
+    ] = Size.tiny,
     seed: Annotated[int, typer.Option(help="the same seed gives the same weights")] = 0,
     sparse_llm: Annotated[
         bool, typer.Option("--sparse-llm", help="index the language model too, as holes that take no disk")
     ] = False,
 ) -> None:
-    """Write a checkpoint of a published shape with random weights of the vision tower."""
+    """Write a checkpoint of a published shape with random weights of the vision or audio tower."""
     from rtp_mm.cli.init_checkpoint import run
 
     run(folder, family.value, size.value, seed, sparse_llm)

@@ -25,7 +25,7 @@ from rtp_mm.engine.worker_process import WorkerDiedError, WorkerProcess
 from rtp_mm.errors import DrainingError, MMError, NotSupportedError, ProcessError, StartError, WrongFormatError
 from rtp_mm.logs import log_event
 from rtp_mm.preprocess.worker import Setup, Task
-from rtp_mm.types import Blob, MMUrlType, Patches, PreprocessOptions
+from rtp_mm.types import Blob, LogMel, MMUrlType, Patches, Prepared, PreprocessOptions
 
 _log = logging.getLogger(__name__)
 
@@ -42,13 +42,13 @@ class _Job:
     blob: Blob
     mm_type: MMUrlType
     options: PreprocessOptions
-    answer: asyncio.Future[Patches]
+    answer: asyncio.Future[Prepared]
     is_begun: bool = False  # a worker has heard of it
     slot: Slot | None = None  # while a worker may write there
 
-    def succeed(self, patches: Patches) -> None:
+    def succeed(self, prepared: Prepared) -> None:
         if not self.answer.done():
-            self.answer.set_result(patches)
+            self.answer.set_result(prepared)
 
     def fail(self, error: MMError) -> None:
         if not self.answer.done():
@@ -59,7 +59,7 @@ class WorkerPool:
     """`count` processes; used on one event loop, that of the first `run`."""
 
     def __init__(
-        self, preprocess: Callable[..., Patches], *, count: int, memory_mb: int, slab_mb: int, inbox_bytes: int
+        self, preprocess: Callable[..., Prepared], *, count: int, memory_mb: int, slab_mb: int, inbox_bytes: int
     ) -> None:
         """Blocks until all are ready. Raises `StartError`.
 
@@ -103,7 +103,7 @@ class WorkerPool:
     def busy(self) -> int:
         return len(self._busy)
 
-    async def run(self, blob: Blob, mm_type: MMUrlType, options: PreprocessOptions) -> Patches:
+    async def run(self, blob: Blob, mm_type: MMUrlType, options: PreprocessOptions) -> Prepared:
         """Rows are read-only views of the slab, given back as they become garbage.
 
         Cancelled, a job that waits is forgotten, one that runs has a second to end before its worker is killed. Raises
@@ -185,7 +185,7 @@ class WorkerPool:
         self._match()
         return await turn
 
-    async def _patches(self, worker: WorkerProcess, job: _Job) -> Patches:
+    async def _patches(self, worker: WorkerProcess, job: _Job) -> Prepared:
         """One conversation. Every figure of the worker's is checked before anything is read or written by it."""
         content = _as_bytes(job.blob.data)
         if content.size > _INLINE_BYTES:
@@ -201,10 +201,9 @@ class WorkerPool:
         worker.clear(content.size)
         if job.slot is None:
             raise WrongFormatError(f"{nbytes} bytes of patch rows, over the limit of {self.slab.nbytes} (MM_SLAB_MB)")
-        answer = _checked(await worker.answer(), job)
-        grid, seconds = _grid(answer, shape), _seconds(answer)
+        make = _prepared(_checked(await worker.answer(), job), shape)
         slot, job.slot = job.slot, None
-        return Patches(self.slab.rows(slot, shape, self._take_back), grid, seconds)
+        return make(self.slab.rows(slot, shape, self._take_back))
 
     async def _bury(self, worker: WorkerProcess, job: _Job) -> str:
         """Reaps it; only after that its slot may be used again. What it died of."""
@@ -333,6 +332,17 @@ def _shape(answer: Mapping[str, Any]) -> tuple[int, int]:
         case [int(count), int(columns)] if count > 0 and columns > 0:
             return count, columns
     raise WorkerDiedError
+
+
+def _prepared(answer: Mapping[str, Any], shape: tuple[int, int]) -> Callable[[NDArray[np.uint8]], Prepared]:
+    """What to make of the rows, all figures checked."""
+    if "cut_s" not in answer:
+        grid, seconds = _grid(answer, shape), _seconds(answer)
+        return lambda rows: Patches(rows, grid, seconds)
+    cut_s = answer["cut_s"]
+    if shape[1] % 4 or not (cut_s is None or (isinstance(cut_s, float) and 0 < cut_s < math.inf)):
+        raise WorkerDiedError
+    return lambda rows: LogMel(rows.view(np.float32), cut_s)
 
 
 def _grid(answer: Mapping[str, Any], shape: tuple[int, int]) -> tuple[int, int, int]:

@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from rtp_mm.config import Settings, load_settings
-from rtp_mm.errors import NotSupportedError
+from rtp_mm.media.audio import decode_channels
 from rtp_mm.media.clip import ClipLimits
 from rtp_mm.media.fetch import Fetcher
 from rtp_mm.media.image import decode
@@ -35,6 +35,7 @@ from rtp_mm.types import (
     MMUrlType,
     MultimodalInput,
     Patches,
+    Prepared,
     PreprocessOptions,
     RowAllocator,
 )
@@ -47,7 +48,7 @@ class Preprocessor(Protocol):
 
     def __call__(
         self, blob: Blob, mm_type: MMUrlType, options: PreprocessOptions, allocate: RowAllocator = ...
-    ) -> Patches:
+    ) -> Prepared:
         """`allocate` is asked once, for the `rows` of the result."""
 
 
@@ -165,16 +166,21 @@ class VideoEmbeddingInterface(MultiModalEmbeddingInterface):
 
 
 class AudioEmbeddingInterface(MultiModalEmbeddingInterface):
-    """For models of audio: define `_mm_preprocess` and `audio_embedding`."""
+    """For models of audio: define `audio_embedding`."""
 
     def _mm_preprocess(self, data: Any, **kwargs: Any) -> Any:
-        raise NotSupportedError(f"{type(self).__name__} has no audio decoder: define _mm_preprocess")
+        """Waveform [channels, S] float32 and its rate, as torchaudio loads them; a TENSOR item as it is."""
+        if not isinstance(data, BytesIO):
+            return data
+        settings = self.settings or load_settings()
+        waveform, rate = decode_channels(data.read(), max_seconds=settings.mm_max_audio_seconds)
+        return torch.from_numpy(waveform), rate
 
     def mm_process(self, mm_input: Any, **kwargs: Any) -> Tensor | Embedding:
         return self.audio_embedding(mm_input)
 
     def audio_embedding(self, audio: Any) -> Tensor | Embedding:
-        """Prepared audio to its embedding."""
+        """A prepared sound, by default (waveform, rate), to its embedding."""
         raise NotImplementedError(f"{type(self).__name__} must define audio_embedding")
 
 

@@ -145,9 +145,9 @@ def checkpoint_tensors(
 
 
 def model_config(family: str, size: str) -> dict[str, Any]:
-    """`config.json` in its original layout: the language model's fields flat, beside `vision_config`, but for Qwen2-Audio.
+    """`config.json` in its original layout: the language model's fields flat, beside `vision_config`.
 
-    Raises `StartError`.
+    Qwen2-Audio's has them nested. Raises `StartError`.
     """
     if family == random_audio.FAMILY:
         return random_audio.model_config(size)

@@ -26,7 +26,7 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True)
 class Language:
-    """The language model beside a tower; `mrope_section` splits half a head into (t, h, w), where positions are such."""
+    """The language model beside a tower; `mrope_section` splits half a head into (t, h, w), for those positions."""
 
     width: int
     layers: int

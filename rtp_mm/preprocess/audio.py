@@ -19,7 +19,7 @@ MIN_STEPS = 2  # make a token
 
 @dataclass(frozen=True, slots=True)
 class AudioPreprocessor:
-    """A function from a blob to its log-mel frames, with everything that it depends on. Picklable, for worker processes.
+    """A function from a blob to its log-mel frames, with everything that it depends on. Picklable, for workers.
 
     The frames are those of `WhisperFeatureExtractor` (transformers 5.23), but for its rounding, 6e-5 at most.
     """

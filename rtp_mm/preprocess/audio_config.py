@@ -1,4 +1,4 @@
-"""What a checkpoint says of its sounds: `preprocessor_config.json`, or `feature_extractor` in `processor_config.json`."""
+"""What a checkpoint says of sounds: `preprocessor_config.json`, or `feature_extractor` in `processor_config.json`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Log-mel spectrograms as Whisper defines them (arXiv 2212.04356): what transformers' `WhisperFeatureExtractor` gives."""
+"""Log-mel spectrograms as Whisper defines them (arXiv 2212.04356): transformers' `WhisperFeatureExtractor`."""
 
 from __future__ import annotations
 

@@ -4,8 +4,7 @@ One conversation after another over a SOCK_SEQPACKET socket, where a message arr
 
     engine: Setup                    worker: {"ready": true}
     engine: Task, bytes in the inbox worker: {"shape": [N, C]}        it wants memory for its rows
-    engine: offset in the slab       worker: {"grid": [t, h, w],      they are written
-                                             "seconds_per_grid": number or null}
+    engine: offset in the slab       worker: the facts of the rows    they are written; see `Patches.facts`
             None: nobody waits any more; nothing is answered
 
 At any turn the worker may answer {"error": class of MMError, "text"} or {"bug": exception, "stack"} instead, which
@@ -35,7 +34,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from rtp_mm.errors import MMError, WrongFormatError
-from rtp_mm.types import Blob, MMUrlType, Patches, PreprocessOptions
+from rtp_mm.types import Blob, MMUrlType, Prepared, PreprocessOptions
 
 MAX_MESSAGE_BYTES = 1 << 16
 _MAX_TEXT = 8192  # characters of an error or a stack
@@ -47,7 +46,7 @@ _PR_SET_PDEATHSIG, _PR_SET_NAME = 1, 15  # linux/prctl.h
 class Setup(NamedTuple):
     """The first message: what to do with every task, and within how much memory."""
 
-    preprocess: Callable[..., Patches]
+    preprocess: Callable[..., Prepared]
     memory_bytes: int  # private data of the process, the interpreter's own included
 
 
@@ -93,8 +92,7 @@ class _Worker:
     def _serve(self, task: Task, setup: Setup) -> None:
         answer: dict[str, Any]
         try:
-            patches = setup.preprocess(self._blob(task), task.mm_type, task.options, self._allocate)
-            answer = {"grid": patches.grid_thw, "seconds_per_grid": patches.seconds_per_grid}
+            answer = setup.preprocess(self._blob(task), task.mm_type, task.options, self._allocate).facts
         except _NobodyWaitsError:
             return
         except MMError as error:

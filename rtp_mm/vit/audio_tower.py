@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rtp_mm.errors import StartError
+from rtp_mm.errors import ProcessError, StartError
 from rtp_mm.types import LogMel
 from rtp_mm.vit.attention import VARLEN_ATTENTION, Segments, choose_attention
 from rtp_mm.vit.graphs import Batch, CudaCapture, CudaGraphs, use_graphs
@@ -58,7 +58,7 @@ class AudioTowerConfig:
 
 
 class Convolution(Linear):
-    """Windows [M, KERNEL * in] of rows one after another -> gelu [M, out]. Holds the published weight [out, in, KERNEL]."""
+    """Windows [M, KERNEL * in], row after row, -> gelu [M, out]. Holds the published weight [out, in, KERNEL]."""
 
     def __init__(self, channels: int, out: int, dtype: torch.dtype, gemm: type[Gemm]) -> None:
         super().__init__(KERNEL * channels, out, dtype, gemm, activation="gelu")
@@ -188,7 +188,7 @@ class AudioTower(nn.Module):
     @torch.inference_mode()
     def forward(self, items: Sequence[LogMel]) -> list[Tensor]:
         """An embedding [tokens, out_hidden_size] in the tower's dtype per item, in order, on the device."""
-        steps = [item.steps for item in items]
+        steps = [self._steps(item) for item in items]
         layout = Layout.of(steps, self._row_multiple, self.device)
         frames = torch.from_numpy(np.concatenate([item.rows for item in items])).to(self.device)
         x = self._embed_frames(frames.to(self.compute_dtype), layout)
@@ -199,6 +199,16 @@ class AudioTower(nn.Module):
         tokens = self.projector(self.layer_norm(pooled, None)).to(self.dtype)
         counts = [count // 2 for count in steps]
         return list(tokens[: sum(counts)].split(counts))
+
+    def _steps(self, item: LogMel) -> int:
+        """Checked: a position that is not there would be the end of a GPU's context."""
+        count, bins = item.rows.shape
+        longest = 2 * self.config.max_source_positions + 2
+        if count % 2 or not 2 < count <= longest or bins != self.config.num_mel_bins:
+            raise ProcessError(
+                f"log-mel rows must be [4 to {longest}, even; {self.config.num_mel_bins}], got {[count, bins]}"
+            )
+        return item.steps
 
     def _embed_frames(self, frames: Tensor, layout: Layout) -> Tensor:
         """Frames [N, bins] -> steps [P, d_model] float32 with their positions added.
@@ -211,7 +221,8 @@ class AudioTower(nn.Module):
         first = self.conv1(windows.flatten(1))[:, :dim]
         pairs = F.pad(first, (0, 0, 1, 0)).unfold(0, KERNEL, 2).transpose(1, 2).contiguous()  # [P, KERNEL, dim]
         pairs[layout.firsts, 0] = 0
-        return self.conv2(pairs.flatten(1))[:, :dim].float() + self.embed_positions.index_select(0, layout.positions)
+        steps: Tensor = self.conv2(pairs.flatten(1))[:, :dim].float()
+        return steps + self.embed_positions.index_select(0, layout.positions)
 
     def _run_eagerly(self, batch: Batch) -> Tensor:
         """All blocks: [P, d_model] float32."""

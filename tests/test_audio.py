@@ -1,0 +1,157 @@
+"""Sound files to samples: every format, mixed and resampled, cut where asked, and clear errors for the rest."""
+
+from __future__ import annotations
+
+import io
+import struct
+
+import numpy as np
+import pytest
+from PIL import Image
+from sounds import FORMATS, encode, sine
+
+from rtp_mm.errors import MMError, NotSupportedError, WrongFormatError
+from rtp_mm.media.audio import decode_audio, decode_channels
+from rtp_mm.media.sniff import sniff
+from rtp_mm.types import MMUrlType
+
+RATE, LONGEST = 16000, 480000
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_gives_the_sound_at_the_models_rate(name: str) -> None:
+    container, codec, rate, tolerance = FORMATS[name]
+    data = encode(np.stack([sine(2, rate)] * 2), rate, container, codec)
+    samples, is_cut = decode_audio(data, rate=RATE, max_samples=LONGEST)
+    assert samples.dtype == np.float32
+    assert not is_cut
+    assert 0 <= len(samples) - 2 * RATE < 1024  # AAC and AC-3 end on a whole frame
+    middle = slice(1000, 31000)  # in phase, so nothing was delayed
+    assert np.abs(samples[middle] - sine(2)[middle]).max() < tolerance
+
+
+@pytest.mark.parametrize("rate", [8000, 11025, 22050, 32000, 44100, 48000])
+def test_resampling_keeps_what_is_below_7_khz(rate: int) -> None:
+    for hertz in (100.0, 1000.0, 3000.0, 7000.0):
+        if hertz < 0.44 * rate:
+            data = encode(sine(1, rate, hertz), rate, codec="pcm_f32le")
+            samples, _ = decode_audio(data, rate=RATE, max_samples=LONGEST)
+            assert len(samples) == RATE
+            middle = slice(500, 15500)
+            assert np.abs(samples[middle] - sine(1, RATE, hertz)[middle]).max() < 1e-3, hertz
+
+
+def test_what_is_above_half_the_rate_is_gone() -> None:
+    """It would come back as another tone."""
+    samples, _ = decode_audio(encode(sine(1, 48000, 9500.0), 48000), rate=RATE, max_samples=LONGEST)
+    assert np.abs(samples[500:15500]).max() < 1e-3
+
+
+def test_channels_are_averaged() -> None:
+    left, right = sine(1), sine(1, hertz=1000.0)
+    samples, _ = decode_audio(encode(np.stack([left, right]), RATE, codec="pcm_f32le"), rate=RATE, max_samples=LONGEST)
+    np.testing.assert_allclose(samples, (left + right) / 2, atol=1e-7)
+    six = np.stack([left, *[np.zeros_like(left)] * 5])
+    samples, _ = decode_audio(encode(six, RATE, codec="pcm_f32le"), rate=RATE, max_samples=LONGEST)
+    np.testing.assert_allclose(samples, left / 6, atol=1e-7)
+
+
+def test_samples_at_the_models_rate_are_not_touched() -> None:
+    sound = sine(1)
+    samples, _ = decode_audio(encode(sound, RATE, codec="pcm_f32le"), rate=RATE, max_samples=LONGEST)
+    assert np.array_equal(samples, sound)
+
+
+def test_a_longer_sound_is_cut_and_says_so() -> None:
+    data = encode(sine(3, 48000), 48000)
+    for limit, is_longer in ((47999, True), (48000, False), (48001, False)):
+        samples, is_cut = decode_audio(data, rate=RATE, max_samples=limit)
+        assert is_cut is is_longer
+        assert len(samples) == min(limit, 48000)
+
+
+def test_the_sound_of_a_video_is_taken() -> None:
+    data = encode(sine(1, 44100), 44100, "mp4", "aac", video=True)
+    assert sniff(data) is MMUrlType.VIDEO
+    samples, _ = decode_audio(data, rate=RATE, max_samples=LONGEST)
+    assert np.abs(samples[1000:15000] - sine(1)[1000:15000]).max() < 3e-2
+
+
+def silent_video() -> bytes:
+    file = io.BytesIO()
+    import av
+
+    with av.open(file, "w", format="mp4") as out:
+        stream = out.add_stream("mpeg4", rate=10, width=64, height=48, pix_fmt="yuv420p")
+        out.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((48, 64, 3), np.uint8), format="rgb24")))
+        out.mux(stream.encode(None))
+    return file.getvalue()
+
+
+def test_a_video_without_sound_is_refused() -> None:
+    with pytest.raises(WrongFormatError, match="no sound in this file, it holds video"):
+        decode_audio(silent_video(), rate=RATE, max_samples=LONGEST)
+
+
+def wav(rate: int = RATE, channels: int = 1, tag: int = 1, bits: int = 16, payload: bytes = b"\0\0" * 100) -> bytes:
+    block = channels * bits // 8
+    fmt = struct.pack("<HHIIHH", tag, channels, rate, rate * block % 2**32, block, bits)
+    body = b"WAVEfmt " + struct.pack("<I", len(fmt)) + fmt + b"data" + struct.pack("<I", len(payload)) + payload
+    return b"RIFF" + struct.pack("<I", len(body)) + body
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"RIFF",
+        b"no sound at all, but long enough to be looked at by every demuxer there is" * 20,
+        b"ID3\x04\0\0\0\0\0\0" + bytes(1000),
+        b"OggS" + bytes(1000),
+        b"fLaC" + b"\xff" * 1000,
+        wav(payload=b""),
+        wav(rate=1),
+        wav(rate=2**31 - 1),
+        wav(channels=200, payload=bytes(4000)),
+        wav(tag=3, bits=32, payload=struct.pack("<3f", 0.0, float("nan"), 1.0)),
+        wav(tag=3, bits=32, payload=struct.pack("<3f", 0.0, float("inf"), 1.0)),
+        b"#EXTM3U\n#EXT-X-TARGETDURATION:5\n#EXTINF:5,\nhttp://192.0.2.1/x.ts\n#EXT-X-ENDLIST\n",
+        b"ffconcat version 1.0\nfile /etc/hostname\n",
+    ],
+)
+def test_hostile_files_get_an_error_of_ours(data: bytes) -> None:
+    with pytest.raises((WrongFormatError, NotSupportedError)):
+        decode_audio(data, rate=RATE, max_samples=LONGEST)
+
+
+def test_an_image_is_no_sound() -> None:
+    file = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(file, "PNG")
+    with pytest.raises((WrongFormatError, NotSupportedError)):
+        decode_audio(file.getvalue(), rate=RATE, max_samples=LONGEST)
+
+
+@pytest.mark.parametrize("name", ["wav", "flac", "mp3", "opus", "m4a"])
+def test_damaged_files_give_sound_or_an_error_of_ours(name: str) -> None:
+    container, codec, rate, _ = FORMATS[name]
+    data = encode(sine(1, rate), rate, container, codec)
+    generator = np.random.default_rng(0)
+    for _ in range(40):
+        damaged = bytearray(data[: generator.integers(1, len(data) + 1)])
+        for place in generator.integers(0, len(damaged), 3):
+            damaged[place] = generator.integers(0, 256)
+        try:
+            samples, _ = decode_audio(bytes(damaged), rate=RATE, max_samples=LONGEST)
+        except MMError:
+            continue
+        assert 0 < len(samples) <= LONGEST
+        assert np.isfinite(samples).all()
+
+
+def test_channels_come_as_they_are_for_a_third_party() -> None:
+    both = np.stack([sine(1, 22050), sine(1, 22050, 900.0)])
+    waveform, rate = decode_channels(encode(both, 22050, codec="pcm_f32le"), max_seconds=2)
+    assert rate == 22050
+    assert np.array_equal(waveform, both)
+    with pytest.raises(WrongFormatError, match="more than"):
+        decode_channels(encode(both, 22050), max_seconds=0.5)
