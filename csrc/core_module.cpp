@@ -12,6 +12,7 @@
 #include <variant>
 #include <vector>
 
+#include "arrow_pixels.h"
 #include "cpu/probe.h"
 #include "cpu/resize.h"
 #include "resize_names.h"
@@ -126,6 +127,8 @@ PYBIND11_MODULE(_core, m) {
         py::arg("filter") = "bicubic", py::arg("temporal_patch_size") = 1, py::arg("slot") = 0,
         py::arg("level") = py::none(), py::arg("out") = py::none(),
         "[H, W, 3] uint8 -> [height/P * width/P, 3 * T * P * P] uint8: Pillow's resize, cut into patch rows.");
+  m.def("arrow_pixels", &rtp_mm::arrow_pixels, py::arg("schema"), py::arg("array"), py::arg("height"), py::arg("width"),
+        "Arrow capsules of an image with pixels of four bytes -> [H, W, 3] uint8, a view.");
   m.def("probe", &rtp_mm::probe_bytes, py::arg("data"),
         "An image file's first bytes -> (format, width, height, frames), bytes needed to tell, or None.");
   m.def("resize_levels", &rtp_mm::resize_levels, "Instruction sets that this CPU can run, slowest first.");

@@ -33,6 +33,12 @@ def resize_patchify(
     y, x). Raises `ValueError` that says what came.
     """
 
+def arrow_pixels(schema: object, array: object, height: int, width: int) -> NDArray[np.uint8]:
+    """[height, width, 3], read-only, strides (4 * width, 4, 1): the memory of a Pillow image, which it keeps alive.
+
+    schema, array: what `Image.__arrow_c_array__` gives for pixels of four bytes. Raises `ValueError` for others.
+    """
+
 def probe(data: Buffer) -> tuple[str, int, int, int | None] | int | None:
     """An image file's header from its first bytes: see `rtp_mm.media.probe`; releases the GIL meanwhile.
 

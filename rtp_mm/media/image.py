@@ -13,6 +13,7 @@ import PIL
 from numpy.typing import NDArray
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
+from rtp_mm import _core
 from rtp_mm.errors import NotSupportedError, WrongFormatError
 from rtp_mm.media.jpeg import DECODER as JPEG_DECODER
 from rtp_mm.media.jpeg import decode_jpeg
@@ -23,6 +24,7 @@ from rtp_mm.types import MMUrlType
 
 # TGA comes last: it has no signature, so its reader tries whatever the others leave.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "ICO", "PPM", "QOI", "TGA")
+KEPT_BYTES = 48 << 20  # an image of 12 megapixels, in Pillow's four bytes each
 _HEIC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx"}
 
 # What Pillow's readers raise for broken files. RuntimeError and ArithmeticError (a time scale of 0) are AVIF's. The
@@ -38,8 +40,19 @@ def decoders() -> tuple[str, ...]:
     return f"pillow {PIL.__version__}", JPEG_DECODER
 
 
+def keep_decode_buffers() -> None:
+    """For a process that decodes one image after another: Pillow keeps the last one's memory for the next.
+
+    Up to `KEPT_BYTES`; by itself Pillow gives all of it back, and takes it in blocks of 16 MiB, so that `decode` has to
+    copy what is larger.
+    """
+    memory = Image.core  # type: ignore[attr-defined]  # documented, but left out of Pillow's types
+    memory.set_block_size(KEPT_BYTES)
+    memory.set_blocks_max(1)
+
+
 def decode(data: bytes, *, max_pixels: int, allow_truncated: bool, exif_transpose: bool) -> NDArray[np.uint8]:
-    """The first frame as [H, W, 3] uint8 RGB, read-only.
+    """The first frame as [H, W, 3] uint8 RGB, read-only, with 3 or 4 bytes from pixel to pixel.
 
     allow_truncated: a file that ends early is decoded as far as it goes.
     exif_transpose:  the image is turned as its EXIF orientation says.
@@ -60,7 +73,7 @@ def decode(data: bytes, *, max_pixels: int, allow_truncated: bool, exif_transpos
         image.load()
         if exif_transpose:
             ImageOps.exif_transpose(image, in_place=True)
-        return np.asarray(to_rgb(image))
+        return _pixels(to_rgb(image))
 
 
 def _open(data: bytes) -> ImageFile.ImageFile:
@@ -83,6 +96,15 @@ def to_rgb(image: Image.Image) -> Image.Image:
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _pixels(image: Image.Image) -> NDArray[np.uint8]:
+    """Of an RGB image: a view of its memory where that is in one piece, else a copy."""
+    try:
+        capsules = image.__arrow_c_array__()
+    except ValueError:  # more than one of Pillow's blocks
+        return np.asarray(image)
+    return _core.arrow_pixels(*capsules, image.height, image.width)
 
 
 @contextmanager

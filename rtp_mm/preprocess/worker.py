@@ -34,6 +34,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from rtp_mm.errors import MMError, WrongFormatError
+from rtp_mm.media.image import keep_decode_buffers
 from rtp_mm.types import Blob, MMUrlType, Prepared, PreprocessOptions
 
 MAX_MESSAGE_BYTES = 1 << 16
@@ -66,6 +67,7 @@ def main() -> None:
     """`SOCKET INBOX SLAB PARENT`: three descriptors and the id of the process that started this one."""
     socket_fd, inbox_fd, slab_fd, parent = map(int, sys.argv[1:])
     _settle_in(parent)
+    keep_decode_buffers()
     Image.init()  # every reader now, rather than with the first image
     _Worker(socket.socket(fileno=socket_fd), _mapped(inbox_fd), _mapped(slab_fd)).run()
 
