@@ -200,6 +200,14 @@ def test_grids_that_do_not_fit_are_a_workers_end(grid: Any) -> None:
         worker_pool._grid({"grid": grid}, (4, 12))
 
 
+@pytest.mark.parametrize("seconds", [0.0, -1.0, 1, "1", float("nan"), float("inf"), [1.0]], ids=repr)
+def test_a_clips_timing_is_a_positive_number_or_none(seconds: object) -> None:
+    assert worker_pool._seconds({"seconds_per_grid": 0.5}) == 0.5
+    assert worker_pool._seconds({}) is None
+    with pytest.raises(WorkerDiedError):
+        worker_pool._seconds({"seconds_per_grid": seconds})
+
+
 async def test_rows_over_the_slab_and_files_over_the_inbox_are_refused(pool: WorkerPool) -> None:
     with pytest.raises(WrongFormatError, match=r"67109888 bytes of patch rows, over .* 67108864 \(MM_SLAB_MB\)"):
         await run(pool, script(count=(64 << 10) + 1, columns=1024))
