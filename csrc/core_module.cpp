@@ -25,8 +25,10 @@ namespace {
 constexpr std::array kLevels = {std::pair{"portable", ResizeLevel::kPortable}, std::pair{"avx2", ResizeLevel::kAvx2},
                                 std::pair{"avx512_vnni", ResizeLevel::kAvx512Vnni}};
 
-void check(bool condition, const std::string& message) {
-  if (!condition) throw py::value_error("resize_patchify: " + message);
+// `message()` is called where the condition does not hold: it takes longer than a small image.
+template <class Message>
+void check(bool condition, Message message) {
+  if (!condition) throw py::value_error("resize_patchify: " + std::string(message()));
 }
 
 std::string text(const py::handle& value) { return py::str(value).cast<std::string>(); }
@@ -48,20 +50,20 @@ std::vector<std::string> resize_levels() {
 ResizeLevel level_of(const std::optional<std::string>& name) {
   if (!name) return best_resize_level();
   const ResizeLevel level = lookup(kLevels, "level", *name);
-  check(level <= best_resize_level(), "this CPU lacks level " + *name);
+  check(level <= best_resize_level(), [&] { return "this CPU lacks level " + *name; });
   return level;
 }
 
 PixelView view_of(const py::array& image) {
   check(py::isinstance<py::array_t<uint8_t>>(image) && image.ndim() == 3 && image.shape(2) == 3 && image.size() > 0,
-        "image must be [H, W, 3] uint8 and not empty, got " + describe(image));
+        [&] { return "image must be [H, W, 3] uint8 and not empty, got " + describe(image); });
   PixelView view{static_cast<const uint8_t*>(image.data()), image.shape(0), image.shape(1), image.strides(0),
                  image.strides(1)};
   if (view.width == 1) view.pixel_stride = 3;  // the stride of a single element says nothing
   const int64_t row_bytes = (view.width - 1) * view.pixel_stride + 3;
   if (view.height == 1) view.row_stride = row_bytes;
   check(image.strides(2) == 1 && (view.pixel_stride == 3 || view.pixel_stride == 4) && view.row_stride >= row_bytes,
-        "image must have strides (>= row, 3 or 4, 1), got " + describe(image));
+        [&] { return "image must have strides (>= row, 3 or 4, 1), got " + describe(image); });
   return view;
 }
 
@@ -69,21 +71,27 @@ py::array resize_patchify_array(const py::array& image, int64_t height, int64_t 
                                 const std::string& order, const std::string& filter, int64_t temporal, int64_t slot,
                                 const std::optional<std::string>& level, const std::optional<py::array>& out) {
   const PixelView view = view_of(image);
-  check(patch > 0 && merge > 0,
-        "patch_size and merge_size must be positive, got " + std::to_string(patch) + " and " + std::to_string(merge));
+  check(patch > 0 && merge > 0, [&] {
+    return "patch_size and merge_size must be positive, got " + std::to_string(patch) + " and " + std::to_string(merge);
+  });
   check(height > 0 && width > 0 && height % patch == 0 && width % patch == 0 && height / patch % merge == 0 &&
             width / patch % merge == 0,
-        "height and width must be multiples of patch_size * merge_size = " + std::to_string(patch) + " * " +
-            std::to_string(merge) + ", got " + std::to_string(height) + " and " + std::to_string(width));
-  check(0 <= slot && slot < temporal,
-        "slot must be within temporal_patch_size " + std::to_string(temporal) + ", got " + std::to_string(slot));
-  check(temporal == 1 || out, "frames of one clip go into one array: out must be given");
+        [&] {
+          return "height and width must be multiples of patch_size * merge_size = " + std::to_string(patch) + " * " +
+                 std::to_string(merge) + ", got " + std::to_string(height) + " and " + std::to_string(width);
+        });
+  check(0 <= slot && slot < temporal, [&] {
+    return "slot must be within temporal_patch_size " + std::to_string(temporal) + ", got " + std::to_string(slot);
+  });
+  check(temporal == 1 || out, [] { return "frames of one clip go into one array: out must be given"; });
   const std::vector<py::ssize_t> shape{height / patch * (width / patch), 3 * temporal * patch * patch};
   if (out) {
     check(py::isinstance<py::array_t<uint8_t>>(*out) && (out->flags() & py::array::c_style) && out->writeable() &&
               out->ndim() == 2 && out->shape(0) == shape[0] && out->shape(1) == shape[1],
-          "out must be writeable contiguous [" + std::to_string(shape[0]) + ", " + std::to_string(shape[1]) +
-              "] uint8, got " + describe(*out));
+          [&] {
+            return "out must be writeable contiguous [" + std::to_string(shape[0]) + ", " + std::to_string(shape[1]) +
+                   "] uint8, got " + describe(*out);
+          });
   }
   const ResizePatchify job{height,
                            width,
