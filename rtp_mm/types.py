@@ -196,6 +196,7 @@ class MMEmbeddingRes:
     timings_ms:   milliseconds by stage: fetch, preprocess, queue, forward; the slowest item of each.
     cached_items: how many came from the embedding cache, or `None` where nobody counted.
     seconds_per_grid: time from one t of the position ids' grid to the next, per item; `None` for what is no clip.
+    cut_s:        where a sound longer than the model takes was cut off, per item; `None` for what was not cut.
     """
 
     embeddings: list[Tensor]
@@ -204,6 +205,7 @@ class MMEmbeddingRes:
     timings_ms: dict[str, float] = field(default_factory=dict)
     cached_items: int | None = None
     seconds_per_grid: list[float | None] = field(default_factory=list)
+    cut_s: list[float | None] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,7 @@ from rtp_mm.types import Blob, LogMel, MMUrlType, PreprocessOptions
 
 Load = Callable[..., Any]
 # 1, 1, 1, 2, 3 and 5 tokens, odd and even steps, then seconds, and the edges of 30 s.
-LENGTHS = [321, 640, 961, 1281, 2000, 3333, 16000, 50001, 479999]
+LENGTHS = [321, 640, 961, 1281, 2000, 3333, 16001, 479999]
 
 
 @pytest.fixture(scope="module", params=["cpu", "cuda"])
@@ -80,7 +80,7 @@ def test_bf16_is_at_least_as_close_to_float32_as_hugging_face_bf16(
     peer_bf16 = HuggingFaceAudio(tiny_qwen2_audio, torch.bfloat16)
     part = model("bf16")
     ours, theirs = [], []
-    for seed, length in enumerate([*LENGTHS[:8], 7000, 12345]):
+    for seed, length in enumerate([*LENGTHS[:7], 12345]):
         exact = peer.embed(speech(length, seed))
         ours.append(relative_l2(part.mm_process(prepare(part, length, seed)), exact))
         theirs.append(relative_l2(peer_bf16.embed(speech(length, seed)), exact))

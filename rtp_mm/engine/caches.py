@@ -37,6 +37,7 @@ class Embedded(NamedTuple):
     embedding: Tensor
     position_ids: Tensor | None
     seconds_per_grid: float | None = None
+    cut_s: float | None = None  # where a longer sound was cut off
 
     def copy(self) -> Embedded:
         """For a caller who may write into it."""

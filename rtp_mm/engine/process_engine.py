@@ -31,6 +31,7 @@ from rtp_mm.types import (
     CacheStatus,
     Caller,
     EngineStats,
+    LogMel,
     MMEmbeddingRes,
     MMPreprocessConfig,
     MMUrlType,
@@ -81,7 +82,7 @@ class MMProcessEngine:
             self._batcher.seconds_for,
         )
         self._embeddings = ByteCache[EmbeddingKey, Embedded](settings.mm_embedding_cache_mb << 20)
-        self._patches = ByteCache[PatchKey, Patches](
+        self._patches = ByteCache[PatchKey, Patches | LogMel](
             settings.mm_patch_cache_mb << 20, largest_share=LARGEST_PATCHES_SHARE
         )
         self._fetcher = Fetcher(settings)
@@ -161,14 +162,16 @@ class MMProcessEngine:
             embedded, device_timings = await self._batcher.run(*prepared, key.patches.mm_type, config)
         if isinstance(prepared.value, Patches):
             embedded = embedded._replace(seconds_per_grid=prepared.value.seconds_per_grid)
+        elif isinstance(prepared.value, LogMel):
+            embedded = embedded._replace(cut_s=prepared.value.cut_s)
         self._embeddings.put(key, embedded)
         return Answer(embedded, timings | device_timings)
 
     async def _prepare(self, key: PatchKey, blob: Blob, config: MMPreprocessConfig) -> Prepared:
         if (kept := self._patches.get(key)) is not None:
-            return Prepared(kept, len(kept.rows))
+            return Prepared(kept, self._mm_part.patches(kept))
         prepared = await self._workers.prepare(blob, key.mm_type, config)
-        if isinstance(prepared.value, Patches) and self._patches.has_room_for(prepared.value.nbytes):
+        if isinstance(prepared.value, Patches | LogMel) and self._patches.has_room_for(prepared.value.nbytes):
             # A copy: the rows may be a worker's memory, given back after the forward.
             self._patches.put(key, replace(prepared.value, rows=prepared.value.rows.copy()))
         return prepared

@@ -67,6 +67,7 @@ def as_response(
         timings_ms=timings,
         cached_items=cached_items,
         seconds_per_grid=[item.seconds_per_grid for item in items],
+        cut_s=[item.cut_s for item in items],
     )
 
 

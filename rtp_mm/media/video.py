@@ -1,4 +1,4 @@
-"""Videos: chosen frames of a file, with FFmpeg (PyAV). The only file that imports it.
+"""Videos: chosen frames of a file, with FFmpeg (PyAV), which this file and `audio.py` import.
 
 Frame i is the i-th that a decoder gives which decodes the whole file. Pixels are libswscale's conversion to RGB as PyAV
 asks for it (bilinear chroma where the frame's layout has no direct conversion; the frame's own matrix and range). They

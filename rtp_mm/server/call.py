@@ -12,7 +12,7 @@ from typing import Any
 
 from rtp_mm.errors import MMError, QueueFullError
 from rtp_mm.logs import log_event
-from rtp_mm.server.wire import RETRY_AFTER_METADATA, SECONDS_METADATA
+from rtp_mm.server.wire import CUT_METADATA, RETRY_AFTER_METADATA, SECONDS_METADATA
 from rtp_mm.types import Caller, MMEmbeddingRes, MultimodalInput
 
 REQUEST_ID_METADATA = "rtp-mm-request-id"
@@ -37,6 +37,7 @@ class Call:
     sent_bytes: int | None = None
     timings_ms: dict[str, float] = field(default_factory=dict)
     seconds_per_grid: list[float | None] = field(default_factory=list)
+    cut_s: list[float | None] = field(default_factory=list)
     status: str = "OK"
     failure: MMError | None = None
 
@@ -48,7 +49,7 @@ class Call:
         self.tokens = sum(embedding.shape[0] for embedding in result.embeddings)
         self.cached_items = result.cached_items
         self.timings_ms = result.timings_ms
-        self.seconds_per_grid = result.seconds_per_grid
+        self.seconds_per_grid, self.cut_s = result.seconds_per_grid, result.cut_s
         self.sent_bytes = len(reply)
 
     def failed(self, failure: MMError) -> None:
@@ -59,16 +60,17 @@ class Call:
 
     def trailing_metadata(self) -> tuple[tuple[str, str], ...]:
         """Request id, `rtp-mm-<stage>-ms`, `retry-after-ms` where the queue was full, and, where there is a clip,
-        `rtp-mm-second-per-grid`: a number per item, in order, separated by commas, 0 for what is no clip.
+        `rtp-mm-second-per-grid`: a number per item, in order, separated by commas, 0 for what is no clip. The same for
+        sounds that were cut off: `rtp-mm-audio-cut-s`.
         """
         metadata = [(REQUEST_ID_METADATA, self.id)]
         metadata += [(f"rtp-mm-{stage}-ms", f"{ms:.3f}") for stage, ms in self.timings_ms.items()]
         if isinstance(self.failure, QueueFullError):
             metadata.append((RETRY_AFTER_METADATA, str(self.failure.retry_after_ms)))
-        if any(seconds is not None for seconds in self.seconds_per_grid):
-            text = ",".join(f"{seconds or 0:.9g}" for seconds in self.seconds_per_grid)
-            if len(text) <= MAX_SECONDS_BYTES:
-                metadata.append((SECONDS_METADATA, text))
+        for name, seconds in ((SECONDS_METADATA, self.seconds_per_grid), (CUT_METADATA, self.cut_s)):
+            text = ",".join(f"{each or 0:.9g}" for each in seconds)
+            if any(each is not None for each in seconds) and len(text) <= MAX_SECONDS_BYTES:
+                metadata.append((name, text))
         return tuple(metadata)
 
     def log(self) -> None:

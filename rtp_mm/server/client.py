@@ -181,6 +181,8 @@ class RemoteEngine:
         result.timings_ms = {match[1]: float(value) for match, value in stages if match}
         if seconds := metadata.get(wire.SECONDS_METADATA):
             result.seconds_per_grid = [float(text) or None for text in seconds.split(",")]
+        if cuts := metadata.get(wire.CUT_METADATA):
+            result.cut_s = [float(text) or None for text in cuts.split(",")]
         return result
 
     def _ask(self, method: Any, request: Any) -> Any:
