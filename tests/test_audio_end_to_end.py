@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 from huggingface import relative_l2
-from huggingface_audio import HuggingFaceAudio
 from running_server import RunningServer, running_server
 from sounds import encode, speech
 
+from benchmarks.peers.hf_audio import HuggingFaceAudio
 from rtp_mm.errors import NotSupportedError, WrongFormatError
 from rtp_mm.server.client import RemoteEngine
 from rtp_mm.types import MMUrlType

@@ -14,9 +14,9 @@ import pytest
 import torch
 from conftest import require
 from huggingface import relative_l2
-from huggingface_audio import HuggingFaceAudio
 from sounds import speech
 
+from benchmarks.peers.hf_audio import HuggingFaceAudio
 from rtp_mm.config import load_settings
 from rtp_mm.errors import ProcessError, StartError
 from rtp_mm.models.qwen2_audio import Qwen2Audio
