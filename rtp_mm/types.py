@@ -5,7 +5,7 @@ MMEmbeddingRes. Imports no torch: preprocess workers read this.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -154,6 +154,10 @@ class Patches:
         """All but the rows, for JSON."""
         return {"grid": self.grid_thw, "seconds_per_grid": self.seconds_per_grid}
 
+    def copy(self) -> Patches:
+        """The same in memory of its own."""
+        return replace(self, rows=self.rows.copy())
+
 
 @dataclass(frozen=True, slots=True)
 class LogMel:
@@ -180,6 +184,10 @@ class LogMel:
     def facts(self) -> dict[str, Any]:
         """All but the rows, for JSON."""
         return {"cut_s": self.cut_s}
+
+    def copy(self) -> LogMel:
+        """The same in memory of its own."""
+        return replace(self, rows=self.rows.copy())
 
 
 Prepared = Patches | LogMel  # what a worker makes of a blob

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -173,7 +172,7 @@ class MMProcessEngine:
         prepared = await self._workers.prepare(blob, key.mm_type, config)
         if isinstance(prepared.value, Patches | LogMel) and self._patches.has_room_for(prepared.value.nbytes):
             # A copy: the rows may be a worker's memory, given back after the forward.
-            self._patches.put(key, replace(prepared.value, rows=prepared.value.rows.copy()))
+            self._patches.put(key, prepared.value.copy())
         return prepared
 
     # --- a request's way
