@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,7 +37,6 @@ from rtp_mm.types import MMEmbeddingRes
 
 CALL_TIMEOUT_S = 100.0
 ANSWERS_PER_KILL = 20
-CLOSE_S = 5.0
 SETTLE_S = 20.0
 PSS_SLACK = 96 << 20  # caches and pools that fill up
 # What the server runs with: it may reach this machine's loopback address and no other.
@@ -83,11 +82,8 @@ class Clients:
         self._address, self._right, self._report = address, right, report
         # A request whose worker is killed fails with a precise error; where nobody kills, none may.
         self._always = {Status.INTERNAL} if workers_die else set()
-        self._channel = self._connect()
+        self._channel = grpc.aio.insecure_channel(address, options=MESSAGE_SIZE_OPTIONS)
         self._call = self._channel.unary_unary(method_path("RemoteMultimodalEmbedding"))
-
-    def _connect(self) -> grpc.aio.Channel:
-        return grpc.aio.insecure_channel(self._address, options=MESSAGE_SIZE_OPTIONS)
 
     async def close(self) -> None:
         await self._channel.close()
@@ -128,18 +124,49 @@ class Clients:
         )
 
     async def vanish(self, case: Case, rng: random.Random) -> None:
-        """A client whose connection ends in the middle of its call."""
-        channel = self._connect()
+        """A client whose connection breaks in the middle of its call."""
         request = MultimodalInputsPB()
         for url in case.urls:
             request.multimodal_inputs.add(multimodal_url=url, multimodal_type=1)
-        call = channel.unary_unary(method_path("RemoteMultimodalEmbedding"))(request.SerializeToString())
-        await asyncio.sleep(rng.random() * 0.05)
-        with suppress(grpc.aio.AioRpcError, asyncio.CancelledError, TimeoutError):
-            async with asyncio.timeout(CLOSE_S):  # grpc's client may wait for ever for a call of a closed channel
-                await channel.close()
+        async with breakable(self._address) as (address, break_it):
+            channel = grpc.aio.insecure_channel(address, options=MESSAGE_SIZE_OPTIONS)
+            call = channel.unary_unary(method_path("RemoteMultimodalEmbedding"))(request.SerializeToString())
+            await asyncio.sleep(rng.random() * 0.1)
+            break_it()
+            with suppress(grpc.aio.AioRpcError):
                 await call
+            await channel.close()
         self._report.outcomes["vanished", "gone"] += 1
+
+
+@asynccontextmanager
+async def breakable(address: str) -> AsyncIterator[tuple[str, Callable[[], None]]]:
+    """An address that leads to `address`, and what breaks every connection through it, for good."""
+    writers: list[asyncio.StreamWriter] = []
+
+    async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(OSError):
+            while data := await reader.read(65536):
+                writer.write(data)
+                await writer.drain()
+
+    async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        host, _, port = address.rpartition(":")
+        there, onward = await asyncio.open_connection(host, int(port))
+        writers.extend((writer, onward))
+        await asyncio.gather(pump(reader, onward), pump(there, writer))
+
+    relay = await asyncio.start_server(connected, "127.0.0.1", 0)
+
+    def break_it() -> None:
+        relay.close()
+        for writer in writers:
+            writer.transport.abort()
+
+    try:
+        yield f"127.0.0.1:{relay.sockets[0].getsockname()[1]}", break_it
+    finally:
+        break_it()
 
 
 @dataclass(frozen=True, slots=True)
