@@ -1,19 +1,26 @@
-"""Decoded pixels, and JPEG bytes, to patch rows: Pillow's resize alone, Hugging Face's PIL processor, ours.
+"""Decoded pixels, and files, to patch rows: Pillow's resize alone, Hugging Face's PIL processor, ours.
 
-    python -m benchmarks.bench_preprocess
+    python -m benchmarks.bench_preprocess [--tables pixels jpeg ...]
 
 One thread: milliseconds of that thread's time. All cores: wall time for as many threads as cores. Before anything is
 timed, the rows of every instruction set are compared with those of the processor.
+
+Ours writes to the same memory again and again, as a worker does to its slab, and reads pixels from numpy's, as the JPEG
+decoder leaves them. The peers allocate what they return. "Kept blocks" is Pillow with `keep_decode_buffers`, as in a
+worker; elsewhere it has its own settings.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
+import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import skimage.data
@@ -21,13 +28,14 @@ from numpy.typing import NDArray
 from PIL import Image
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
+from rich.table import Table as Grid
 from transformers import Qwen2VLImageProcessorPil
 
-from benchmarks.harness import Timing, interleave, on_threads, plot_speedups
+from benchmarks.harness import interleave, on_threads, plot_speedups
 from benchmarks.report import RESULTS, write_result
 from rtp_mm import _core
 from rtp_mm.config import load_settings
+from rtp_mm.media.image import decode, keep_decode_buffers
 from rtp_mm.preprocess.image_config import ImageProcessorConfig
 from rtp_mm.preprocess.patches import ImagePreprocessor
 from rtp_mm.preprocess.resize_order import installed_rule, resize_order
@@ -36,7 +44,10 @@ from rtp_mm.types import Blob, MMUrlType, PreprocessOptions
 
 PATCH, MERGE = 14, 2
 MIN_PIXELS, MAX_PIXELS = 3136, 12845056  # as published for Qwen2-VL and Qwen2.5-VL
-JPEG_QUALITY = 90
+QUALITY = 90  # of JPEG and WebP
+
+Runs = dict[str, Callable[[], object]]
+Table = dict[str, dict[str, dict[str, Any]]]  # by size, by contender: a Timing
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,12 +89,9 @@ class Contenders:
 
     def __init__(self, case: Case) -> None:
         self.image = photograph(case)
-        self.pixels: NDArray[np.uint8] = np.asarray(self.image)
+        self.pixels: NDArray[np.uint8] = np.array(self.image)
         self.height, self.width = case.target
         self.order = resize_order(case.height, case.width, *case.target, installed_rule())
-        file = io.BytesIO()
-        self.image.save(file, "JPEG", quality=JPEG_QUALITY)
-        self.jpeg = file.getvalue()
         self.processor = Qwen2VLImageProcessorPil(min_pixels=MIN_PIXELS, max_pixels=case.max_pixels)
         config = ImageProcessorConfig(PATCH, MERGE, 2, MIN_PIXELS, case.max_pixels, (0.5,) * 3, (0.5,) * 3)
         self.preprocessor = ImagePreprocessor.from_config(config, load_settings())
@@ -103,7 +111,7 @@ class Contenders:
             self.pixels, self.height, self.width, PATCH, MERGE, order=self.order, level=level, out=self.rows
         )
 
-    def from_pixels(self) -> dict[str, Callable[[], object]]:
+    def from_pixels(self) -> Runs:
         """Ours by instruction set, fastest first, after its peers."""
         size = (self.width, self.height)
         ours = {f"ours, {level}": lambda level=level: self.resize_patchify(level) for level in _core.resize_levels()}
@@ -114,82 +122,138 @@ class Contenders:
             **dict(reversed(ours.items())),
         }
 
-    def from_jpeg(self) -> dict[str, Callable[[], object]]:
-        blob, options = Blob(self.jpeg, b"", ""), PreprocessOptions()
+    def from_file(self, format: str) -> Runs:
+        """With the decode alone, Pillow's and ours, beside."""
+        file = io.BytesIO()
+        self.image.save(file, format, quality=QUALITY)
+        data = file.getvalue()
+        blob, options = Blob(data, b"", ""), PreprocessOptions()
+        limits = {"max_pixels": 10**9, "allow_truncated": False, "exif_transpose": False}
 
-        def decode() -> Image.Image:
-            return Image.open(io.BytesIO(self.jpeg)).convert("RGB")
+        def pillow() -> Image.Image:
+            return Image.open(io.BytesIO(data)).convert("RGB")
 
         return {
-            "Hugging Face": lambda: self.processor(decode(), return_tensors="np"),
-            "Pillow decode": decode,
-            "ours": lambda: self.preprocessor(blob, MMUrlType.IMAGE, options),
+            "Hugging Face": lambda: self.processor(pillow(), return_tensors="np"),
+            "Pillow decode": pillow,
+            "our decode": lambda: decode(data, **limits),
+            "ours": lambda: self.preprocessor(blob, MMUrlType.IMAGE, options, lambda _: self.rows),
         }
 
-    def on_all_cores(self, cores: int) -> dict[str, Callable[[], object]]:
+    def on_all_cores(self) -> Runs:
         """Threads, each with rows of its own."""
-        order = self.order
-        contenders = {
+        contenders: Runs = {
             "Hugging Face": lambda: self.processor(self.image, return_tensors="np"),
-            "ours": lambda: _core.resize_patchify(self.pixels, self.height, self.width, PATCH, MERGE, order=order),
+            "ours": lambda: _core.resize_patchify(self.pixels, self.height, self.width, PATCH, MERGE, order=self.order),
         }
-        return {name: on_threads(run, cores, calls=2) for name, run in contenders.items()}
+        return {name: on_threads(run, CORES, calls=2) for name, run in contenders.items()}
 
 
-def show(title: str, results: dict[str, dict[str, Timing]]) -> None:
+@contextmanager
+def kept_blocks() -> Iterator[None]:
+    size, kept = Image.core.get_block_size(), Image.core.get_blocks_max()
+    keep_decode_buffers()
+    yield
+    Image.core.set_blocks_max(kept)
+    Image.core.set_block_size(size)
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """One table: what runs, over which sizes, by which clock."""
+
+    title: str
+    runs: Callable[[Contenders], Runs]
+    cases: Sequence[Case] = CASES
+    clock: Callable[[], float] = time.thread_time
+    state: Callable[[], AbstractContextManager[None]] = nullcontext
+
+    def measure(self, rounds: int) -> Table:
+        """Milliseconds by size and contender."""
+        table: Table = {}
+        for case in track(self.cases, self.title):
+            contenders = Contenders(case)
+            contenders.check()
+            with self.state():
+                timings = interleave(self.runs(contenders), rounds, self.clock)
+            table[str(case)] = {name: asdict(timing) for name, timing in timings.items()}
+        return table
+
+
+CORES = len(os.sched_getaffinity(0))
+SECTIONS = {
+    "pixels": Section("decoded pixels to rows, one thread", Contenders.from_pixels),
+    "jpeg": Section("JPEG bytes to rows, one thread", lambda c: c.from_file("JPEG")),
+    "jpeg-kept": Section(
+        "JPEG bytes to rows, one thread, kept blocks", lambda c: c.from_file("JPEG"), state=kept_blocks
+    ),
+    "png-kept": Section(
+        "PNG bytes to rows, one thread, kept blocks", lambda c: c.from_file("PNG"), CASES[:5], state=kept_blocks
+    ),
+    "webp": Section("WebP bytes to rows, one thread", lambda c: c.from_file("WEBP"), CASES[:5]),
+    "webp-kept": Section(
+        "WebP bytes to rows, one thread, kept blocks", lambda c: c.from_file("WEBP"), CASES[:5], state=kept_blocks
+    ),
+    "threads": Section(
+        f"decoded pixels to rows, 2 images on each of {CORES} cores", Contenders.on_all_cores, clock=time.perf_counter
+    ),
+}
+
+
+def show(title: str, table: Table) -> None:
     """Medians in milliseconds, and how many times faster than Hugging Face."""
-    table = Table(title=title)
-    table.add_column("ms")
-    for case in results:
-        table.add_column(case, justify="right")
-    for name in next(iter(results.values())):
-        cells = [f"{t[name].median:.2f} ({t['Hugging Face'].median / t[name].median:.1f}x)" for t in results.values()]
-        table.add_row(name, *cells)
-    Console(width=160).print(table)
+    grid = Grid(title=title)
+    grid.add_column("ms")
+    for case in table:
+        grid.add_column(case, justify="right")
+    for name in next(iter(table.values())):
+        medians = [(times["Hugging Face"]["median"], times[name]["median"]) for times in table.values()]
+        grid.add_row(name, *(f"{ours:.2f} ({peer / ours:.1f}x)" for peer, ours in medians))
+    Console(width=160).print(grid)
+
+
+def plot(tables: dict[str, Table]) -> None:
+    pixels, jpeg = (tables[SECTIONS[name].title] for name in ("pixels", "jpeg"))
+    fastest = f"ours, {_core.resize_levels()[-1]}"
+
+    def times(table: Table, case: str, peer: str, ours: str) -> float:
+        return float(table[case][peer]["median"] / table[case][ours]["median"])
+
+    speedups = {
+        case: {
+            "Hugging Face": times(pixels, case, "Hugging Face", fastest),
+            "Pillow resize alone": times(pixels, case, "Pillow resize", fastest),
+            "Hugging Face, from JPEG bytes": times(jpeg, case, "Hugging Face", "ours"),
+        }
+        for case in pixels
+    }
+    plot_speedups(RESULTS / "preprocess.png", f"{fastest}: times faster than", speedups)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=15, help="of each contender")
+    parser.add_argument("--rounds", type=int, default=11, help="of each contender")
+    parser.add_argument(
+        "--tables", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="the others stay as the results have them"
+    )
     options = parser.parse_args()
-    cores = len(os.sched_getaffinity(0))
-    pixels, jpeg, threads = {}, {}, {}
-    for case in track(CASES, "sizes"):
-        contenders = Contenders(case)
-        contenders.check()
-        name = str(case)
-        pixels[name] = interleave(contenders.from_pixels(), options.rounds, time.thread_time)
-        jpeg[name] = interleave(contenders.from_jpeg(), options.rounds, time.thread_time)
-        threads[name] = interleave(contenders.on_all_cores(cores), max(3, options.rounds // 4))
-    tables = {
-        "decoded pixels to rows, one thread": pixels,
-        "JPEG bytes to rows, one thread": jpeg,
-        f"decoded pixels to rows, 2 images on each of {cores} cores": threads,
-    }
-    for title, results in tables.items():
-        show(title, results)
-    fastest = f"ours, {_core.resize_levels()[-1]}"
-    speedups = {
-        case: {
-            "Hugging Face": pixels[case]["Hugging Face"].median / pixels[case][fastest].median,
-            "Pillow resize alone": pixels[case]["Pillow resize"].median / pixels[case][fastest].median,
-            "Hugging Face, from JPEG bytes": jpeg[case]["Hugging Face"].median / jpeg[case]["ours"].median,
-        }
-        for case in pixels
-    }
+    path = RESULTS / "preprocess.json"
+    measured = json.loads(path.read_text())["tables"] if path.exists() else {}
+    for name in options.tables:
+        section = SECTIONS[name]
+        measured[section.title] = section.measure(options.rounds)
+        show(section.title, measured[section.title])
+    tables = {section.title: measured[section.title] for section in SECTIONS.values() if section.title in measured}
     write_result(
         "preprocess",
         {
             "command": "python -m benchmarks.bench_preprocess",
             "unit": "ms",
             "levels": _core.resize_levels(),
-            "tables": {
-                title: {case: {n: asdict(t) for n, t in timings.items()} for case, timings in results.items()}
-                for title, results in tables.items()
-            },
+            "tables": tables,
         },
     )
-    plot_speedups(RESULTS / "preprocess.png", f"{fastest}: times faster than", speedups)
+    plot(tables)
 
 
 if __name__ == "__main__":
