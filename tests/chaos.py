@@ -154,6 +154,8 @@ async def breakable(address: str) -> AsyncIterator[tuple[str, Callable[[], None]
         host, _, port = address.rpartition(":")
         there, onward = await asyncio.open_connection(host, int(port))
         writers.extend((writer, onward))
+        if not relay.is_serving():  # it was broken while this connection was made
+            break_it()
         await asyncio.gather(pump(reader, onward), pump(there, writer))
 
     relay = await asyncio.start_server(connected, "127.0.0.1", 0)

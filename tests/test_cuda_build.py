@@ -8,6 +8,8 @@ import pytest
 from conftest import require
 from cuda_compiled import ARCHS, KERNELS, PTX_ARCH, compiled
 
+pytestmark = pytest.mark.timeout(1200)  # it compiles for five architectures
+
 STEMS = [path.stem for path in KERNELS]
 
 

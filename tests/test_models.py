@@ -48,12 +48,12 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_an_unknown_model_says_what_is_known(folder: Path) -> None:
-    with pytest.raises(StartError, match=r"'llama'.*known: qwen2_5_vl, qwen2_vl.*MM_MODEL_MODULE"):
+    with pytest.raises(StartError, match=r"'llama'.*known: qwen2_5_vl, qwen2_audio, qwen2_vl.*MM_MODEL_MODULE"):
         load_model(load_settings(checkpoint_path=folder))
 
 
 def test_an_unknown_model_type_says_what_is_known(folder: Path) -> None:
-    with pytest.raises(StartError, match=r"MODEL_TYPE=llava is unknown; known: qwen2_5_vl, qwen2_vl"):
+    with pytest.raises(StartError, match=r"MODEL_TYPE=llava is unknown; known: qwen2_5_vl, qwen2_audio, qwen2_vl"):
         load_model(load_settings(checkpoint_path=folder, model_type="llava"))
 
 

@@ -13,6 +13,8 @@ import pytest
 from image_seeds import seeds
 from mutations import mutated
 
+pytestmark = pytest.mark.timeout(1200)  # it compiles a good deal, beside whatever else the machine does
+
 ROOT = Path(__file__).resolve().parent.parent
 CSRC, CPP, FUZZ = ROOT / "csrc", ROOT / "tests" / "cpp", ROOT / "tests" / "fuzz"
 ALGORITHMS = [path for path in sorted((CSRC / "cpu").glob("*.cpp")) if not path.stem.endswith("_op")]
