@@ -91,9 +91,10 @@ class Clients:
     async def send(self, case: Case) -> None:
         request = MultimodalInputsPB()
         for url in case.urls:
-            request.multimodal_inputs.add(
+            item = request.multimodal_inputs.add(
                 multimodal_url=url, multimodal_type=5 if case.name == "igraph" else case.mm_type
             )
+            item.mm_preprocess_config.mm_timeout_ms = case.timeout_ms
         call = self._call(
             request.SerializeToString(), timeout=CALL_TIMEOUT_S, metadata=((wire.WIRE_METADATA, "items"),)
         )
