@@ -22,6 +22,7 @@ from rtp_mm.vit.attention import VARLEN_ATTENTION, Segments, choose_attention
 from rtp_mm.vit.graphs import Batch, CudaCapture, CudaGraphs, use_graphs
 from rtp_mm.vit.layers import Block, LayerNorm, Mlp, SelfAttention
 from rtp_mm.vit.linear import Gemm, Linear, choose_gemm, compute_dtype
+from rtp_mm.vit.packing import packed_rows
 from rtp_mm.vit.rope import RotaryTable
 from rtp_mm.vit.tower import TowerOptions
 
@@ -190,7 +191,7 @@ class AudioTower(nn.Module):
         """An embedding [tokens, out_hidden_size] in the tower's dtype per item, in order, on the device."""
         steps = [self._steps(item) for item in items]
         layout = Layout.of(steps, self._row_multiple, self.device)
-        frames = torch.from_numpy(np.concatenate([item.rows for item in items])).to(self.device)
+        frames = packed_rows([item.rows for item in items], self.device)
         x = self._embed_frames(frames.to(self.compute_dtype), layout)
         unturned = x.new_ones(len(x), self.config.d_model // self.config.encoder_attention_heads // 2)
         segments = Segments.from_lengths(layout.cu, steps)

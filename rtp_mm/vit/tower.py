@@ -22,6 +22,7 @@ from rtp_mm.vit.attention import VARLEN_ATTENTION, Segments, choose_attention
 from rtp_mm.vit.graphs import Batch, CudaCapture, CudaGraphs, use_graphs
 from rtp_mm.vit.layers import Block, GatedMlp, LayerNorm, Mlp, PatchMerger, RMSNorm, SelfAttention
 from rtp_mm.vit.linear import Linear, choose_gemm, compute_dtype
+from rtp_mm.vit.packing import packed_rows
 from rtp_mm.vit.patch_embed import PatchEmbed
 from rtp_mm.vit.rope import RotaryAngles, RotaryTable
 
@@ -196,7 +197,7 @@ class VisionTower(nn.Module):
         cell = self.config.spatial_merge_size**2
         start = 0  # of this group, in cells
         for columns in sorted({r.shape[1] for r in rows}):
-            group = torch.from_numpy(np.concatenate([r for r in rows if r.shape[1] == columns])).to(self.device)
+            group = packed_rows([r for r in rows if r.shape[1] == columns], self.device)
             cells = group.shape[0] // cell
             group_order = order[start : start + cells] - start if order is not None else None
             embedded.append(self.patch_embed(group, group_order))
