@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
 from rich.progress import Progress
 
@@ -82,6 +83,12 @@ def plot(path: Path, samples: list[dict[str, float]]) -> None:
     pyplot.close(figure)
 
 
+def quarter_medians(values: Sequence[float]) -> list[float]:
+    """Of each quarter of a run: what is flat stays, while what is in flight goes up and down."""
+    quarter = len(values) // 4
+    return [statistics.median(values[i * quarter : (i + 1) * quarter]) for i in range(4)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=10_000)
@@ -98,22 +105,21 @@ def main() -> None:
         idle = pss(root)
         requests = image_requests(lambda n: f"http://127.0.0.1:{photos}/{SIZES[n % len(SIZES)]}/{n}.jpg")
         samples, outcome = asyncio.run(load(f"127.0.0.1:{own + 1}", requests, options.requests, root))
-    half = samples[len(samples) // 2 :]
-    slope = float(np.polyfit([s["requests"] for s in half], [s["pss_bytes"] for s in half], 1)[0])
     result = {
         "requests": options.requests,
         "idle_bytes": idle,
         "peak_bytes": max(s["pss_bytes"] for s in samples),
         "last_bytes": samples[-1]["pss_bytes"],
-        "bytes_a_request_in_the_second_half": slope,
+        "quarter_medians": quarter_medians([sample["pss_bytes"] for sample in samples]),
         "outcome": outcome.summary(),
         "samples": samples,
     }
     plot(RESULTS / "memory.png", samples)
+    megabytes = ", ".join(f"{value / 1e6:.0f}" for value in result["quarter_medians"])
     print(
-        f"idle {idle / 1e6:.0f} MB, peak {result['peak_bytes'] / 1e6:.0f} MB, at the end "
-        f"{result['last_bytes'] / 1e6:.0f} MB, {slope:.0f} bytes a request in the second half; {outcome.summary()}"
+        f"idle {idle / 1e6:.0f} MB, peak {result['peak_bytes'] / 1e6:.0f} MB; medians of the run's quarters {megabytes}"
     )
+    print(outcome.summary())
     write_result("memory", result)
 
 
