@@ -43,6 +43,8 @@ def files() -> dict[str, bytes]:
         "JPEG grey": saved(photo.convert("L"), "JPEG", quality=90),
         "JPEG CMYK": saved(photo.convert("CMYK"), "JPEG", quality=90),
         "PNG": saved(photo, "PNG"),
+        "PNG RGBA": saved(photo.convert("RGBA"), "PNG"),
+        "PNG grey": saved(photo.convert("L"), "PNG"),
         "PNG palette": saved(photo.quantize(256), "PNG"),
         "PNG 16-bit grey": saved(deep, "PNG"),
         "WebP": saved(photo, "WEBP", quality=90),

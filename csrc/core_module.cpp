@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "arrow_pixels.h"
+#include "cpu/png_rows.h"
 #include "cpu/probe.h"
 #include "cpu/resize.h"
 #include "resize_names.h"
@@ -125,6 +126,22 @@ py::object probe_bytes(const py::buffer& data) {
   return py::make_tuple(header->format, header->width, header->height, frames);
 }
 
+py::object unfilter_png_array(const py::buffer& filtered, int64_t height, int64_t width, int64_t channels) {
+  const py::buffer_info data = filtered.request();
+  const int64_t row_bytes = width * channels;
+  if (data.ndim != 1 || data.itemsize != 1 || data.strides[0] != 1 || height < 1 || width < 1 || channels < 1 ||
+      channels > 4 || data.size != height * (row_bytes + 1)) {
+    throw py::value_error("unfilter_png: data must be height * (1 + width * channels) bytes, with 1 to 4 channels");
+  }
+  py::array_t<uint8_t> pixels({height, width, channels});
+  uint8_t* rows = pixels.mutable_data();
+  const bool is_valid = [&] {
+    py::gil_scoped_release release;
+    return unfilter_png(static_cast<const uint8_t*>(data.ptr), height, row_bytes, channels, rows);
+  }();
+  return is_valid ? py::object(std::move(pixels)) : py::none();
+}
+
 }  // namespace
 }  // namespace rtp_mm
 
@@ -139,5 +156,7 @@ PYBIND11_MODULE(_core, m) {
         "Arrow capsules of an image with pixels of four bytes -> [H, W, 3] uint8, a view.");
   m.def("probe", &rtp_mm::probe_bytes, py::arg("data"),
         "An image file's first bytes -> (format, width, height, frames), bytes needed to tell, or None.");
+  m.def("unfilter_png", &rtp_mm::unfilter_png_array, py::arg("filtered"), py::arg("height"), py::arg("width"),
+        py::arg("channels"), "An inflated PNG image's rows -> [H, W, C] uint8, or None for an unknown filter.");
   m.def("resize_levels", &rtp_mm::resize_levels, "Instruction sets that this CPU can run, slowest first.");
 }

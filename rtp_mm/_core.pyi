@@ -46,5 +46,11 @@ def probe(data: Buffer) -> tuple[str, int, int, int | None] | int | None:
     takes to tell; or `None` for what begins no image.
     """
 
+def unfilter_png(filtered: Buffer, height: int, width: int, channels: int) -> NDArray[np.uint8] | None:
+    """[height, width, channels] of an inflated PNG image of 8 bits that is not interlaced; releases the GIL meanwhile.
+
+    filtered: height * (1 + width * channels) bytes; 1 to 4 channels. `None` for a filter type that there is not.
+    """
+
 def resize_levels() -> list[str]:
     """The instruction sets that this CPU can run, slowest first."""

@@ -29,7 +29,7 @@ def noise(height: int, width: int, bands: int = 3) -> Pixels:
     return np.random.default_rng(0).integers(0, 256, (height, width, bands), dtype=np.uint8)
 
 
-def decoded(image: Pixels, format: str = "PNG") -> Pixels:
+def decoded(image: Pixels, format: str = "TIFF") -> Pixels:
     file = io.BytesIO()
     Image.fromarray(image).save(file, format, compress_level=0)
     return decode(file.getvalue(), max_pixels=10**8, allow_truncated=False, exif_transpose=False)

@@ -18,6 +18,7 @@ from rtp_mm.errors import NotSupportedError, WrongFormatError
 from rtp_mm.media.jpeg import DECODER as JPEG_DECODER
 from rtp_mm.media.jpeg import decode_jpeg
 from rtp_mm.media.limits import check_pixels
+from rtp_mm.media.png import decode_png
 from rtp_mm.media.probe import probe
 from rtp_mm.media.sniff import sniff
 from rtp_mm.types import MMUrlType
@@ -25,6 +26,7 @@ from rtp_mm.types import MMUrlType
 # TGA comes last: it has no signature, so its reader tries whatever the others leave.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "ICO", "PPM", "QOI", "TGA")
 KEPT_BYTES = 48 << 20  # an image of 12 megapixels, in Pillow's four bytes each
+_MODES = {1: "L", 2: "LA", 4: "RGBA"}  # Pillow's, by channels
 _HEIC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx"}
 
 # What Pillow's readers raise for broken files. RuntimeError and ArithmeticError (a time scale of 0) are AVIF's. The
@@ -65,15 +67,27 @@ def decode(data: bytes, *, max_pixels: int, allow_truncated: bool, exif_transpos
         check_pixels(header.width, header.height, max_pixels)  # Pillow opens an icon by decoding it
     with named_errors(data), _TRUNCATION.decoding(allow_truncated), _open(data) as image:
         check_pixels(*image.size, max_pixels)
-        if image.format in ("JPEG", "MPO") and not exif_transpose:
-            pixels = decode_jpeg(data, *image.size)
-            if pixels is not None:
-                pixels.flags.writeable = False
-                return pixels
+        if not exif_transpose and (pixels := _decode_faster(data, image)) is not None:
+            return pixels
         image.load()
         if exif_transpose:
             ImageOps.exif_transpose(image, in_place=True)
         return _pixels(to_rgb(image))
+
+
+def _decode_faster(data: bytes, image: ImageFile.ImageFile) -> NDArray[np.uint8] | None:
+    """Pillow's pixels from a faster decoder, or `None` where there is none or it leaves the file to Pillow."""
+    if image.format in ("JPEG", "MPO"):
+        pixels = decode_jpeg(data, *image.size)
+    elif image.format == "PNG":
+        pixels = decode_png(data, *image.size)
+        if pixels is not None and pixels.shape[2] != 3:
+            return _pixels(to_rgb(Image.frombuffer(_MODES[pixels.shape[2]], image.size, pixels)))
+    else:
+        return None
+    if pixels is not None:
+        pixels.flags.writeable = False
+    return pixels
 
 
 def _open(data: bytes) -> ImageFile.ImageFile:
