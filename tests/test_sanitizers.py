@@ -62,7 +62,15 @@ def resize_inputs(rng: np.random.Generator) -> Iterator[bytes]:
     yield from (rng.bytes(int(rng.integers(1, 120))) for _ in range(150))
 
 
-@pytest.mark.parametrize(("name", "inputs"), [("probe", probe_inputs), ("resize", resize_inputs)])
+def png_rows_inputs(rng: np.random.Generator) -> Iterator[bytes]:
+    """Sizes, then rows; what is missing reads as zeros."""
+    yield b""
+    yield from (rng.bytes(int(rng.integers(1, 4096))) for _ in range(150))
+
+
+@pytest.mark.parametrize(
+    ("name", "inputs"), [("probe", probe_inputs), ("resize", resize_inputs), ("png_rows", png_rows_inputs)]
+)
 def test_the_fuzz_harnesses_pass_in_short_form(
     tmp_path: Path, name: str, inputs: Callable[[np.random.Generator], Iterator[bytes]]
 ) -> None:
