@@ -10,8 +10,9 @@ import grpc
 import pytest
 import torch
 from fake_engine import TIMINGS_MS, FakeEngine, free_start_port, serving
-from test_servicer import TABLE, until
+from test_servicer import TABLE
 from test_wire import assert_same
+from waiting import until
 
 from rtp_mm import errors
 from rtp_mm.config import load_settings

@@ -18,7 +18,8 @@ import torch
 from aiohttp import web
 from fake_engine import Serving, free_start_port, serving
 from PIL import Image
-from test_servicer import call_raw, refusal, until
+from server_calls import call_raw, refusal
+from waiting import until
 from web_source import Source
 
 from rtp_mm.config import load_settings

@@ -114,3 +114,9 @@ def test_ffmpeg_is_imported_by_the_readers_of_clips_and_sounds_alone() -> None:
     importers = {module_name(file) for file in FILES if "av" in foreign_imports(file.read_text())}
     assert importers == {"rtp_mm.media.audio", "rtp_mm.media.video"}
     assert "av" not in modules_after(["rtp_mm.preprocess.media"])
+
+
+def test_blanket_excepts_stand_at_the_edge_of_a_process_alone() -> None:
+    """The server's, where an error becomes an answer, and a worker's, where it becomes a message to the server."""
+    blanket = {path.name for path in PACKAGE.rglob("*.py") if "except Exception" in path.read_text()}
+    assert blanket == {"servicer.py", "worker.py"}

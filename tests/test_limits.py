@@ -11,8 +11,8 @@ import annotated_types
 import grpc
 import pytest
 from fake_engine import serving
+from server_calls import call_raw, request
 from test_error_table import REFUSED, WRONG_FORMAT, data_url, item, message, png, said, served
-from test_servicer import call_raw, request
 from web_source import Source
 
 from rtp_mm.config import Settings, load_settings

@@ -11,7 +11,8 @@ import aiohttp
 import pytest
 from fake_engine import TIMINGS_MS, FakeEngine, Serving, serving
 from prometheus_client.parser import text_string_to_metric_families
-from test_servicer import call_raw, refusal, request, until
+from server_calls import call_raw, refusal, request
+from waiting import until
 
 from rtp_mm.config import load_settings
 from rtp_mm.engine.process_engine import MMProcessEngine

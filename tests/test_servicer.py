@@ -1,68 +1,33 @@
+"""The embedding call: its answers, its errors, its deadline and its caller."""
+
 from __future__ import annotations
 
 import asyncio
 import inspect
-import logging
-import re
-import socket
-import time
-from pathlib import Path
 from typing import Any
 
-import aiohttp
 import grpc
 import pytest
 import torch
-from fake_engine import TIMINGS_MS, FakeEngine, free_start_port, serving
+from fake_engine import TIMINGS_MS, FakeEngine, serving
 from google.protobuf import descriptor_pool, message_factory
 from google.protobuf.descriptor_pb2 import FileDescriptorProto
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
+from server_calls import EMBED, call_raw, refusal, request
+from waiting import until
 
 from rtp_mm import errors
 from rtp_mm.config import load_settings
 from rtp_mm.engine.interface import time_limit_s
-from rtp_mm.errors import StartError
 from rtp_mm.logs import KeyValueFormatter
-from rtp_mm.server import servicer, wire
-from rtp_mm.server.app import open_ports
+from rtp_mm.server import wire
 from rtp_mm.server.proto import (
-    CacheVersionPB,
-    MMPreprocessConfigPB,
-    MultimodalInputPB,
-    MultimodalInputsPB,
     MultimodalRpcServiceStub,
-    StatusVersionPB,
     TensorPB,
-    method_path,
 )
 from rtp_mm.server.servicer import caller_of
-from rtp_mm.server.state import Loaded, Phase, ServerState
 from rtp_mm.server.tensors import trans_tensor
-from rtp_mm.types import MMPreprocessConfig, MultimodalInput, WorkerStatus
-
-EMBED = method_path("RemoteMultimodalEmbedding")
-
-
-def request(*urls: str, **config: Any) -> Any:
-    items = [MultimodalInputPB(multimodal_url=url, mm_preprocess_config=MMPreprocessConfigPB(**config)) for url in urls]
-    return MultimodalInputsPB(multimodal_inputs=items)
-
-
-async def call_raw(address: str, message: bytes, **kwargs: Any) -> tuple[bytes, dict[str, str]]:
-    async with grpc.aio.insecure_channel(address) as channel:
-        call = channel.unary_unary(EMBED)(message, **kwargs)
-        reply = await call
-        return reply, dict(await call.trailing_metadata())
-
-
-async def refusal(address: str, message: Any, **kwargs: Any) -> grpc.aio.AioRpcError:
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await call_raw(address, message.SerializeToString(), **kwargs)
-    return caught.value
-
-
-# --- answers
+from rtp_mm.types import MMPreprocessConfig, MultimodalInput
 
 
 async def test_an_answer_carries_tensors_times_and_an_id() -> None:
@@ -229,9 +194,6 @@ async def test_no_items_and_garbage_are_the_callers_fault() -> None:
     assert caught.value.details().startswith("[MM_WRONG_FORMAT_ERROR] ")
 
 
-# --- time and callers
-
-
 @pytest.mark.parametrize(
     ("remaining_s", "items_ms", "limit_s"),
     [
@@ -298,189 +260,3 @@ async def test_a_loopback_call_is_local() -> None:
     async with serving() as server:
         await call_raw(server.grpc_address, request("img:1").SerializeToString())
     assert server.engine.asked[0][1].is_local
-
-
-# --- phases, health and figures
-
-
-async def test_before_and_after_serving_calls_are_refused_by_name() -> None:
-    async with serving(is_loaded=False) as server, aiohttp.ClientSession() as http:
-
-        async def health() -> tuple[int, Any]:
-            async with http.get(f"{server.http_url}/health") as response:
-                return response.status, await response.json()
-
-        error = await refusal(server.grpc_address, request("img:1"))
-        assert (error.code().name, error.details()[:24]) == ("UNAVAILABLE", "[MM_EMPTY_ENGINE_ERROR] ")
-        assert await health() == (503, {"status": "loading"})
-        server.state.serve(Loaded(server.engine, "fake", "bf16", "cpu"))
-        await call_raw(server.grpc_address, request("img:1").SerializeToString())
-        assert await health() == (200, {"status": "ok"})
-        server.state.phase = Phase.DRAINING
-        error = await refusal(server.grpc_address, request("img:1"))
-        assert (error.code().name, error.details()[:23]) == ("UNAVAILABLE", "[MM_REMOTE_RPC_FAILED] ")
-        assert await health() == (503, {"status": "draining"})
-
-
-async def test_grpc_health_says_not_serving_until_loaded() -> None:
-    async with serving(is_loaded=False) as server, grpc.aio.insecure_channel(server.grpc_address) as channel:
-        stub = health_pb2_grpc.HealthStub(channel)
-        for name in ("", "MultimodalRpcService"):
-            reply = await stub.Check(health_pb2.HealthCheckRequest(service=name))
-            assert reply.status == health_pb2.HealthCheckResponse.NOT_SERVING
-
-
-async def test_a_lost_device_is_said_everywhere_and_a_device_that_is_back_too() -> None:
-    async with serving() as server, grpc.aio.insecure_channel(server.grpc_address) as channel:
-        statuses = health_pb2.HealthCheckResponse
-        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(service="MultimodalRpcService"))
-        assert (await watch.read()).status == statuses.SERVING
-        server.engine.is_alive = False
-        for path in ("/health", "/ready", "/live"):
-            assert await http_status(server, path) == (503, {"status": "device lost"})
-        assert not (await MultimodalRpcServiceStub(channel).GetWorkerStatus(StatusVersionPB())).alive
-        assert (await watch.read()).status == statuses.NOT_SERVING
-        server.engine.is_alive = True
-        assert (await watch.read()).status == statuses.SERVING
-        assert await http_status(server, "/health") == (200, {"status": "ok"})
-
-
-async def test_live_is_not_ready_while_loading_and_draining() -> None:
-    async with serving(is_loaded=False) as server:
-        for phase in (Phase.LOADING, Phase.DRAINING):
-            server.state.phase = phase
-            assert await http_status(server, "/ready") == (503, {"status": phase})
-            assert await http_status(server, "/live") == (200, {"status": "ok"})
-
-
-async def http_status(server: Any, path: str) -> tuple[int, Any]:
-    async with aiohttp.ClientSession() as http, http.get(f"{server.http_url}{path}") as response:
-        return response.status, await response.json()
-
-
-async def test_the_root_page_says_what_this_is() -> None:
-    async with serving() as server, aiohttp.ClientSession() as http, http.get(f"{server.http_url}/") as response:
-        about = await response.json()
-    assert about["name"] == "rtp_mm"
-    assert about["model"] == "fake"
-    assert about["grpc_port"] == server.settings.start_port + 1
-
-
-async def test_worker_status_follows_the_engine_and_the_phase() -> None:
-    async with serving(is_loaded=False) as server, grpc.aio.insecure_channel(server.grpc_address) as channel:
-        stub = MultimodalRpcServiceStub(channel)
-        empty = await stub.GetWorkerStatus(StatusVersionPB())
-        assert (empty.role, empty.alive) == ("VIT", False)
-        server.state.serve(Loaded(server.engine, "fake", "bf16", "cpu"))
-        status = await stub.GetWorkerStatus(StatusVersionPB())
-        assert (status.role, status.alive, status.precision, status.status_version) == ("VIT", True, "bf16", 11)
-        assert (status.available_concurrency, status.waiting_query_len, status.running_query_len) == (7, 1, 0)
-        assert (status.available_kv_cache, status.total_kv_cache, status.max_batch_tokens_size) == (100, 200, 300)
-        server.state.phase = Phase.DRAINING
-        assert not (await stub.GetWorkerStatus(StatusVersionPB())).alive
-
-
-async def test_counts_that_outgrow_the_wire_stop_at_its_largest(monkeypatch: pytest.MonkeyPatch) -> None:
-    grown = WorkerStatus(1 << 40, 1 << 40, 1 << 40, 1.0, 1 << 31, 1 << 40, True, "bf16", 1 << 40, 1 << 41, 1 << 40)
-    monkeypatch.setattr(FakeEngine, "worker_status", lambda _: grown)
-    async with serving() as server, grpc.aio.insecure_channel(server.grpc_address) as channel:
-        status = await MultimodalRpcServiceStub(channel).GetWorkerStatus(StatusVersionPB())
-    largest = (1 << 31) - 1
-    assert (status.available_concurrency, status.waiting_query_len, status.running_query_len) == (largest,) * 3
-    assert status.iterate_count == largest
-    assert (status.status_version, status.total_kv_cache, status.max_batch_tokens_size) == (1 << 40, 1 << 41, 1 << 40)
-
-
-async def test_cache_keys_come_only_to_a_caller_that_is_behind_and_wants_them() -> None:
-    async with serving() as server, grpc.aio.insecure_channel(server.grpc_address) as channel:
-        stub = MultimodalRpcServiceStub(channel)
-
-        async def keys(version: int, need: bool) -> dict[int, bool]:
-            asked = CacheVersionPB(latest_cache_version=version, need_cache_keys=need)
-            status = await stub.GetCacheStatus(asked)
-            figures = status.available_kv_cache, status.total_kv_cache, status.block_size, status.version
-            assert figures == (100, 200, 1, 9)
-            return dict(status.cache_keys)
-
-        assert await keys(8, True) == {-3: True, 1 << 60: True}
-        assert await keys(9, True) == {}
-        assert await keys(8, False) == {}
-
-
-# --- logs and ports
-
-
-async def test_each_call_leaves_one_line_that_no_url_can_forge(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, "rtp_mm")
-    trace = "4bf92f3577b34da6a3ce929d0e0e4736"
-    async with serving() as server:
-        message = request("img:3", "img:2").SerializeToString()
-        reply, _ = await call_raw(
-            server.grpc_address, message, metadata=(("traceparent", f"00-{trace}-00f067aa0ba902b7-01"),)
-        )
-        bad = MultimodalInputPB(multimodal_url='x" status=OK\nINFO call', multimodal_type=9)
-        await refusal(server.grpc_address, MultimodalInputsPB(multimodal_inputs=[bad]))
-        await refusal(server.grpc_address, request("fail:QueueFullError"))
-    ok, refused, full = [KeyValueFormatter().format(r) for r in caplog.records if r.name == "rtp_mm.access"]
-    assert re.fullmatch(
-        rf"\S+ INFO call id=[0-9a-f]{{8}} trace={trace} peer=ipv4:127\.0\.0\.1:\d+ items=2 cached=0 tokens=5"
-        rf" bytes_in=10 bytes_out={len(reply)} status=OK ms=[\d.]+ fetch_ms=1\.50 forward_ms=20\.25",
-        ok,
-    )
-    assert "\n" not in refused
-    assert " status=INVALID_ARGUMENT " in refused
-    assert '\\" status=OK' in refused
-    assert " status=RESOURCE_EXHAUSTED " in full
-    assert full.endswith('retry_after_ms=250 error="[MM_PROCESS_ERROR] full"')
-
-
-@pytest.mark.parametrize("traceparent", ["", "00-" + "0" * 32 + "-00f067aa0ba902b7-01", 'x" status=OK'])
-async def test_a_traceparent_that_is_none_is_left_out(caplog: pytest.LogCaptureFixture, traceparent: str) -> None:
-    caplog.set_level(logging.INFO, "rtp_mm")
-    async with serving() as server:
-        message = request("img:1").SerializeToString()
-        await call_raw(server.grpc_address, message, metadata=(("traceparent", traceparent),))
-    (line,) = [KeyValueFormatter().format(r) for r in caplog.records if r.name == "rtp_mm.access"]
-    assert "trace=" not in line
-
-
-async def test_the_access_log_can_be_turned_off(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, "rtp_mm")
-    async with serving(disable_access_log=True) as server:
-        await call_raw(server.grpc_address, request("img:3").SerializeToString())
-    assert not [record for record in caplog.records if record.name == "rtp_mm.access"]
-
-
-@pytest.mark.parametrize(("offset", "use"), [(0, "HTTP"), (1, "gRPC")])
-async def test_a_taken_port_is_one_clear_line(offset: int, use: str, capfd: pytest.CaptureFixture[str]) -> None:
-    port = free_start_port()
-    settings = load_settings(None, start_port=port, mm_bind_address="127.0.0.1")
-    line = f"cannot listen on 127.0.0.1:{port + offset} for {use}: Address already in use"
-    with socket.create_server(("127.0.0.1", port + offset)), pytest.raises(StartError) as caught:
-        async with open_ports(ServerState(), settings):
-            pass
-    assert str(caught.value) == line
-    assert capfd.readouterr().err == ""
-
-
-async def test_two_servers_never_share_a_port() -> None:
-    async with serving(mm_bind_address="0.0.0.0") as server:
-        settings = load_settings(None, start_port=server.settings.start_port + 1)
-        with pytest.raises(StartError, match="Address already in use"):
-            async with open_ports(ServerState(), settings):
-                pass
-
-
-def test_blanket_excepts_stand_at_the_edge_of_a_process_alone() -> None:
-    """The server's, where an error becomes an answer, and a worker's, where it becomes a message to the server."""
-    package = Path(servicer.__file__).parents[1]
-    blanket = {path.name for path in package.rglob("*.py") if "except Exception" in path.read_text()}
-    assert blanket == {"servicer.py", "worker.py"}
-
-
-async def until(condition: Any) -> None:
-    """Waits for what must happen soon; fails the test instead of hanging it."""
-    end = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < end, inspect.getsource(condition)
-        await asyncio.sleep(0.005)

@@ -16,7 +16,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
-from test_servicer import call_raw, refusal, request
+from server_calls import call_raw, refusal, request
 
 from rtp_mm.config import load_settings
 from rtp_mm.errors import StartError
