@@ -1,5 +1,7 @@
 """Fixtures every test may use: tiny checkpoints, real photographs, and `require` for optional features; and a guard: no
 test dials or resolves anything but this machine (`no_network.py`).
+
+Imports what the tests of kernels need, which run on GPUs where little is installed; fixtures import the rest.
 """
 
 from __future__ import annotations
@@ -8,9 +10,9 @@ import importlib.util
 import io
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -21,6 +23,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from rtp_mm.models.random_checkpoint import write_checkpoint
+
+if TYPE_CHECKING:
+    from web_source import Source
+
+    from rtp_mm.engine.worker_pool import WorkerPool
 
 
 def _is_installed(module: str) -> bool:
@@ -114,3 +121,38 @@ def photo_path(photo: bytes, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("photos") / "chelsea.jpg"
     path.write_bytes(photo)
     return path
+
+
+@pytest.fixture
+async def source() -> AsyncIterator[Source]:
+    """A web server on this machine."""
+    from web_source import Source
+
+    async with Source.serving() as source:
+        yield source
+
+
+@pytest.fixture
+async def pool(tmp_path: Path) -> AsyncIterator[WorkerPool]:
+    """One scripted preprocess worker."""
+    from worker_pools import new_pool
+
+    async with new_pool(tmp_path) as pool:
+        yield pool
+
+
+@pytest.fixture
+async def pair(tmp_path: Path) -> AsyncIterator[WorkerPool]:
+    """Two of them."""
+    from worker_pools import new_pool
+
+    async with new_pool(tmp_path, count=2) as pool:
+        yield pool
+
+
+@pytest.fixture
+def urls(photos: dict[str, NDArray[np.uint8]]) -> list[str]:
+    """Eight small images, as data URLs."""
+    from watched_engine import as_data_url
+
+    return [as_data_url(photos["chelsea"][i : i + 60, :60]) for i in range(8)]

@@ -12,12 +12,7 @@ from fake_engine import Serving
 
 from rtp_mm.config import load_settings
 from rtp_mm.server.client import RemoteEngine
-from rtp_mm.server.proto import (
-    MMPreprocessConfigPB,
-    MultimodalInputPB,
-    MultimodalInputsPB,
-    method_path,
-)
+from rtp_mm.server.proto import MMPreprocessConfigPB, MultimodalInputPB, MultimodalInputsPB, method_path
 from rtp_mm.types import MultimodalInput
 
 EMBED = method_path("RemoteMultimodalEmbedding")

@@ -10,10 +10,7 @@ from fake_engine import serving
 from server_calls import call_raw, refusal, request
 
 from rtp_mm.logs import KeyValueFormatter
-from rtp_mm.server.proto import (
-    MultimodalInputPB,
-    MultimodalInputsPB,
-)
+from rtp_mm.server.proto import MultimodalInputPB, MultimodalInputsPB
 
 
 async def test_each_call_leaves_one_line_that_no_url_can_forge(caplog: pytest.LogCaptureFixture) -> None:

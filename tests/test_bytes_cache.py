@@ -9,26 +9,19 @@ from email.utils import format_datetime
 from typing import Any
 
 import pytest
-import pytest_asyncio
 from aiohttp import web
 from blake3 import blake3
+from fetching import REMOTE
 from web_source import Source
 
 from rtp_mm.config import load_settings
 from rtp_mm.errors import DownloadFailedError, DownloadRefusedError, WrongFormatError
 from rtp_mm.media.fetch import Fetcher
 from rtp_mm.media.freshness import Answer, lifetime_s
-from rtp_mm.types import Blob, Caller, MMUrlType, MultimodalInput
+from rtp_mm.types import Blob, MMUrlType, MultimodalInput
 
-REMOTE = Caller(peer="ipv4:192.0.2.1:4711", is_local=False)
 BODY = bytes(range(256)) * 100
 TTL_S = 60.0
-
-
-@pytest_asyncio.fixture
-async def source() -> AsyncIterator[Source]:
-    async with Source.serving() as source:
-        yield source
 
 
 class Client:

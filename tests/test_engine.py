@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import concurrent.futures
-import io
 import itertools
 import threading
 import time
@@ -13,23 +11,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
-from PIL import Image
+from watched_engine import as_data_url
 
 from rtp_mm.config import load_settings
 from rtp_mm.engine.process_engine import MMProcessEngine
 from rtp_mm.errors import BadItemsError, DeadlineError, DrainingError, ProcessError, QueueFullError
 from rtp_mm.models.registry import load_model
 from rtp_mm.types import MMPreprocessConfig, MMUrlType, MultimodalInput
-
-
-def as_data_url(pixels: NDArray[np.uint8]) -> str:
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
 def new_engine(folder: Path, **options: Any) -> MMProcessEngine:

@@ -9,20 +9,15 @@ from urllib.parse import quote
 import numpy as np
 import pytest
 import torch
+from fetching import REMOTE, fetch
 
 from rtp_mm.config import load_settings
 from rtp_mm.errors import NotSupportedError, WrongFormatError
 from rtp_mm.media.fetch import Fetcher
 from rtp_mm.media.redact import MAX_CHARACTERS, redact
-from rtp_mm.types import LIBRARY_CALLER, Blob, Caller, MMUrlType, MultimodalInput
+from rtp_mm.types import LIBRARY_CALLER, MMUrlType, MultimodalInput
 
-REMOTE = Caller(peer="ipv4:192.0.2.1:4711", is_local=False)
 BODY = bytes(range(256)) * 5
-
-
-async def fetch(url: str, mm_type: MMUrlType = MMUrlType.IMAGE, tensor: Any = None, **options: Any) -> Blob:
-    async with Fetcher(load_settings(**options)) as fetcher:
-        return await fetcher.fetch(MultimodalInput(url, mm_type, tensor=tensor), REMOTE)
 
 
 def b64(data: bytes) -> str:

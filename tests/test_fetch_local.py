@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fetching import REMOTE
 
 from rtp_mm.config import load_settings
 from rtp_mm.errors import DownloadFailedError, DownloadRefusedError, MMError, NotSupportedError, WrongFormatError
@@ -18,7 +19,6 @@ from rtp_mm.media.local import LocalFiles
 from rtp_mm.types import LIBRARY_CALLER, Caller, MultimodalInput
 
 LOCAL = Caller(peer="ipv4:127.0.0.1:4711", is_local=True)
-REMOTE = Caller(peer="ipv4:192.0.2.1:4711", is_local=False)
 CALLERS = [LOCAL, REMOTE, LIBRARY_CALLER]
 
 

@@ -12,7 +12,6 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
-import pytest_asyncio
 from aiohttp import web
 from pretend_network import PretendNetwork
 from web_source import Source
@@ -26,12 +25,6 @@ LIMIT = SizeLimit(1 << 16, "MM_IMAGE_MAX_FILE_SIZE_KB")
 ADDRESS = "93.184.215.14"
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nbody"
 RESET = b"RESET"
-
-
-@pytest_asyncio.fixture
-async def source() -> AsyncIterator[Source]:
-    async with Source.serving() as source:
-        yield source
 
 
 @pytest.fixture

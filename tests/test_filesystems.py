@@ -6,11 +6,14 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
+import fetching
 import fsspec
 import pytest
 from blake3 import blake3
+from fetching import REMOTE
 from fsspec.implementations.memory import MemoryFileSystem
 
 from rtp_mm.config import load_settings
@@ -24,10 +27,11 @@ from rtp_mm.errors import (
 )
 from rtp_mm.media import filesystems
 from rtp_mm.media.fetch import Fetcher
-from rtp_mm.types import Blob, Caller, MMUrlType, MultimodalInput
+from rtp_mm.types import MMUrlType, MultimodalInput
 
-REMOTE = Caller(peer="ipv4:192.0.2.1:4711", is_local=False)
 BODY = bytes(range(256)) * 20_000  # 5 MB
+fetch = partial(fetching.fetch, mm_allowed_schemes="memory")
+refusal = partial(fetching.refusal, mm_allowed_schemes="memory")
 
 
 @pytest.fixture(autouse=True)
@@ -37,18 +41,6 @@ def store() -> Iterator[Any]:
     store.pipe("/bucket/x.jpg", BODY)
     yield store
     store.rm("/", recursive=True)
-
-
-async def fetch(url: str, mm_type: MMUrlType = MMUrlType.IMAGE, **options: Any) -> Blob:
-    async with Fetcher(load_settings(**{"mm_allowed_schemes": "memory", **options})) as fetcher:
-        return await fetcher.fetch(MultimodalInput(url, mm_type), REMOTE)
-
-
-async def refusal(url: str, **options: Any) -> MMError:
-    with pytest.raises(MMError) as caught:
-        await fetch(url, **options)
-    assert caught.value.__cause__ is None
-    return caught.value
 
 
 async def test_a_file_comes_back_whole_with_its_hash() -> None:

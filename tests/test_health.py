@@ -11,11 +11,7 @@ from fake_engine import FakeEngine, serving
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from server_calls import call_raw, http_status, refusal, request
 
-from rtp_mm.server.proto import (
-    CacheVersionPB,
-    MultimodalRpcServiceStub,
-    StatusVersionPB,
-)
+from rtp_mm.server.proto import CacheVersionPB, MultimodalRpcServiceStub, StatusVersionPB
 from rtp_mm.server.state import Loaded, Phase
 from rtp_mm.types import WorkerStatus
 

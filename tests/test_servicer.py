@@ -21,10 +21,7 @@ from rtp_mm.config import load_settings
 from rtp_mm.engine.interface import time_limit_s
 from rtp_mm.logs import KeyValueFormatter
 from rtp_mm.server import wire
-from rtp_mm.server.proto import (
-    MultimodalRpcServiceStub,
-    TensorPB,
-)
+from rtp_mm.server.proto import MultimodalRpcServiceStub, TensorPB
 from rtp_mm.server.servicer import caller_of
 from rtp_mm.server.tensors import trans_tensor
 from rtp_mm.types import MMPreprocessConfig, MultimodalInput

@@ -9,6 +9,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+from clips import FRAMES, KINDS, decode_all, encode, moving, sound_only
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -16,7 +17,6 @@ from rtp_mm.errors import NotSupportedError, WrongFormatError
 from rtp_mm.media.animation import open_animation
 from rtp_mm.media.clip import ClipLimits
 from rtp_mm.media.video import open_video
-from tests.clips import FRAMES, KINDS, decode_all, encode, moving, sound_only
 
 LIMITS = ClipLimits(max_pixels=10**8, max_seconds=1000)
 Pixels = NDArray[np.uint8]

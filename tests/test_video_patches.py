@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from clips import FRAMES, decode_all, encode, moving, sound_only
+from huggingface import HuggingFace, relative_l2
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -22,8 +24,6 @@ from rtp_mm.models.registry import load_model
 from rtp_mm.preprocess.media import MediaPreprocessor
 from rtp_mm.types import Blob, CropBox, MMPreprocessConfig, MMUrlType, Patches, PreprocessOptions
 from tests import reference
-from tests.clips import FRAMES, decode_all, encode, moving, sound_only
-from tests.huggingface import HuggingFace, relative_l2
 
 Pixels = NDArray[np.uint8]
 ANY = PreprocessOptions()

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from clips import encode, moving
 
 import rtp_mm
 from rtp_mm.server.call import MAX_SECONDS_BYTES, Call
 from rtp_mm.server.wire import SECONDS_METADATA
 from rtp_mm.types import Caller, MMUrlType
-from tests.clips import encode, moving
 
 
 def trailing(seconds: list[float | None]) -> str | None:

@@ -1,0 +1,169 @@
+"""Worker processes that die, lie, do not start or are closed: only the item that one held fails."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from scripted_worker import ScriptedPreprocessor, script
+from waiting import until
+from worker_pools import IMAGE, is_gone, kill, new_pool, run, text, until_slab_is_free
+
+from rtp_mm.engine import worker_pool
+from rtp_mm.engine.worker_pool import WorkerPool
+from rtp_mm.engine.worker_process import WorkerProcess
+from rtp_mm.errors import DrainingError, ProcessError, StartError
+from rtp_mm.types import Patches
+
+
+async def test_a_worker_killed_while_it_writes_fails_its_item_and_nobody_sees_its_bytes(
+    pair: WorkerPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The slot of the dead is used again only after it is reaped."""
+    note, count = tmp_path / "note", 16 << 10  # rows of 1 KiB: a quarter of the slab
+    freed_while_gone: list[bool] = []
+    free = pair.slab.free
+    monkeypatch.setattr(pair.slab, "free", lambda slot: (freed_while_gone.append(is_gone(pid)), free(slot)))
+    writing = asyncio.create_task(run(pair, script("stall", note=str(note), count=count)))
+    await until(note.exists)
+    pid = int(note.read_text())
+    assert pair.slab.bytes[0] == 0xEE
+    neighbours = [asyncio.create_task(run(pair, script(count=count, columns=1024, value=v))) for v in range(3)]
+    os.kill(pid, signal.SIGKILL)
+    with pytest.raises(ProcessError, match="worker was killed by SIGKILL while it held this item"):
+        await writing
+    assert freed_while_gone == [True]
+    for value, patches in enumerate(await asyncio.gather(*neighbours)):
+        assert (patches.rows == value).all()
+    assert (await run(pair, script(count=count, columns=1024, value=9))).rows.min() == 9
+    await until(lambda: pair.ready == 2)
+    assert pair.restarts == {"crash": 1}
+
+
+FATAL = [
+    (script("crash", note="/dev/null"), "was killed by SIGSEGV"),
+    (script("leave", status=3), "ended with status 3"),
+    (script("lie", said=["no JSON"]), "was killed by SIGKILL"),
+    (script("lie", said=['{"shape": [4, 12]}', '{"grid": [1, 2, 3]}']), "was killed by SIGKILL"),
+]
+
+
+async def test_a_worker_that_crashes_or_lies_is_replaced(pool: WorkerPool) -> None:
+    pid = await text(pool, "pid")
+    for blob, words in FATAL:
+        with pytest.raises(ProcessError, match=words):
+            await run(pool, blob)
+        assert is_gone(int(pid))
+        assert pid != (pid := await text(pool, "pid"))
+    await until_slab_is_free(pool)
+    assert pool.restarts == {"crash": len(FATAL)}
+
+
+async def test_a_worker_that_dies_idle_is_replaced_and_fails_nobody(pair: WorkerPool) -> None:
+    for round_number in range(1, 3):
+        victim = kill(int(await text(pair, "pid")))
+        answers = await asyncio.gather(*(run(pair, script(value=v)) for v in range(20)))
+        assert [int(patches.rows[0, 0]) for patches in answers] == list(range(20))
+        await until(lambda: pair.restarts["idle"] == round_number and pair.ready == 2)  # noqa: B023
+        assert is_gone(victim)
+
+
+async def test_an_item_given_to_a_worker_that_just_died_goes_to_another(pool: WorkerPool) -> None:
+    """Its death is not known yet when the item is handed over."""
+    victim = kill(int(await text(pool, "pid")))
+    assert int(await text(pool, "pid")) != victim
+
+
+async def test_signals_to_the_whole_group_leave_workers_at_work(pool: WorkerPool) -> None:
+    pid = await text(pool, "pid")
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        os.kill(int(pid), number)
+    assert await text(pool, "pid") == pid
+
+
+async def test_workers_that_do_not_start_again_are_tried_again(
+    pool: WorkerPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_pool, "_FIRST_RETRY_S", 0.01)
+    (tmp_path / "obstacle").touch()
+    with pytest.raises(ProcessError):
+        await run(pool, script("leave", status=0))
+    waiting = asyncio.create_task(text(pool, "pid"))
+    await until(lambda: pool.restarts["start"] >= 2)
+    assert pool.ready == 0
+    (tmp_path / "obstacle").unlink()
+    assert int(await waiting)
+
+
+def test_workers_that_cannot_start_end_the_start(tmp_path: Path) -> None:
+    (tmp_path / "obstacle").touch()
+    before = set(psutil.Process().children())
+    limits: dict[str, Any] = {"count": 2, "memory_mb": 64, "slab_mb": 1, "inbox_bytes": 1}
+    with pytest.raises(StartError, match="a preprocess worker did not start: it"):
+        WorkerPool(ScriptedPreprocessor(IMAGE, tmp_path / "obstacle"), **limits)
+    with pytest.raises(StartError, match="USE_LOCAL_PREPROCESS=1"):
+        WorkerPool(lambda *_: Patches(np.zeros((1, 1), np.uint8), (1, 1, 1)), **limits)
+    assert set(psutil.Process().children()) <= before
+
+
+async def test_closing_ends_what_runs_and_what_waits(tmp_path: Path) -> None:
+    note = tmp_path / "note"
+    async with new_pool(tmp_path) as pool:
+        jobs = [asyncio.create_task(run(pool, script("stall", note=str(note)))) for _ in range(3)]
+        await until(note.exists)
+        pool.close()
+        for job in jobs:
+            with pytest.raises(DrainingError):
+                await job
+        assert is_gone(int(note.read_text()))
+
+
+async def test_closing_does_not_wait_for_workers_that_start(pair: WorkerPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One is stopped as it starts, as on a machine that has no time for it."""
+    greet, greeted = WorkerProcess.greet, []
+
+    def stopped_greet(worker: WorkerProcess, setup: bytes) -> None:
+        os.kill(worker.pid, signal.SIGSTOP)
+        greeted.append(worker.pid)
+        greet(worker, setup)
+
+    monkeypatch.setattr(WorkerProcess, "greet", stopped_greet)
+    kill(int(await text(pair, "pid")))
+    await until(lambda: greeted)
+    pair.close()
+    await asyncio.to_thread(pair._threads.shutdown)
+    assert all(is_gone(pid) for pid in greeted)
+
+
+PARENT = """
+import asyncio, sys
+from pathlib import Path
+from scripted_worker import ScriptedPreprocessor, script
+from rtp_mm.engine.worker_pool import WorkerPool
+from rtp_mm.types import MMUrlType, PreprocessOptions
+
+folder = Path(sys.argv[1])
+pool = WorkerPool(
+    ScriptedPreprocessor(None, folder / "obstacle"), count=2, memory_mb=512, slab_mb=1, inbox_bytes=1 << 20
+)
+asyncio.run(pool.run(script("stall", note=str(folder / "busy")), MMUrlType.IMAGE, PreprocessOptions()))
+"""
+
+
+async def test_workers_die_with_their_parent(tmp_path: Path) -> None:
+    path = os.pathsep.join(map(os.path.abspath, sys.path))
+    parent = subprocess.Popen([sys.executable, "-c", PARENT, str(tmp_path)], env=os.environ | {"PYTHONPATH": path})
+    await until((tmp_path / "busy").exists)
+    workers = psutil.Process(parent.pid).children()
+    assert len(workers) == 2
+    parent.kill()
+    parent.wait()
+    await until(lambda: not any(worker.is_running() for worker in workers))
