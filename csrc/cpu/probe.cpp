@@ -2,8 +2,6 @@
 
 #include "cpu/probe.h"
 
-#include <algorithm>
-#include <array>
 #include <string_view>
 
 #include "cpu/probe_formats.h"
@@ -16,33 +14,33 @@ using namespace std::literals;
 
 struct Signature {
   std::string_view text;
-  uint64_t offset;
-  ImageHeader (*read)(const Bytes& file);
+  HeaderReader* read;
+  uint64_t offset = 0;
 };
 
-constexpr std::array kSignatures = {
-    Signature{"\xff\xd8\xff"sv, 0, jpeg},
-    Signature{"\x89PNG\r\n\x1a\n"sv, 0, png},
-    Signature{"WEBPVP8"sv, 8, webp},
-    Signature{"GIF87a"sv, 0, gif},
-    Signature{"GIF89a"sv, 0, gif},
-    Signature{"BM"sv, 0, bmp},
-    Signature{"II\x2a\0"sv, 0, tiff},
-    Signature{"MM\0\x2a"sv, 0, tiff},
-    Signature{"II\x2b\0"sv, 0, tiff},
-    Signature{"MM\0\x2b"sv, 0, tiff},
-    Signature{"II\0\x2a"sv, 0, tiff},  // wrong, and read all the same, as Pillow does
-    Signature{"MM\x2a\0"sv, 0, tiff},
-    Signature{"ftyp"sv, 4, heif},
-    Signature{"\0\0\0\x0cjP  \r\n\x87\n"sv, 0, jpeg2000_boxes},
-    Signature{"\xff\x4f\xff\x51"sv, 0, jpeg2000_codestream},
-    Signature{"\0\0\1\0"sv, 0, ico},
-    Signature{"qoif"sv, 0, qoi},
-    Signature{"P"sv, 0, pnm},
-    Signature{""sv, 0, tga},  // which has none: whatever the others leave
+constexpr Signature kSignatures[] = {
+    {"\xff\xd8\xff"sv, jpeg},
+    {"\x89PNG\r\n\x1a\n"sv, png},
+    {"WEBPVP8"sv, webp, 8},
+    {"GIF87a"sv, gif},
+    {"GIF89a"sv, gif},
+    {"BM"sv, bmp},
+    {"II\x2a\0"sv, tiff},
+    {"MM\0\x2a"sv, tiff},
+    {"II\x2b\0"sv, tiff},
+    {"MM\0\x2b"sv, tiff},
+    {"II\0\x2a"sv, tiff},  // wrong, and read all the same, as Pillow does
+    {"MM\x2a\0"sv, tiff},
+    {"ftyp"sv, heif, 4},
+    {"\0\0\0\x0cjP  \r\n\x87\n"sv, jpeg2000_boxes},
+    {"\xff\x4f\xff\x51"sv, jpeg2000_codestream},
+    {"\0\0\1\0"sv, ico},
+    {"qoif"sv, qoi},
+    {"P"sv, pnm},
+    {""sv, tga},  // which has none: whatever the others leave
 };
 
-ProbeResult attempt(ImageHeader (*read)(const Bytes&), const uint8_t* data, size_t size) {
+ProbeResult attempt(HeaderReader* read, const uint8_t* data, size_t size) {
   try {
     const ImageHeader header = read(Bytes(data, size));
     if (header.width && header.height) return header;

@@ -80,22 +80,12 @@ uint64_t frames_or_unknown(Count count) {
   }
 }
 
-// Each reads the header of a file that begins as its format does.
-ImageHeader jpeg(const Bytes& file);
-ImageHeader tiff(const Bytes& file);
+// Reads the header of a file that begins as its format does.
+using HeaderReader = ImageHeader(const Bytes& file);
 
-ImageHeader png(const Bytes& file);
-ImageHeader gif(const Bytes& file);
-ImageHeader webp(const Bytes& file);
-
-ImageHeader bmp(const Bytes& file);
-ImageHeader ico(const Bytes& file);
-ImageHeader qoi(const Bytes& file);
-ImageHeader pnm(const Bytes& file);
-ImageHeader tga(const Bytes& file);
-
-ImageHeader jpeg2000_boxes(const Bytes& file);
-ImageHeader jpeg2000_codestream(const Bytes& file);
-ImageHeader heif(const Bytes& file);
+HeaderReader jpeg, tiff;
+HeaderReader png, gif, webp;
+HeaderReader bmp, ico, qoi, pnm, tga;
+HeaderReader jpeg2000_boxes, jpeg2000_codestream, heif;
 
 }  // namespace rtp_mm::probing
