@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,20 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from benchmarks.gpu_steps import STEPS, Unavailable
+from benchmarks.gpu_checks import build, invariance, sanitizer, tests
+from benchmarks.gpu_common import Figures, Options, Unavailable
+from benchmarks.gpu_kernels import attention, linears, peaks, pointwise, tiles
+from benchmarks.gpu_towers import profile, service, tower
 from benchmarks.report import RESULTS, machine
+
+# What is known soonest, and matters most, comes first.
+STEPS: dict[str, Callable[[Options], Figures]] = {
+    step.__name__: step
+    for step in (
+        *(build, tests, peaks, attention, pointwise, linears, tower, invariance),
+        *(service, profile, tiles, sanitizer),
+    )
+}
 
 console = Console(width=160)
 

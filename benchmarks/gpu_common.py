@@ -1,0 +1,112 @@
+"""What the steps of `gpu_session` share: options, inputs, timing. torch is imported when a step runs."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+ROUNDS = 9
+# Ways to run our tower, by the settings that differ.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "ours": {},
+    "ours, no graphs": {"mm_cuda_graphs": "0"},
+    "ours, cuBLAS": {"mm_batch_invariant": False},
+    "ours, fp8": {"mm_quantization": "fp8"},
+}
+
+Options = argparse.Namespace
+Figures = dict[str, Any]
+
+
+class Unavailable(Exception):
+    """This machine cannot do the step; says why."""
+
+
+def is_gpu(options: Options) -> bool:
+    return not options.device.startswith("cpu")
+
+
+def need_cuda(options: Options) -> None:
+    if not is_gpu(options):
+        raise Unavailable(f"needs a GPU, and the device is {options.device}")
+
+
+def dtype_of(options: Options) -> Any:
+    """Triton's interpreter multiplies float32 rightly, bf16 not."""
+    import torch
+
+    return torch.bfloat16 if is_gpu(options) else torch.float32
+
+
+def checkpoint(options: Options) -> Path:
+    """A folder with random weights of Qwen2.5-VL, written by the first step that needs it."""
+    from rtp_mm.models.random_checkpoint import write_checkpoint
+
+    path: Path = options.folder / "checkpoint"
+    if not (path / "config.json").exists():
+        write_checkpoint(path, "qwen2_5_vl", options.size)
+    return path
+
+
+def load_part(folder: Path, options: Options, settings: dict[str, Any]) -> Any:
+    from rtp_mm.config import load_settings
+    from rtp_mm.models.registry import load_model
+
+    # On a CPU float32, so that Triton's interpreter can run it.
+    act_type, attention = ("bf16", "auto") if is_gpu(options) else ("fp32", "sdpa")
+    values: dict[str, Any] = {"act_type": act_type, "mm_attention": attention, "device": options.device}
+    return load_model(load_settings(checkpoint_path=folder, **values, **settings)).mm_part
+
+
+def side_lengths(patches: int) -> tuple[int, int]:
+    side = int(patches**0.5)
+    return side, side
+
+
+def random_image(h: int, w: int) -> Any:
+    import numpy as np
+
+    from rtp_mm.types import Patches
+
+    return Patches(np.random.default_rng(h * w).integers(0, 256, (h * w, 588), np.uint8), (1, h, w))
+
+
+def random_batch(images: int, patches: int) -> tuple[list[Any], dict[str, Any]]:
+    """The same random bytes for both sides: `Patches` for ours, pixel values for the peer."""
+    import torch
+
+    from rtp_mm.models.qwen2_vl import PUBLISHED_PROCESSOR
+    from rtp_mm.types import Patches
+
+    h, w = side_lengths(patches)
+    rows = torch.randint(0, 256, (images, patches, 3, 1, 196), dtype=torch.uint8)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (PUBLISHED_PROCESSOR.image_mean, PUBLISHED_PROCESSOR.image_std))
+    values = ((rows / 255 - mean) / std).expand(-1, -1, -1, 2, -1).reshape(images * patches, -1)
+    items = [Patches(image.flatten(1).numpy(), (1, h, w)) for image in rows]
+    return items, {"pixel_values": values, "image_grid_thw": torch.tensor([[1, h, w]] * images)}
+
+
+def synchronize(device: Any) -> None:
+    import torch
+
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+
+
+def timed(function: Callable[[], object], device: Any, rounds: int = ROUNDS) -> float:
+    """Median seconds of a call, with all its device work, after one call to warm up (several rounds only)."""
+    if rounds > 1:
+        function()
+    times = []
+    for _ in range(rounds):
+        synchronize(device)
+        started = time.perf_counter()
+        function()
+        synchronize(device)
+        times.append(time.perf_counter() - started)
+    return median(times)

@@ -1,0 +1,165 @@
+"""Steps of `gpu_session` that measure kernels one by one, against what the device can do at best."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from benchmarks.gpu_common import (
+    Figures,
+    Options,
+    Unavailable,
+    dtype_of,
+    is_gpu,
+    timed,
+)
+
+# name, K, N, activation; of Qwen2.5-VL
+LAYERS = (
+    ("qkv", 1280, 3840, "none"),
+    ("proj", 1280, 1280, "add"),
+    ("gate/up", 1280, 6840, "silu_gate"),
+    ("down", 3420, 1280, "add"),
+    ("merger 1", 5120, 5120, "gelu"),
+)
+ROWS = (256, 1024, 4096, 16384)
+
+
+def peaks(options: Options) -> Figures:
+    """What this device does at best: a large copy, and a large bf16 matrix product on random data."""
+    import torch
+
+    size, side = (1 << 30, 8192) if is_gpu(options) else (1 << 20, 64)
+    block = torch.empty(size, dtype=torch.uint8, device=options.device)
+    target = torch.empty_like(block)
+    copy = timed(lambda: target.copy_(block), options.device)
+    a, b = (torch.randn(side, side, device=options.device, dtype=torch.bfloat16) for _ in range(2))
+    product = timed(lambda: a @ b, options.device)
+    return {"copy_gb_s": 2 * block.nbytes / copy / 1e9, "bf16_tflop_s": 2 * side**3 / product / 1e12}
+
+
+def attention(options: Options) -> Figures:
+    """Every backend that can run here: milliseconds of the trial that MM_ATTENTION=fastest makes."""
+    import torch
+
+    from rtp_mm.vit.attention import VARLEN_ATTENTION, is_usable, time_attention
+
+    device, dtype = torch.device(options.device), dtype_of(options)
+    usable = {n: backend for n, backend in VARLEN_ATTENTION.items() if is_usable(n, dtype, device)}
+    return {f"{n}_ms": 1e3 * s for n, s in time_attention(usable, dtype, device, time.perf_counter).items()}
+
+
+def pointwise(options: Options) -> Figures:
+    """The pointwise kernels at 16384 rows of Qwen2.5-VL: microseconds and GB/s moved."""
+    import torch
+
+    from rtp_mm import ops
+
+    rows, dim, heads, hidden = (16384, 1280, 16, 3424) if is_gpu(options) else (8, 64, 4, 176)
+    dtype, width = dtype_of(options), dtype_of(options).itemsize
+    with torch.device(options.device):
+        x, delta, weight, bias = (
+            torch.zeros(rows, dim),
+            torch.zeros(rows, dim, dtype=dtype),
+            torch.ones(dim),
+            torch.zeros(dim),
+        )
+        qkv, turn = torch.zeros(rows, 3, heads, dim // heads, dtype=dtype), torch.zeros(rows, dim // heads // 2)
+        gate_up = torch.zeros(rows, 2 * hidden, dtype=dtype)
+    element = rows * dim
+    cases: dict[str, tuple[Callable[[], object], float]] = {
+        "rms_norm": (lambda: ops.add_norm(x, None, weight, None, 1e-6, dtype), element * (4 + width)),
+        "add, rms_norm": (lambda: ops.add_norm(x, delta, weight, None, 1e-6, dtype), element * (8 + 2 * width)),
+        "layer_norm": (lambda: ops.add_norm(x, None, weight, bias, 1e-6, dtype), element * (4 + width)),
+        "rotate": (lambda: ops.rotate_qk_(qkv, turn, turn), element * 4 * width + rows * dim // heads * 4),
+        "silu_gate": (lambda: ops.activate(gate_up, "silu_gate"), rows * hidden * 3 * width),
+        "gelu": (lambda: ops.activate(gate_up, "gelu"), rows * hidden * 4 * width),
+    }
+    seconds = {name: timed(call, options.device) for name, (call, _) in cases.items()}
+    return {name: {"us": 1e6 * s, "gb_s": cases[name][1] / s / 1e9} for name, s in seconds.items()}
+
+
+def linears(options: Options) -> Figures:
+    """Our linear layers against cuBLAS with the same epilogue behind it: microseconds, and TFLOP/s of either."""
+    found = {}
+    for name, k, n, activation in layers(options):
+        for rows in ROWS if is_gpu(options) else (70,):
+            contenders = linear_contenders(rows, k, n, activation, options)
+            work = 2.0 * rows * k * n
+            seconds = {side: timed(call, options.device) for side, call in contenders.items()}
+            found[f"{name}, {rows} rows"] = {f"{side}_us": 1e6 * s for side, s in seconds.items()} | {
+                f"{side}_tflop_s": work / s / 1e12 for side, s in seconds.items()
+            }
+    return found
+
+
+def tiles(options: Options) -> Figures:
+    """Other tiles for each layer: microseconds, and whether a row has the bits that it has in the layer's own tile."""
+    import torch
+
+    from rtp_mm.ops import linear_triton
+    from rtp_mm.ops.linear_triton import Tile
+
+    candidates = [
+        Tile(m, n, 64, stages, warps)
+        for m, n, warps in ((64, 64, 4), (64, 128, 4), (128, 64, 4), (128, 128, 8), (128, 256, 8), (64, 256, 8))
+        for stages in (3, 4)
+    ]
+    found: Figures = {}
+    chosen = linear_triton.choose_tile
+    for name, k, n, activation in layers(options):
+        for rows in (256, 16384) if is_gpu(options) else (70,):
+            figures: Figures = {}
+            torch.manual_seed(0)
+            call = linear_contenders(rows, k, n, activation, options)["ours"]
+            expected = call().clone()
+            for tma in (True, False) if is_gpu(options) else (False,):
+                for tile in candidates if is_gpu(options) else candidates[:1]:
+                    label = f"{tile.m}x{tile.n}, {tile.stages} stages{', TMA' if tma else ''}"
+                    linear_triton.choose_tile = lambda *_, tile=tile, tma=tma: (tile, tma)  # type: ignore[assignment]
+                    try:
+                        torch.manual_seed(0)
+                        call = linear_contenders(rows, k, n, activation, options)["ours"]
+                        same = torch.equal(call(), expected)
+                        figures[label] = {"us": 1e6 * timed(call, options.device, 5), "same_bits": same}
+                    except Exception as error:  # noqa: BLE001 - too large a tile for this GPU is a finding
+                        figures[label] = f"{type(error).__name__}: {str(error)[:80]}"
+                    finally:
+                        linear_triton.choose_tile = chosen
+            found[f"{name}, {rows} rows"] = figures
+    return found
+
+
+def layers(options: Options) -> Sequence[tuple[str, int, int, str]]:
+    from rtp_mm import ops
+
+    if is_gpu(options):
+        return LAYERS
+    import torch
+
+    if not ops.uses_triton(torch.device("cpu")):
+        raise Unavailable("needs TRITON_INTERPRET=1 on a CPU")
+    return [(name, 64, 96, activation) for name, _, _, activation in LAYERS]
+
+
+def linear_contenders(rows: int, k: int, n: int, activation: str, options: Options) -> dict[str, Callable[[], Any]]:
+    """Calls of a layer by ours and by cuBLAS; "add": to a float32 residual, which cuBLAS leaves to the next norm."""
+    import torch
+
+    from rtp_mm.vit.linear import CublasGemm, FixedGemm
+
+    with torch.device(options.device):
+        x = torch.randn(rows, k).to(dtype_of(options))
+        weight, bias = (torch.randn(n, k) * k**-0.5).to(dtype_of(options)), torch.randn(n)
+        residual = torch.zeros(rows, n)
+    if activation == "add":
+        fixed, library = FixedGemm(weight, bias, "none"), CublasGemm(weight, bias, "none")
+        x = torch.nn.functional.pad(x, (0, -k % 16))
+        library_x = x[:, :k].contiguous()
+        return {
+            "ours": lambda: (fixed.add_to(residual, x), residual)[1],
+            "cublas": lambda: library.add_to(residual, library_x),
+        }
+    fixed, library = FixedGemm(weight, bias, activation), CublasGemm(weight, bias, activation)
+    return {"ours": lambda: fixed(x), "cublas": lambda: library(x)}

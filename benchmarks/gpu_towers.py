@@ -1,0 +1,150 @@
+"""Steps of `gpu_session` that measure the tower and the service whole."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks.gpu_common import (
+    ROOT,
+    ROUNDS,
+    VARIANTS,
+    Figures,
+    Options,
+    checkpoint,
+    is_gpu,
+    load_part,
+    random_batch,
+    side_lengths,
+    synchronize,
+    timed,
+)
+
+PROFILED_KERNELS = 20
+# Images in a forward, patches of each: one small image, one of a megapixel, full batches, one of the largest.
+BATCHES = ((1, 64), (1, 256), (1, 1024), (4, 1024), (16, 1024), (1, 4096), (1, 16384))
+
+
+def tower(options: Options) -> Figures:
+    """Ours, in several ways, against Hugging Face SDPA on the same weights, rounds in turns; errors against float32."""
+    import torch
+
+    from benchmarks.bench_tower import operations
+    from rtp_mm.cli.hugging_face import HuggingFacePeer
+
+    device = torch.device(options.device)
+    folder = checkpoint(options)
+    parts: dict[str, Any] = {}
+    found: Figures = {}
+    for variant, settings in VARIANTS.items():
+        try:
+            parts[variant] = load_part(folder, options, settings)
+        except Exception as error:  # noqa: BLE001 - the others are measured still
+            found[variant] = f"{type(error).__name__}: {error}"
+    peer = HuggingFacePeer(folder, torch.bfloat16, device)
+    exact = HuggingFacePeer(folder, torch.float32, device)
+    for images, patches in BATCHES if is_gpu(options) else BATCHES[:1]:
+        items, peer_inputs = random_batch(images, patches)
+        values, grid = peer_inputs["pixel_values"].to(device), peer_inputs["image_grid_thw"].to(device)
+        with torch.inference_mode():
+            expected = exact.forward(peer_inputs).double()
+        calls: dict[str, Callable[[], Any]] = {
+            variant: partial(part.mm_process_batch, items, [], []) for variant, part in parts.items()
+        }
+        calls["Hugging Face"] = partial(peer_forward, peer.tower, values.to(torch.bfloat16), grid)
+        figures: Figures = {}
+        work = images * operations(parts["ours"].visual.config, *side_lengths(patches))
+        seconds: dict[str, list[float]] = {name: [] for name in calls}
+        for name, call in calls.items():
+            out = call()  # compiles, captures
+            embedding = out if name == "Hugging Face" else torch.cat([e for e, _ in out])
+            error = (embedding.cpu().double() - expected).norm() / expected.norm()
+            figures[name] = {"error": float(error)}
+        for _ in range(ROUNDS if is_gpu(options) else 2):
+            for name, call in calls.items():
+                seconds[name].append(timed(call, options.device, rounds=1))
+        for name, times in seconds.items():
+            figures[name] |= {"ms": 1e3 * median(times), "tflop_s": work / median(times) / 1e12}
+        found[f"{images} x {patches} patches"] = figures
+    return found
+
+
+def peer_forward(tower: Any, values: Any, grid: Any) -> Any:
+    import torch
+
+    with torch.inference_mode():
+        return tower(values, grid_thw=grid).pooler_output
+
+
+def profile(options: Options) -> Figures:
+    """The kernels that a full batch spends its time in, milliseconds each."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as record
+
+    gpu = is_gpu(options)
+    folder = checkpoint(options)
+    part = load_part(folder, options, {})
+    items, _ = random_batch(*((16, 1024) if gpu else (1, 64)))
+    part.mm_process_batch(items, [], [])
+    with record(activities=[ProfilerActivity.CUDA if gpu else ProfilerActivity.CPU]) as recorded:
+        part.mm_process_batch(items, [], [])
+        synchronize(options.device)
+    attribute = "self_device_time_total" if gpu else "self_cpu_time_total"
+    events = sorted(recorded.key_averages(), key=lambda event: -getattr(event, attribute))
+    return {event.key[:80]: getattr(event, attribute) / 1e3 for event in events[:PROFILED_KERNELS]}
+
+
+def service(options: Options) -> Figures:
+    """The server on this device: seconds to start, then distinct images from several callers at once."""
+    import io
+
+    import numpy as np
+    from PIL import Image
+
+    sys.path.insert(0, str(ROOT / "tests"))
+    from running_server import running_server
+
+    from rtp_mm.server.client import RemoteEngine
+    from rtp_mm.types import MMUrlType
+
+    count, callers, side = (256, 16, 896) if is_gpu(options) else (4, 2, 56)
+    with tempfile.TemporaryDirectory() as images:
+        urls = []
+        for i in range(count):
+            file = io.BytesIO()
+            noise = np.random.default_rng(i).integers(0, 256, (side // 8, side // 8, 3), np.uint8)
+            Image.fromarray(noise).resize((side, side)).save(file, "JPEG")
+            path = Path(images) / f"{i}.jpg"
+            path.write_bytes(file.getvalue())
+            urls.append(str(path))
+        started = time.perf_counter()
+        with running_server(checkpoint(options), device=options.device, act_type="bf16") as server:
+            start_s = time.perf_counter() - started
+            engine = RemoteEngine(server.address)
+
+            def call(url: str) -> float:
+                began = time.perf_counter()
+                engine.submit([url], [MMUrlType.IMAGE])
+                return time.perf_counter() - began
+
+            call(urls[0])
+            with ThreadPoolExecutor(callers) as pool:
+                began = time.perf_counter()
+                latencies = sorted(pool.map(call, urls[1:]))
+                elapsed = time.perf_counter() - began
+            engine.close()
+            status = server.terminate()
+    return {
+        "start_s": start_s,
+        "images_per_s": len(latencies) / elapsed,
+        "p50_ms": 1e3 * median(latencies),
+        "p99_ms": 1e3 * latencies[int(0.99 * (len(latencies) - 1))],
+        "exit_status": status,
+    }
