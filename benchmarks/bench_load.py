@@ -52,7 +52,7 @@ def measure(checkpoint: Path, act_type: str) -> dict[str, Any]:
     seconds, read = time.perf_counter() - started, proc_value("io", "read_bytes") - read_before
     is_done.set()
     watcher.join()
-    tower = model.mm_part.visual
+    tower = model.mm_part.tower
     held = sum(t.nbytes for t in (*tower.parameters(), *tower.buffers()))
     return {"seconds": seconds, "peak_anonymous_bytes": peak_kb * 1024, "bytes_read": read, "tower_held_bytes": held}
 

@@ -67,7 +67,7 @@ def relative_l2(value: Tensor, reference: Tensor) -> float:
 @torch.inference_mode()
 def measure(checkpoint: Path, patch_counts: list[int], rounds: int, act_types: list[str]) -> None:
     """Prints and writes the result after each patch count."""
-    ours = {a: load_model(load_settings(checkpoint_path=checkpoint, act_type=a)).mm_part.visual for a in act_types}
+    ours = {a: load_model(load_settings(checkpoint_path=checkpoint, act_type=a)).mm_part.tower for a in act_types}
     peers = {a: HuggingFacePeer(checkpoint, ACT_DTYPES[a], torch.device("cpu")) for a in ("bf16", "fp32")}
     config: TowerConfig = next(iter(ours.values())).config
     mean, std = (torch.tensor(getattr(peers["fp32"].processor, name)) for name in ("image_mean", "image_std"))

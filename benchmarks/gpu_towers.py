@@ -60,7 +60,7 @@ def tower(options: Options) -> Figures:
         }
         calls["Hugging Face"] = partial(peer_forward, peer.tower, values.to(torch.bfloat16), grid)
         figures: Figures = {}
-        work = images * operations(parts["ours"].visual.config, *side_lengths(patches))
+        work = images * operations(parts["ours"].tower.config, *side_lengths(patches))
         seconds: dict[str, list[float]] = {name: [] for name in calls}
         for name, call in calls.items():
             out = call()  # compiles, captures

@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 import json
-import random
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import require
 from huggingface import relative_l2
 from sounds import speech
+from towers import Load, check_batching_is_invisible, loader
 
 from benchmarks.peers.hf_audio import HuggingFaceAudio
 from rtp_mm.config import load_settings
 from rtp_mm.errors import ProcessError, StartError
-from rtp_mm.models.qwen2_audio import Qwen2Audio
 from rtp_mm.models.random_checkpoint import checkpoint_tensors, model_config, write_checkpoint
 from rtp_mm.models.registry import load_model
 from rtp_mm.types import Blob, LogMel, MMUrlType, PreprocessOptions
 
-Load = Callable[..., Any]
 # 1, 1, 1, 2, 3 and 5 tokens, odd and even steps, then seconds, and the edges of 30 s.
 LENGTHS = [321, 640, 961, 1281, 2000, 3333, 16001, 479999]
 
@@ -32,19 +28,7 @@ LENGTHS = [321, 640, 961, 1281, 2000, 3333, 16001, 479999]
 @pytest.fixture(scope="module", params=["cpu", "cuda"])
 def model(request: pytest.FixtureRequest, tiny_qwen2_audio: Path) -> Load:
     """The tiny checkpoint's `mm_part` in a dtype, loaded once."""
-    if request.param == "cuda":
-        require("cuda")
-    loaded: dict[str, Qwen2Audio] = {}
-
-    def load(act_type: str = "fp32") -> Any:
-        if act_type not in loaded:
-            settings = load_settings(checkpoint_path=tiny_qwen2_audio, act_type=act_type, device=request.param)
-            model = load_model(settings)
-            assert isinstance(model, Qwen2Audio)
-            loaded[act_type] = model
-        return loaded[act_type].mm_part
-
-    return load
+    return loader(tiny_qwen2_audio, request.param)
 
 
 @pytest.fixture(scope="module")
@@ -97,16 +81,8 @@ def test_fp16_keeps_its_own_precision(model: Load, peer: HuggingFaceAudio) -> No
 
 @pytest.mark.parametrize("act_type", ["fp32", "bf16", "fp16"])
 def test_batching_is_invisible(act_type: str, model: Load) -> None:
-    """The same sound gives the same bits alone, among others, and wherever it stands among them."""
     part = model(act_type)
-    items = [prepare(part, length, seed) for seed, length in enumerate(LENGTHS[:8])]
-    alone = [part.mm_process(item) for item in items]
-    shuffled = random.Random(0)
-    for _ in range(4):
-        order = shuffled.sample(range(len(items)), shuffled.randint(2, len(items)))
-        together = part.mm_process_batch([items[i] for i in order], [], [])
-        for i, embedding in zip(order, together, strict=True):
-            assert torch.equal(embedding, alone[i]), f"item {i} in {order}"
+    check_batching_is_invisible(part, [prepare(part, length, seed) for seed, length in enumerate(LENGTHS[:8])])
 
 
 def test_rows_that_no_preprocessor_makes_are_refused_before_the_device(model: Load) -> None:

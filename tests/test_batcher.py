@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from waiting import until
 
 from rtp_mm.engine.batcher import Batcher
 from rtp_mm.engine.caches import Embedded
@@ -62,9 +63,21 @@ def run(batcher: Batcher, value: Any, patches: int | None = 10) -> asyncio.Task[
     return asyncio.create_task(answer())
 
 
-async def until(is_so: Callable[[], bool]) -> None:
-    while not is_so():
-        await asyncio.sleep(0.001)
+@asynccontextmanager
+async def busy(device: Device, max_patches: int = 100) -> AsyncIterator[tuple[Batcher, asyncio.Task[Any]]]:
+    """A batcher whose device is held at its first item until `may_go_on` is set: what comes meanwhile goes together."""
+    device.may_go_on.clear()
+    async with batching(device, max_patches) as batcher:
+        first = run(batcher, "first")
+        await until(lambda: len(device.batches) == 1)
+        yield batcher, first
+
+
+async def released(device: Device, batcher: Batcher, tasks: Sequence[asyncio.Task[Any]]) -> list[Any]:
+    """The outcomes of work that all waits."""
+    await until(lambda: batcher.waiting == len(tasks))
+    device.may_go_on.set()
+    return await outcomes(tasks)
 
 
 async def outcomes(tasks: Sequence[asyncio.Task[Any]]) -> list[Any]:
@@ -74,15 +87,12 @@ async def outcomes(tasks: Sequence[asyncio.Task[Any]]) -> list[Any]:
 
 async def test_what_is_ready_when_the_device_is_free_goes_together() -> None:
     device = Device()
-    device.may_go_on.clear()
-    async with batching(device) as batcher:
-        first = run(batcher, "first")
-        await until(lambda: len(device.batches) == 1)
+    async with busy(device) as (batcher, first):
         rest = [run(batcher, i, 30) for i in range(5)]
         await until(lambda: batcher.waiting == 5)
         assert batcher.waiting_patches == 150
-        device.may_go_on.set()
-        assert await outcomes([first, *rest]) == ["first", 0, 1, 2, 3, 4]
+        assert await released(device, batcher, rest) == [0, 1, 2, 3, 4]
+        assert await first == "first"
     assert device.batches == [["first"], [0, 1, 2], [3, 4]]
     assert (batcher.forwards, batcher.items, batcher.patches) == (3, 6, 160)
 
@@ -94,15 +104,10 @@ async def test_a_forward_that_fails_is_halved_until_the_bad_stand_alone(error: E
             raise error
 
     device = Device(fails)
-    device.may_go_on.clear()
-    async with batching(device) as batcher:
-        tasks = [run(batcher, "first")]
-        await until(lambda: len(device.batches) == 1)
-        tasks += [run(batcher, i) for i in range(10)]
-        await until(lambda: batcher.waiting == 10)
-        device.may_go_on.set()
+    async with busy(device) as (batcher, _):
+        tasks = [run(batcher, i) for i in range(10)]
         bad = f"the forward failed with {type(error).__name__}"
-        assert await outcomes(tasks) == ["first", 0, 1, 2, bad, 4, 5, 6, 7, bad, 9]
+        assert await released(device, batcher, tasks) == [0, 1, 2, bad, 4, 5, 6, 7, bad, 9]
     is_memory = isinstance(error, torch.OutOfMemoryError)
     failed = [batch for batch in device.batches if 3 in batch or 8 in batch]
     assert batcher.failures == len(failed)
@@ -115,27 +120,17 @@ async def test_one_bad_item_among_many_costs_a_logarithm_of_forwards() -> None:
             raise ZeroDivisionError
 
     device = Device(fails)
-    device.may_go_on.clear()
-    async with batching(device, 1000) as batcher:
-        tasks = [run(batcher, "first")]
-        await until(lambda: len(device.batches) == 1)
-        tasks += [run(batcher, i) for i in range(64)]
-        await until(lambda: batcher.waiting == 64)
-        device.may_go_on.set()
-        assert (await outcomes(tasks)).count("the forward failed with ZeroDivisionError") == 1
+    async with busy(device, 1000) as (batcher, _):
+        found = await released(device, batcher, [run(batcher, i) for i in range(64)])
+        assert found.count("the forward failed with ZeroDivisionError") == 1
     assert len(device.batches) == 1 + 1 + 2 * 6
 
 
 async def test_nan_goes_again_in_smaller_company_and_the_rest_is_answered_at_once() -> None:
     device = Device()
-    device.may_go_on.clear()
-    async with batching(device) as batcher:
-        tasks = [run(batcher, "first")]
-        await until(lambda: len(device.batches) == 1)
-        tasks += [run(batcher, value) for value in ("a", "nan", "b", "nan")]
-        await until(lambda: batcher.waiting == 4)
-        device.may_go_on.set()
-        assert await outcomes(tasks) == ["first", "a", "NaN", "b", "NaN"]
+    async with busy(device) as (batcher, _):
+        tasks = [run(batcher, value) for value in ("a", "nan", "b", "nan")]
+        assert await released(device, batcher, tasks) == ["a", "NaN", "b", "NaN"]
     assert device.batches[1:] == [["a", "nan", "b", "nan"], ["nan", "nan"], ["nan"], ["nan"]]
 
 
@@ -148,14 +143,9 @@ async def test_nan_that_a_neighbour_made_is_mended() -> None:
             return [NonFiniteError("NaN")] * len(batch) if "bad" in self.batches[-1] else found
 
     device = Mixing()
-    device.may_go_on.clear()
-    async with batching(device) as batcher:
-        tasks = [run(batcher, "first")]
-        await until(lambda: len(device.batches) == 1)
-        tasks += [run(batcher, value) for value in ("a", "b", "bad", "c")]
-        await until(lambda: batcher.waiting == 4)
-        device.may_go_on.set()
-        assert await outcomes(tasks) == ["first", "a", "b", "NaN", "c"]
+    async with busy(device) as (batcher, _):
+        tasks = [run(batcher, value) for value in ("a", "b", "bad", "c")]
+        assert await released(device, batcher, tasks) == ["a", "b", "NaN", "c"]
 
 
 async def test_a_models_own_error_reaches_its_caller() -> None:
@@ -169,17 +159,14 @@ async def test_a_models_own_error_reaches_its_caller() -> None:
 
 async def test_who_leaves_before_the_forward_costs_nothing_more() -> None:
     device = Device()
-    device.may_go_on.clear()
-    async with batching(device) as batcher:
-        first = run(batcher, "first")
-        await until(lambda: len(device.batches) == 1)
+    async with busy(device) as (batcher, first):
         leaving, staying = run(batcher, "leaving"), run(batcher, "staying")
         await until(lambda: batcher.waiting == 2)
         leaving.cancel()
         await until(lambda: batcher.waiting == 1)
         assert batcher.waiting_patches == 10
-        device.may_go_on.set()
-        assert await outcomes([first, staying]) == ["first", "staying"]
+        assert await released(device, batcher, [staying]) == ["staying"]
+        assert await first == "first"
     assert device.batches == [["first"], ["staying"]]
 
 

@@ -144,9 +144,9 @@ def test_batches_over_the_largest_bucket_need_no_graph() -> None:
 @pytest.fixture
 def tower(tiny_checkpoint: Path) -> VisionTower:
     model = load_model(load_settings(checkpoint_path=tiny_checkpoint, act_type="fp32", device="cpu"))
-    visual: VisionTower = model.mm_part.visual  # type: ignore[attr-defined]
-    assert visual.attention_backend == "packed"
-    return visual
+    tower: VisionTower = model.mm_part.tower  # type: ignore[attr-defined]
+    assert tower.attention_backend == "packed"
+    return tower
 
 
 def images(seed: int = 0) -> list[Patches]:

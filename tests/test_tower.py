@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import require
 from huggingface import HuggingFace, relative_l2
 from numpy.typing import NDArray
 from torch import Tensor
+from towers import Load, check_batching_is_invisible, loader
 
 from rtp_mm.config import load_settings
 from rtp_mm.errors import StartError
-from rtp_mm.models.qwen2_vl import Qwen2VL
 from rtp_mm.models.registry import load_model
 from rtp_mm.types import Patches
 from rtp_mm.vit.attention import Attention, Segments, choose_attention
 from rtp_mm.vit.linear import Gemm, OnednnGemm, PackedGemm, choose_gemm
 from rtp_mm.vit.rope import RotaryTable
 
-Load = Callable[..., Any]
 # Merged tokens 1, 2, 3, 5, 7, then windows whole, cut and both; sides of 28 are one merged cell.
 SIDES = [(28, 28), (56, 28), (28, 84), (140, 28), (28, 196), (112, 112), (112, 224), (140, 252), (308, 196), (420, 308)]
 
@@ -32,18 +28,7 @@ SIDES = [(28, 28), (56, 28), (28, 84), (140, 28), (28, 196), (112, 112), (112, 2
 @pytest.fixture(scope="module", params=["cpu", "cuda"])
 def model(request: pytest.FixtureRequest, tiny_checkpoint: Path) -> Load:
     """The tiny checkpoint's `mm_part` in a dtype, loaded once."""
-    if request.param == "cuda":
-        require("cuda")
-    loaded: dict[str, Qwen2VL] = {}
-
-    def load(act_type: str = "fp32") -> Any:
-        if act_type not in loaded:
-            model = load_model(load_settings(checkpoint_path=tiny_checkpoint, act_type=act_type, device=request.param))
-            assert isinstance(model, Qwen2VL)
-            loaded[act_type] = model
-        return loaded[act_type].mm_part
-
-    return load
+    return loader(tiny_checkpoint, request.param)
 
 
 @pytest.fixture(scope="module")
@@ -113,19 +98,9 @@ def test_position_ids_are_the_merged_raster(model: Load, peer: HuggingFace, imag
 
 @pytest.mark.parametrize("act_type", ["fp32", "bf16", "fp16"])
 def test_batching_is_invisible(act_type: str, model: Load, peer: HuggingFace, images: list[NDArray[np.uint8]]) -> None:
-    """The same image gives the same bits alone, among others, and wherever it stands among them."""
     items = [as_patches(peer, image) for image in images]
     clip = Patches(np.random.default_rng(0).integers(0, 256, (2 * 6 * 10, 1176), np.uint8), (2, 6, 10))
-    items.append(clip)
-    part = model(act_type)
-    alone = [part.mm_process(item) for item in items]
-    shuffled = random.Random(0)
-    for _ in range(4):
-        order = shuffled.sample(range(len(items)), shuffled.randint(2, len(items)))
-        together = part.mm_process_batch([items[i] for i in order], [], [])
-        for i, (embedding, position_ids) in zip(order, together, strict=True):
-            assert torch.equal(embedding, alone[i][0]), f"item {i} in {order}"
-            assert torch.equal(position_ids, alone[i][1])
+    check_batching_is_invisible(model(act_type), [*items, clip])
 
 
 @pytest.mark.parametrize("gemm", [PackedGemm, OnednnGemm])

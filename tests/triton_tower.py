@@ -22,7 +22,7 @@ def patches(t: int, h: int, w: int) -> Patches:
 
 
 def tower(folder: Path, **options: object) -> torch.nn.Module:
-    return load_model(load_settings(checkpoint_path=folder, act_type="fp32", device="cpu", **options)).mm_part.visual  # type: ignore[attr-defined, no-any-return]
+    return load_model(load_settings(checkpoint_path=folder, act_type="fp32", device="cpu", **options)).mm_part.tower  # type: ignore[attr-defined, no-any-return]
 
 
 items = [patches(1, 2, 4), patches(1, 10, 4)]  # the second with two windows

@@ -65,7 +65,7 @@ class MMProcessEngine:
             model.weights_fingerprint,
             self._data_type,
             str(mm_part._device),
-            str(getattr(getattr(mm_part, "visual", None), "attention_backend", "")),
+            str(getattr(getattr(mm_part, "tower", None), "attention_backend", "")),
             str(getattr(mm_part, "answer_key", "")),
         )
         self._preprocess_key = getattr(mm_part.preprocessor, "cache_key", ())

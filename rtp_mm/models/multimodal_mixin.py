@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import nn
@@ -12,6 +11,7 @@ from torch import nn
 from rtp_mm.models.gpt_init_model_parameters import GptInitModelParameters
 from rtp_mm.models.multimodal_common import ACT_DTYPES, MultiModalEmbeddingInterface
 from rtp_mm.vit.checkpoint import Checkpoint
+from rtp_mm.vit.tower_base import Tower
 from rtp_mm.vit.weights import WeightPlan, load_weights
 
 
@@ -61,26 +61,17 @@ class BaseVitWeights:
         return WeightPlan({root + name: (name,) for name in self.weight_names}, self._ckpt_prefix)
 
 
-class Tower(Protocol):
-    """A tower of our own."""
-
-    def checkpoint_names(self) -> dict[str, tuple[str, ...]]:
-        """Each parameter's name to the checkpoint tensors it holds."""
-
-
 class TowerWeights(BaseVitWeights):
-    """Weights of our own tower at `self.mm_part.<attribute>`, some of them fused; `owned` as in `WeightPlan`."""
+    """Weights of our own tower at `self.mm_part.tower`, some of them fused; `owned` as in `WeightPlan`."""
 
-    def __init__(
-        self, tower: Tower, *, attribute: str = "visual", prefix: str = "visual.", owned: tuple[str, ...] = ("",)
-    ) -> None:
+    def __init__(self, tower: Tower, *, prefix: str = "visual.", owned: tuple[str, ...] = ("",)) -> None:
         self._sources = tower.checkpoint_names()
         self._owned = owned
-        self._prefixes = prefix, f"self.mm_part.{attribute}."
+        self._prefix = prefix
         super().__init__({})
 
     def _set_weight_prefix(self) -> None:
-        self._ckpt_prefix, self._ft_prefix = self._prefixes
+        self._ckpt_prefix, self._ft_prefix = self._prefix, "self.mm_part.tower."
 
     def _get_vit_params(self, vit_part: Mapping[str, nn.Module | nn.Parameter], with_prefix: bool = False) -> None:
         self.weight_names = [name for sources in self._sources.values() for name in sources]

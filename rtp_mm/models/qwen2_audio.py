@@ -43,19 +43,19 @@ class Qwen2AudioEmbedding(MultiModalEmbeddingInterface):
                 f"{2 * tower.max_source_positions}) in its config.json, ({rule.bins}, {rule.max_frames}) for its sounds"
             )
         self.preprocessor = AudioPreprocessor(rule)
-        self.visual = AudioTower(tower, self._data_type, torch.get_default_device(), tower_options(settings))
+        self.tower = AudioTower(tower, self._data_type, torch.get_default_device(), tower_options(settings))
 
     @property
     def _device(self) -> torch.device:
-        return self.visual.device
+        return self.tower.device
 
     def mm_process(self, mm_input: LogMel, **kwargs: Any) -> Tensor:
-        return self.visual([mm_input])[0]  # type: ignore[no-any-return]
+        return self.tower([mm_input])[0]  # type: ignore[no-any-return]
 
     def mm_process_batch(
         self, mm_inputs: Sequence[LogMel], mm_types: Sequence[MMUrlType], configs: Sequence[MMPreprocessConfig]
     ) -> list[Tensor | Embedding]:
-        return self.visual(mm_inputs)  # type: ignore[no-any-return]
+        return self.tower(mm_inputs)  # type: ignore[no-any-return]
 
     def patches(self, mm_input: LogMel) -> int:
         """Steps, which are rows of the tower as patches are."""
@@ -93,12 +93,12 @@ class Qwen2Audio(MultimodalMixin):
         tower = self.tower_config(config.mm_related_params.config, config.hidden_size)
         self.mm_part = Qwen2AudioEmbedding(config, tower)
         config.mm_related_params.vit_weights = TowerWeights(
-            self.mm_part.visual, prefix="", owned=("audio_tower.", "multi_modal_projector.")
+            self.mm_part.tower, prefix="", owned=("audio_tower.", "multi_modal_projector.")
         )
 
     def on_weights_loaded(self) -> None:
         """Packs the tower, and sees that a silence comes out of it."""
-        tower = self.mm_part.visual
+        tower = self.mm_part.tower
         tower.prepare()
         silence = np.zeros((2 * MIN_STEPS + 2, tower.config.num_mel_bins), np.float32)
         [embedding] = tower([LogMel(silence)])

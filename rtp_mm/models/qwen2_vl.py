@@ -22,7 +22,8 @@ from rtp_mm.models.registry import register_model
 from rtp_mm.preprocess.image_config import ImageProcessorConfig
 from rtp_mm.preprocess.media import MediaPreprocessor
 from rtp_mm.types import MMPreprocessConfig, MMUrlType, Patches
-from rtp_mm.vit.tower import TowerConfig, TowerOptions, VisionTower
+from rtp_mm.vit.tower import TowerConfig, VisionTower
+from rtp_mm.vit.tower_base import TowerOptions
 
 # The published preprocessor_config.json: 4 to 16384 tokens of 28 x 28 pixels. Hugging Face's class default for the
 # upper limit is 1280 tokens, so that a checkpoint without the file would silently shrink images.
@@ -57,12 +58,12 @@ class Qwen2VLEmbedding(MultiModalEmbeddingInterface):
         self.processor = ImageProcessorConfig.from_checkpoint(Path(config.ckpt_path), PUBLISHED_PROCESSOR)
         self.processor.check(tower.patch_size, tower.spatial_merge_size, tower.temporal_patch_size)
         self.preprocessor = MediaPreprocessor.from_checkpoint(Path(config.ckpt_path), self.processor, settings)
-        self.visual = VisionTower(tower, self._data_type, device, tower_options(settings))
+        self.tower = VisionTower(tower, self._data_type, device, tower_options(settings))
         self._tokens_per_second = self._time_scale(config) if settings.mm_pos_t == "scaled" else None
 
     @property
     def _device(self) -> torch.device:
-        return self.visual.device
+        return self.tower.device
 
     @property
     def answer_key(self) -> tuple[object, ...]:
@@ -79,7 +80,7 @@ class Qwen2VLEmbedding(MultiModalEmbeddingInterface):
         return [*self._embed(mm_inputs)]
 
     def _embed(self, items: Sequence[Patches]) -> list[Embedding]:
-        answers = self.visual(items)
+        answers = self.tower(items)
         if self._tokens_per_second is None:
             return answers  # type: ignore[no-any-return]
         return [
@@ -134,11 +135,11 @@ class Qwen2VL(MultimodalMixin):
 
     def _init_multimodal(self, config: GptInitModelParameters) -> None:
         self.mm_part = Qwen2VLEmbedding(config, self.tower_config(config.mm_related_params.config))
-        config.mm_related_params.vit_weights = TowerWeights(self.mm_part.visual)
+        config.mm_related_params.vit_weights = TowerWeights(self.mm_part.tower)
 
     def on_weights_loaded(self) -> None:
         """Folds the processor's normalisation into the tower, and sees that an image comes out of it."""
-        tower, processor = self.mm_part.visual, self.mm_part.processor
+        tower, processor = self.mm_part.tower, self.mm_part.processor
         tower.prepare(processor.image_mean, processor.image_std)
         side = processor.merge_size
         grey = np.full((side**2, 3 * processor.patch_size**2), 128, np.uint8)

@@ -6,7 +6,7 @@ attend within a sound; two steps are averaged to a token.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, NamedTuple
@@ -18,13 +18,13 @@ from torch.nn import functional as F
 
 from rtp_mm.errors import ProcessError, StartError
 from rtp_mm.types import LogMel
-from rtp_mm.vit.attention import VARLEN_ATTENTION, Segments, choose_attention
-from rtp_mm.vit.graphs import Batch, CudaCapture, CudaGraphs, use_graphs
+from rtp_mm.vit.attention import VARLEN_ATTENTION, Segments
+from rtp_mm.vit.graphs import Batch
 from rtp_mm.vit.layers import Block, LayerNorm, Mlp, SelfAttention
-from rtp_mm.vit.linear import Gemm, Linear, choose_gemm, compute_dtype
+from rtp_mm.vit.linear import Gemm, Linear, choose_gemm
 from rtp_mm.vit.packing import packed_rows
 from rtp_mm.vit.rope import RotaryTable
-from rtp_mm.vit.tower import TowerOptions
+from rtp_mm.vit.tower_base import Tower, TowerOptions
 
 KERNEL = 3  # of both convolutions
 NORM_EPS = 1e-5  # in the family's code, not in its config file
@@ -121,11 +121,11 @@ class Layout(NamedTuple):
         )
 
 
-class AudioTower(nn.Module):
+class AudioTower(Tower):
     """Log-mel frames of many sounds in one packed forward, tokens as the language model takes them out.
 
     Hugging Face computes every sound as 30 s with masked silence behind it; here silence is never computed, and the
-    answer is the same. Built on the meta device; `load_weights` gives it tensors, then `prepare` packs.
+    answer is the same.
     """
 
     # A rename table, read by load_weights: where parameters are called something else in the checkpoint.
@@ -143,15 +143,10 @@ class AudioTower(nn.Module):
     def __init__(
         self, config: AudioTowerConfig, dtype: torch.dtype, device: torch.device, options: TowerOptions | None = None
     ) -> None:
-        super().__init__()
+        super().__init__(dtype, device, options)
         self.config = config
-        self.options = options = options or TowerOptions()
-        self.dtype = dtype
-        self.device = device
-        self.compute_dtype = compute_dtype(dtype, device)
-        self.attention_backend = choose_attention(options.attention, self.compute_dtype, device)
-        choose = partial(choose_gemm, device, self.compute_dtype, is_invariant=options.is_batch_invariant)
-        gemm, exact_gemm = choose(quantization=options.quantization), choose()
+        choose = partial(choose_gemm, device, self.compute_dtype, is_invariant=self.options.is_batch_invariant)
+        gemm, exact_gemm = choose(quantization=self.options.quantization), choose()
         self._row_multiple = gemm.row_multiple
         linear = partial(Linear, dtype=dtype, gemm=gemm)
         qkv = partial(QkvLinear, dtype=dtype, gemm=gemm)
@@ -176,15 +171,10 @@ class AudioTower(nn.Module):
             )
             self.layer_norm = norm(dim)
             self.projector = Linear(dim, config.out_hidden_size, dtype, exact_gemm)
-        self._run: Callable[[Batch], Tensor] = self._run_eagerly
 
     def prepare(self) -> None:
         """Packs the GEMMs' weights; once, after loading."""
-        for module in self.modules():
-            if isinstance(module, Linear):
-                module.prepare()
-        if use_graphs(self.options.cuda_graphs, self.device, self.attention_backend):
-            self._run = CudaGraphs(self._run_eagerly, CudaCapture(), self.options.cuda_graphs_bytes)
+        self._pack()
 
     @torch.inference_mode()
     def forward(self, items: Sequence[LogMel]) -> list[Tensor]:
@@ -231,10 +221,6 @@ class AudioTower(nn.Module):
         for block in self.layers:
             delta = block(batch.x, delta, batch.full, batch.rotary)
         return batch.x if delta is None else batch.x + delta
-
-    def checkpoint_names(self) -> dict[str, tuple[str, ...]]:
-        """Each parameter's name to the checkpoint tensors it holds, one after another on dimension 0."""
-        return {name: self._sources(name) for name, _ in self.named_parameters()}
 
     def _sources(self, name: str) -> tuple[str, ...]:
         if name.startswith("projector."):

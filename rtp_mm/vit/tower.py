@@ -5,7 +5,7 @@ Sources: Qwen2-VL (arXiv 2409.12191), Qwen2.5-VL (arXiv 2502.13923: windowed att
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, Literal
@@ -18,13 +18,14 @@ from torch.nn import functional as F
 from rtp_mm import ops
 from rtp_mm.errors import StartError
 from rtp_mm.types import Patches
-from rtp_mm.vit.attention import VARLEN_ATTENTION, Segments, choose_attention
-from rtp_mm.vit.graphs import Batch, CudaCapture, CudaGraphs, use_graphs
+from rtp_mm.vit.attention import VARLEN_ATTENTION, Segments
+from rtp_mm.vit.graphs import Batch
 from rtp_mm.vit.layers import Block, GatedMlp, LayerNorm, Mlp, PatchMerger, RMSNorm, SelfAttention
-from rtp_mm.vit.linear import Linear, choose_gemm, compute_dtype
+from rtp_mm.vit.linear import Linear, choose_gemm
 from rtp_mm.vit.packing import packed_rows
 from rtp_mm.vit.patch_embed import PatchEmbed
 from rtp_mm.vit.rope import RotaryAngles, RotaryTable
+from rtp_mm.vit.tower_base import Tower, TowerOptions
 
 Grid = tuple[int, int, int]  # (t, h, w) in patches
 
@@ -70,17 +71,6 @@ class TowerConfig:
         return self.hidden_size // self.num_heads
 
 
-@dataclass(frozen=True, slots=True)
-class TowerOptions:
-    """How a tower runs; the settings `MM_ATTENTION`, `MM_BATCH_INVARIANT` and so on."""
-
-    attention: str = "auto"
-    is_batch_invariant: bool = True
-    quantization: str = "none"
-    cuda_graphs: str = "auto"
-    cuda_graphs_bytes: int = 1 << 30
-
-
 def full_lengths(grids: Sequence[Grid]) -> list[int]:
     """Patches of each frame: the segments of full attention."""
     return [h * w for t, h, w in grids for _ in range(t)]
@@ -95,11 +85,11 @@ def window_lengths(grids: Sequence[Grid], merge: int, window: int) -> list[int]:
     return [rows * columns for t, h, w in grids for _ in range(t) for rows in sides(h) for columns in sides(w)]
 
 
-class VisionTower(nn.Module):
+class VisionTower(Tower):
     """Patches of many images and clips in one packed forward, merged tokens out.
 
-    Built on the meta device; `rtp_mm.vit.weights.load_weights` gives it tensors, then `prepare` folds. Parameter
-    names are the checkpoint's, but for the GEMMs in `FUSED`, which hold several checkpoint tensors one after another.
+    Parameter names are the checkpoint's, but for the GEMMs in `FUSED`, which hold several checkpoint tensors one after
+    another.
     """
 
     FUSED = {"gate_up_proj": ("gate_proj", "up_proj")}  # noqa: RUF012  # a rename table, read by load_weights
@@ -107,19 +97,14 @@ class VisionTower(nn.Module):
     def __init__(
         self, config: TowerConfig, dtype: torch.dtype, device: torch.device, options: TowerOptions | None = None
     ) -> None:
-        super().__init__()
+        super().__init__(dtype, device, options)
         self.config = config
-        self.options = options = options or TowerOptions()
-        self.dtype = dtype
-        self.device = device
-        self.compute_dtype = compute_dtype(dtype, device)
         self._angles = RotaryAngles(config.head_dim, device)
-        self.attention_backend = choose_attention(options.attention, self.compute_dtype, device)
         gemm = choose_gemm(
             device,
             self.compute_dtype,
-            is_invariant=options.is_batch_invariant,
-            quantization=options.quantization,
+            is_invariant=self.options.is_batch_invariant,
+            quantization=self.options.quantization,
         )
         self._row_multiple = gemm.row_multiple * config.spatial_merge_size**2  # for the merger's rows too
         linear = partial(Linear, dtype=dtype, gemm=gemm)
@@ -138,18 +123,13 @@ class VisionTower(nn.Module):
                 for _ in range(config.depth)
             )
             self.merger = PatchMerger(linear, norm, dim, config.spatial_merge_size, config.out_hidden_size)
-        self._run: Callable[[Batch], Tensor] = self._run_eagerly
 
     def prepare(self, image_mean: Sequence[float], image_std: Sequence[float]) -> None:
         """Folds the processor's normalisation into the patch embedding and packs the GEMMs' weights; once, after
         loading."""
         is_cpu = self.device.type == "cpu"
         self.patch_embed.fold(image_mean, image_std, torch.float32 if is_cpu else self.dtype)
-        for module in self.modules():
-            if isinstance(module, Linear):
-                module.prepare()
-        if use_graphs(self.options.cuda_graphs, self.device, self.attention_backend):
-            self._run = CudaGraphs(self._run_eagerly, CudaCapture(), self.options.cuda_graphs_bytes)
+        self._pack()
 
     @torch.inference_mode()
     def forward(self, items: Sequence[Patches]) -> list[tuple[Tensor, Tensor]]:
@@ -203,10 +183,6 @@ class VisionTower(nn.Module):
             embedded.append(self.patch_embed(group, group_order))
             start += cells
         return torch.cat(embedded) if len(embedded) > 1 else embedded[0]
-
-    def checkpoint_names(self) -> dict[str, tuple[str, ...]]:
-        """Each parameter's name to the checkpoint tensors it holds, one after another on dimension 0."""
-        return {name: self._sources(name) for name, _ in self.named_parameters()}
 
     def _sources(self, name: str) -> tuple[str, ...]:
         for part in name.split("."):

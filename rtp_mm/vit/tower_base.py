@@ -1,0 +1,58 @@
+"""What every tower has: where and how it runs, its way from loaded weights to the first forward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from rtp_mm.vit.attention import choose_attention
+from rtp_mm.vit.graphs import Batch, CudaCapture, CudaGraphs, use_graphs
+from rtp_mm.vit.linear import Linear, compute_dtype
+
+
+@dataclass(frozen=True, slots=True)
+class TowerOptions:
+    """How a tower runs; the settings `MM_ATTENTION`, `MM_BATCH_INVARIANT` and so on."""
+
+    attention: str = "auto"
+    is_batch_invariant: bool = True
+    quantization: str = "none"
+    cuda_graphs: str = "auto"
+    cuda_graphs_bytes: int = 1 << 30
+
+
+class Tower(nn.Module):
+    """Packs many items into one forward. Built on the meta device; `rtp_mm.vit.weights.load_weights` gives it tensors,
+    then `prepare` makes of them what its GEMMs read.
+    """
+
+    def __init__(self, dtype: torch.dtype, device: torch.device, options: TowerOptions | None) -> None:
+        super().__init__()
+        self.options = options or TowerOptions()
+        self.dtype = dtype
+        self.device = device
+        self.compute_dtype = compute_dtype(dtype, device)
+        self.attention_backend = choose_attention(self.options.attention, self.compute_dtype, device)
+        self._run: Callable[[Batch], Tensor] = self._run_eagerly
+
+    def _run_eagerly(self, batch: Batch) -> Tensor:
+        """What a graph can hold: all that depends on a batch's rows and segments alone."""
+        raise NotImplementedError
+
+    def _pack(self) -> None:
+        """Packs the GEMMs' weights, and has batches run by graphs where they can; once, after loading."""
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.prepare()
+        if use_graphs(self.options.cuda_graphs, self.device, self.attention_backend):
+            self._run = CudaGraphs(self._run_eagerly, CudaCapture(), self.options.cuda_graphs_bytes)
+
+    def checkpoint_names(self) -> dict[str, tuple[str, ...]]:
+        """Each parameter's name to the checkpoint tensors it holds, one after another on dimension 0."""
+        return {name: self._sources(name) for name, _ in self.named_parameters()}
+
+    def _sources(self, name: str) -> tuple[str, ...]:
+        raise NotImplementedError

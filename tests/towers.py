@@ -1,0 +1,42 @@
+"""What the tests of every tower share."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from conftest import require
+
+from rtp_mm.config import load_settings
+from rtp_mm.models.multimodal_common import as_embedding
+from rtp_mm.models.registry import load_model
+
+Load = Callable[..., Any]
+
+
+def loader(folder: Path, device: str) -> Load:
+    """Gives the checkpoint's `mm_part` in a dtype, loaded once. Skips without the device."""
+    if device == "cuda":
+        require("cuda")
+
+    @cache
+    def load(act_type: str = "fp32") -> Any:
+        return load_model(load_settings(checkpoint_path=folder, act_type=act_type, device=device)).mm_part
+
+    return load
+
+
+def check_batching_is_invisible(part: Any, items: Sequence[Any]) -> None:
+    """An item has the same bits alone, among others, and wherever it stands among them."""
+    alone = [as_embedding(part.mm_process(item)) for item in items]
+    shuffled = random.Random(0)
+    for _ in range(4):
+        order = shuffled.sample(range(len(items)), shuffled.randint(2, len(items)))
+        together = map(as_embedding, part.mm_process_batch([items[i] for i in order], [], []))
+        for i, (embedding, position_ids) in zip(order, together, strict=True):
+            assert torch.equal(embedding, alone[i][0]), f"item {i} in {order}"
+            assert position_ids is alone[i][1] or torch.equal(position_ids, alone[i][1])
