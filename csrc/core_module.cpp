@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "arrow_pixels.h"
+#include "cpu/over_white.h"
 #include "cpu/png_rows.h"
 #include "cpu/probe.h"
 #include "cpu/resize.h"
@@ -142,6 +143,15 @@ py::object unfilter_png_array(const py::buffer& filtered, int64_t height, int64_
   return is_valid ? py::object(std::move(pixels)) : py::none();
 }
 
+py::array_t<uint8_t> over_white_array(const py::array_t<uint8_t, py::array::c_style>& rgba) {
+  if (rgba.ndim() != 3 || rgba.shape(2) != 4) throw py::value_error("over_white: rgba must be [H, W, 4] uint8");
+  py::array_t<uint8_t> rgb({rgba.shape(0), rgba.shape(1), py::ssize_t{3}});
+  uint8_t* pixels = rgb.mutable_data();
+  py::gil_scoped_release release;
+  over_white(rgba.data(), rgba.shape(0) * rgba.shape(1), pixels);
+  return rgb;
+}
+
 }  // namespace
 }  // namespace rtp_mm
 
@@ -156,6 +166,8 @@ PYBIND11_MODULE(_core, m) {
         "Arrow capsules of an image with pixels of four bytes -> [H, W, 3] uint8, a view.");
   m.def("probe", &rtp_mm::probe_bytes, py::arg("data"),
         "An image file's first bytes -> (format, width, height, frames), bytes needed to tell, or None.");
+  m.def("over_white", &rtp_mm::over_white_array, py::arg("rgba"),
+        "[H, W, 4] -> [H, W, 3] uint8: RGBA over opaque white, rounded as Pillow does.");
   m.def("unfilter_png", &rtp_mm::unfilter_png_array, py::arg("filtered"), py::arg("height"), py::arg("width"),
         py::arg("channels"), "An inflated PNG image's rows -> [H, W, C] uint8, or None for an unknown filter.");
   m.def("resize_levels", &rtp_mm::resize_levels, "Instruction sets that this CPU can run, slowest first.");

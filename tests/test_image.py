@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from transformers.image_transforms import convert_to_rgb
 
+from rtp_mm import _core
 from rtp_mm.errors import NotSupportedError, WrongFormatError
 from rtp_mm.media.image import FORMATS, decode
 from rtp_mm.media.jpeg import decode_jpeg
@@ -77,6 +78,13 @@ def test_every_format_and_mode_is_decoded_as_the_reference_does(chelsea: Image.I
     assert probe(data) == (format, *size, 1)
     np.testing.assert_array_equal(pixels(data), expected)
     assert sniff(data) is (None if format == "TGA" else MMUrlType.IMAGE)
+
+
+def test_every_value_is_blended_with_white_as_pillow_does() -> None:
+    values = np.arange(256, dtype=np.uint8)
+    image = np.stack(np.broadcast_arrays(values, values[::-1], 7, values[:, None]), axis=-1).astype(np.uint8)
+    expected = convert_to_rgb(Image.fromarray(image, "RGBA"), return_numpy=True)
+    assert np.array_equal(_core.over_white(image), expected)
 
 
 JPEG_OPTIONS: list[dict[str, Any]] = [

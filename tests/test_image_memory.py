@@ -25,8 +25,8 @@ def pillows_own_settings() -> Iterator[None]:
     Image.core.set_block_size(size)
 
 
-def noise(height: int, width: int, bands: int = 3) -> Pixels:
-    return np.random.default_rng(0).integers(0, 256, (height, width, bands), dtype=np.uint8)
+def noise(height: int, width: int) -> Pixels:
+    return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
 def decoded(image: Pixels, format: str = "TIFF") -> Pixels:
@@ -40,14 +40,12 @@ def is_in_place(pixels: Pixels) -> bool:
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 7), (7, 1), (97, 131)])
-@pytest.mark.parametrize("bands", [3, 4])
-def test_pixels_are_read_where_pillow_keeps_them(shape: tuple[int, int], bands: int) -> None:
-    image = noise(*shape, bands)
+def test_pixels_are_read_where_pillow_keeps_them(shape: tuple[int, int]) -> None:
+    image = noise(*shape)
     pixels = decoded(image)
     assert is_in_place(pixels)
     assert not pixels.flags.writeable
-    flat = Image.alpha_composite(Image.new("RGBA", shape[::-1], "white"), Image.fromarray(image).convert("RGBA"))
-    np.testing.assert_array_equal(pixels, np.asarray(flat)[..., :3])
+    np.testing.assert_array_equal(pixels, image)
 
 
 def test_an_images_memory_lives_as_long_as_its_pixels() -> None:

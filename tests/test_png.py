@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
+from transformers.image_transforms import convert_to_rgb
 
 from rtp_mm import _core
 from rtp_mm.errors import WrongFormatError
-from rtp_mm.media.image import decode, to_rgb
+from rtp_mm.media.image import decode
 from rtp_mm.media.png import decode_png
 
 COLOURS = {1: 0, 2: 4, 3: 2, 4: 6}  # by channels
@@ -65,7 +66,7 @@ def picture(width: int, height: int, channels: int, seed: int = 0) -> NDArray[np
 
 def by_pillow(data: bytes) -> NDArray[np.uint8]:
     with Image.open(io.BytesIO(data)) as image:
-        return np.asarray(to_rgb(image))
+        return convert_to_rgb(image, return_numpy=True)
 
 
 @settings(max_examples=200, deadline=None)

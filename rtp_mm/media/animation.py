@@ -9,11 +9,10 @@ from contextlib import contextmanager
 from fractions import Fraction
 from io import BytesIO
 
-import numpy as np
 from PIL import Image, ImageFile
 
 from rtp_mm.media.clip import Clip, ClipLimits, Frame
-from rtp_mm.media.image import named_errors, to_rgb
+from rtp_mm.media.image import named_errors, rgb_pixels
 from rtp_mm.media.limits import check_pixels
 
 FORMATS = ("GIF", "WEBP", "PNG", "AVIF")
@@ -52,4 +51,4 @@ class _Animation:
             self._image.seek(index)
             self.decoded += 1
             if index in wanted:
-                yield np.asarray(to_rgb(self._image))
+                yield rgb_pixels(self._image).copy()

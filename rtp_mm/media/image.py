@@ -67,27 +67,24 @@ def decode(data: bytes, *, max_pixels: int, allow_truncated: bool, exif_transpos
         check_pixels(header.width, header.height, max_pixels)  # Pillow opens an icon by decoding it
     with named_errors(data), _TRUNCATION.decoding(allow_truncated), _open(data) as image:
         check_pixels(*image.size, max_pixels)
-        if not exif_transpose and (pixels := _decode_faster(data, image)) is not None:
-            return pixels
-        image.load()
-        if exif_transpose:
-            ImageOps.exif_transpose(image, in_place=True)
-        return _pixels(to_rgb(image))
+        pixels = None if exif_transpose else _decode_faster(data, image)
+        if pixels is None:
+            image.load()
+            if exif_transpose:
+                ImageOps.exif_transpose(image, in_place=True)
+            pixels = rgb_pixels(image)
+        pixels.flags.writeable = False
+        return pixels
 
 
 def _decode_faster(data: bytes, image: ImageFile.ImageFile) -> NDArray[np.uint8] | None:
     """Pillow's pixels from a faster decoder, or `None` where there is none or it leaves the file to Pillow."""
     if image.format in ("JPEG", "MPO"):
-        pixels = decode_jpeg(data, *image.size)
-    elif image.format == "PNG":
-        pixels = decode_png(data, *image.size)
-        if pixels is not None and pixels.shape[2] != 3:
-            return _pixels(to_rgb(Image.frombuffer(_MODES[pixels.shape[2]], image.size, pixels)))
-    else:
+        return decode_jpeg(data, *image.size)
+    if image.format != "PNG" or (pixels := decode_png(data, *image.size)) is None:
         return None
-    if pixels is not None:
-        pixels.flags.writeable = False
-    return pixels
+    channels = pixels.shape[2]
+    return pixels if channels == 3 else rgb_pixels(Image.frombuffer(_MODES[channels], image.size, pixels))
 
 
 def _open(data: bytes) -> ImageFile.ImageFile:
@@ -105,11 +102,11 @@ def _heif_format(data: bytes) -> tuple[str, ...]:
     return ("HEIF",)
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
+def rgb_pixels(image: Image.Image) -> NDArray[np.uint8]:
+    """[H, W, 3] RGB, with 3 or 4 bytes from pixel to pixel: a view of the image's memory where it has all it takes."""
     if "A" in image.getbands() or image.info.get("transparency") is not None:
-        rgba = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-    return image if image.mode == "RGB" else image.convert("RGB")
+        return _core.over_white(np.asarray(image.convert("RGBA")))
+    return _pixels(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 def _pixels(image: Image.Image) -> NDArray[np.uint8]:
