@@ -107,7 +107,7 @@ class Settings(BaseSettings):
         default_factory=dict, description="JSON object of HTTP headers for downloads"
     )
     mm_image_max_file_size_kb: Positive = Field(65536, description="largest image file, KiB")
-    mm_video_max_file_size_kb: Positive = Field(1048576, description="largest video file, KiB")
+    mm_video_max_file_size_kb: Positive = Field(1048576, description="largest video or sound file, KiB")
     mm_fetch_timeout_ms: Positive = Field(30000, description="connect, and longest silence of a source, ms")
     mm_max_redirects: NonNegative = Field(5, description="redirects followed per download")
     mm_fetch_retries: Annotated[int, Field(ge=0, le=10)] = Field(
@@ -126,7 +126,7 @@ class Settings(BaseSettings):
     )
     mm_allowed_schemes: Annotated[
         tuple[Annotated[str, AfterValidator(_as_scheme)], ...], NoDecode, BeforeValidator(_split)
-    ] = Field((), description="further URL schemes, read by fsspec: s3, gs, ... separated by commas; see the README")
+    ] = Field((), description="further URL schemes, read by fsspec: s3, gs, ... separated by commas")
     mm_fetch_proxy: Annotated[str, AfterValidator(_as_proxy)] | None = Field(
         None, description="http://[user:password@]host[:port] that downloads go through; the environment's is ignored"
     )
@@ -182,7 +182,8 @@ class Settings(BaseSettings):
     )
     mm_max_patches_per_item: Positive | None = Field(
         None,
-        description="patches of one image or video; default: 65536 on a CPU; on CUDA 460800, or what its memory holds",
+        description="patches of one image or video (of 64 frames of 1080p: 92160); default: 65536 on a CPU; on CUDA "
+        "460800, or what its memory holds",
     )
     vit_max_batch_patches: Positive | None = Field(
         None,

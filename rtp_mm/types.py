@@ -139,11 +139,13 @@ class Patches:
               image (the family's temporal fold is in the weights) and `temporal_patch_size` for a clip.
     grid_thw: (t, h, w) in patches; N == t * h * w.
     seconds_per_grid: of a clip, the time from one t to the next; `None` for a still.
+    decoded_frames: of a clip's file, how many were decoded for those that were chosen.
     """
 
     rows: NDArray[np.uint8]
     grid_thw: tuple[int, int, int]
     seconds_per_grid: float | None = None
+    decoded_frames: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -152,7 +154,11 @@ class Patches:
     @property
     def facts(self) -> dict[str, Any]:
         """All but the rows, for JSON."""
-        return {"grid": self.grid_thw, "seconds_per_grid": self.seconds_per_grid}
+        return {
+            "grid": self.grid_thw,
+            "seconds_per_grid": self.seconds_per_grid,
+            "decoded_frames": self.decoded_frames,
+        }
 
     def copy(self) -> Patches:
         """The same in memory of its own."""
@@ -275,6 +281,7 @@ class EngineStats:
     workers_busy: int = 0
     worker_restarts: Mapping[str, int] = field(default_factory=dict)  # counter by cause
     fetched_bytes: int = 0  # counter
+    decoded_frames: int = 0  # counter: of videos
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from clips import encode, moving
 from fake_engine import serving
 from numpy.typing import NDArray
 from PIL import Image
@@ -19,7 +21,7 @@ from safetensors.torch import load_file
 import rtp_mm
 from rtp_mm.cli import app, main
 from rtp_mm.cli.compare import Comparison, Run, Task, compare, table
-from rtp_mm.cli.look import SCALE, draw, rebuild
+from rtp_mm.cli.look import CAPTION, SCALE, draw, rebuild
 from rtp_mm.cli.options import markdown_table
 from rtp_mm.cli.status import quantile
 from rtp_mm.types import MMEmbeddingRes, Patches
@@ -174,8 +176,28 @@ def test_rebuild_undoes_the_patch_order(photos: dict[str, NDArray[np.uint8]]) ->
     cells = image.reshape(4, m, p, 6, m, p, 3)
     rows = np.ascontiguousarray(cells.transpose(0, 3, 1, 4, 6, 2, 5)).reshape(8 * 12, 3 * p * p)
     raster = np.ascontiguousarray(cells.transpose(0, 1, 3, 4, 6, 2, 5)).reshape(8 * 12, 3 * p * p)
-    assert np.array_equal(rebuild(Patches(rows, (1, 8, 12)), p, m), image)
-    assert not np.array_equal(rebuild(Patches(raster, (1, 8, 12)), p, m), image)
+    assert np.array_equal(rebuild(Patches(rows, (1, 8, 12)), p, m)[0], image)
+    assert not np.array_equal(rebuild(Patches(raster, (1, 8, 12)), p, m)[0], image)
+
+
+def test_look_shows_a_clips_frames_with_their_times(
+    tiny_qwen2_5_vl: Path, photos: dict[str, NDArray[np.uint8]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clip, out = tmp_path / "clip.avi", tmp_path / "look.png"
+    frames = moving(photos["coffee"])
+    clip.write_bytes(encode(frames, "mjpeg", "avi", {}))
+    assert main(["look", str(clip), "--checkpoint", str(tiny_qwen2_5_vl), "--out", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert "frames of" in said
+    sheet = np.asarray(Image.open(out).convert("L")).astype(int)
+    count = int(said.split(": ")[1].split()[0])
+    columns = math.isqrt(count - 1) + 1
+    width, height = sheet.shape[1] // columns, sheet.shape[0] // -(-count // columns)
+    first = sheet[: height - CAPTION, :width]
+    expected = np.asarray(Image.fromarray(frames[0]).convert("L").resize((width, height - CAPTION))).astype(int)
+    wrong = np.asarray(Image.fromarray(frames[-1]).convert("L").resize((width, height - CAPTION))).astype(int)
+    assert np.abs(first - expected).mean() < 5 < np.abs(first - wrong).mean()
+    assert sheet[height - CAPTION : height, :width].max() > 200, "a caption"
 
 
 def test_draw_marks_windows_only_where_there_are_any() -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import fsspec
 import numpy as np
 import pytest
 import torch
@@ -82,6 +84,30 @@ async def test_another_scheme_is_refused_by_name(url: str) -> None:
     scheme = url.partition(":")[0].lower()
     with pytest.raises(NotSupportedError, match=f"scheme '{scheme}'; allowed are http, https, file, data, plain paths"):
         await fetch(url)
+
+
+@pytest.mark.parametrize("way", ["base64", "percent", "file", "memory"])
+async def test_a_video_of_type_default_has_the_limit_of_videos(way: str, tmp_path: Path) -> None:
+    clip, image = b"\x1a\x45\xdf\xa3" + bytes(3000), b"GIF89a" + bytes(2000)
+
+    def url(data: bytes) -> str:
+        match way:
+            case "base64":
+                return "data:;base64," + b64(data)
+            case "percent":
+                return "data:," + quote(data, safe="")
+            case "memory":
+                fsspec.filesystem("memory").pipe("/x", data)
+                return "memory://x"
+        (tmp_path / "x").write_bytes(data)
+        return str(tmp_path / "x")
+
+    options = {"mm_image_max_file_size_kb": 1, "mm_allowed_schemes": "memory", "mm_allowed_local_media_path": tmp_path}
+    assert (await fetch(url(clip), MMUrlType.DEFAULT, **options)).data == clip
+    with pytest.raises(WrongFormatError, match="MM_IMAGE_MAX_FILE_SIZE_KB"):
+        await fetch(url(image), MMUrlType.DEFAULT, **options)
+    with pytest.raises(WrongFormatError, match="MM_VIDEO_MAX_FILE_SIZE_KB"):
+        await fetch(url(clip), MMUrlType.DEFAULT, mm_video_max_file_size_kb=2, **options)
 
 
 async def test_an_igraph_is_refused_and_a_tensor_needs_no_url() -> None:

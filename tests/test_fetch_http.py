@@ -184,6 +184,22 @@ async def test_the_limit_itself_passes_and_video_has_its_own(source: Source) -> 
         await fetch(url, MMUrlType.DEFAULT)
 
 
+@pytest.mark.parametrize("headers", [{}, {"Content-Encoding": "gzip"}], ids=repr)
+async def test_what_does_not_say_what_it_is_has_the_limit_of_what_it_turns_out_to_be(
+    source: Source, headers: dict[str, str]
+) -> None:
+    clip, image = b"\x1a\x45\xdf\xa3" + bytes(2 * LIMIT), b"\x89PNG\r\n\x1a\n" + bytes(2 * LIMIT)
+    bodies = {path: gzip.compress(data) if headers else data for path, data in (("/clip", clip), ("/image", image))}
+    urls = {path: source.answers_with(path, body=body, headers=headers) for path, body in bodies.items()}
+    assert (await fetch(urls["/clip"], MMUrlType.DEFAULT)).data == clip
+    with pytest.raises(WrongFormatError, match="MM_VIDEO_MAX_FILE_SIZE_KB"):
+        await fetch(urls["/clip"], MMUrlType.DEFAULT, mm_video_max_file_size_kb=127)
+    with pytest.raises(WrongFormatError, match="MM_IMAGE_MAX_FILE_SIZE_KB"):
+        await fetch(urls["/image"], MMUrlType.DEFAULT)
+    with pytest.raises(WrongFormatError, match="MM_IMAGE_MAX_FILE_SIZE_KB"):
+        await fetch(urls["/clip"], MMUrlType.IMAGE)
+
+
 @pytest.mark.parametrize(
     ("answer", "error", "text"),
     [

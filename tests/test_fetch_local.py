@@ -152,7 +152,7 @@ async def test_the_size_is_checked_before_reading(folder: Path) -> None:
     path = folder / "large"
     with path.open("wb") as file:
         file.truncate(1 << 40)  # a hole of a terabyte
-    with pytest.raises(WrongFormatError, match=r"1099511627776 bytes or more, over the limit of 1024 \(MM_IMAGE"):
+    with pytest.raises(WrongFormatError, match=r"1099511627776 bytes or more, over the limit of 1073741824 \(MM_VIDEO"):
         await fetch(path, mm_image_max_file_size_kb=1)
     os.truncate(path, 1024)
     assert len(await fetch(path, mm_image_max_file_size_kb=1)) == 1024

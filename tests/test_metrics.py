@@ -37,6 +37,7 @@ FIGURES = EngineStats(
     workers_busy=5,
     worker_restarts={"crash": 2},
     fetched_bytes=12345,
+    decoded_frames=67,
 )
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
@@ -129,6 +130,7 @@ async def test_the_engine_is_asked_at_every_scrape() -> None:
         ("rtp_mm_workers_busy", ()): 5,
         ("rtp_mm_worker_restarts_total", (("cause", "crash"),)): 2,
         ("rtp_mm_fetched_bytes_total", ()): 12345,
+        ("rtp_mm_decoded_frames_total", ()): 67,
         ("rtp_mm_serving", ()): 1,
     }
     assert {key: after[key] for key in expected} == expected

@@ -12,14 +12,18 @@ from safetensors.torch import save_file
 
 import rtp_mm
 from benchmarks.readme import rendered
+from rtp_mm import errors
 from rtp_mm.cli.options import markdown_table
 from rtp_mm.config import Settings
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+ERROR_NAMES = {cls.name for cls in vars(errors).values() if isinstance(cls, type) and issubclass(cls, errors.MMError)}
 
 
 def test_every_option_is_listed_as_it_is() -> None:
-    assert markdown_table() in README, "paste the output of: rtp-mm options --markdown"
+    options = (ROOT / "docs" / "OPTIONS.md").read_text()
+    assert options.endswith(f"\n{markdown_table()}"), "paste the output of: rtp-mm options --markdown"
     assert all(f"`{name.upper()}`" in markdown_table() for name in Settings.model_fields)
 
 
@@ -43,3 +47,22 @@ def test_the_example_model_is_served(tmp_path: Path, photo_path: Path, monkeypat
 
 def test_measured_tables_are_those_of_the_committed_results() -> None:
     assert rendered(README) == README, "run python -m benchmarks.readme"
+
+
+def test_every_option_that_is_named_is_one() -> None:
+    """In the README and the documents beside it; RTP_MM_ and TORCH are the build's, OTEL_ the SDK's."""
+    known = {name.upper() for name in Settings.model_fields}
+    for document in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        named = set(re.findall(r"(?<![A-Z_])(?:MM|VIT)_[A-Z0-9_]+", document.read_text()))
+        assert named - ERROR_NAMES <= known, document.name
+
+
+def test_every_link_leads_somewhere() -> None:
+    for document in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        for target in re.findall(r"\]\(([^)]+)\)", document.read_text()):
+            path, _, anchor = target.partition("#")
+            text = (document.parent / path).read_text() if path else document.read_text()
+            headings = {
+                re.sub(r"[^a-z0-9 -]", "", h.lower()).replace(" ", "-") for h in re.findall(r"^#+ (.*)", text, re.M)
+            }
+            assert not anchor or anchor in headings, f"{document.name}: {target}"

@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
-from clips import encode, moving
+from clips import FRAMES, encode, moving
 
 import rtp_mm
+from rtp_mm.errors import BadItemsError
 from rtp_mm.server.call import MAX_SECONDS_BYTES, Call
 from rtp_mm.server.wire import SECONDS_METADATA
 from rtp_mm.types import Caller, MMUrlType
@@ -43,10 +45,30 @@ def test_a_cached_clip_keeps_its_timing(tiny_qwen2_5_vl: Path, tmp_path: Path, p
     try:
         first = engine.submit([str(path)], types=[MMUrlType.VIDEO])
         again = engine.submit([str(path)], types=[MMUrlType.DEFAULT])  # told from the bytes
+        stats = engine.stats()
     finally:
         engine.close()
     assert first.seconds_per_grid == again.seconds_per_grid == [1.0]
     assert again.cached_items == 1
+    assert 4 <= stats.decoded_frames <= FRAMES + 1
+    assert stats.fetched_bytes == 2 * path.stat().st_size
     assert first.position_ids is not None
     assert first.position_ids[0][:, 0].unique().tolist() == [0, 2]  # 1 s is 2 steps
     assert torch.equal(first.embeddings[0], again.embeddings[0])
+
+
+def test_a_clip_over_the_devices_limit_is_refused_before_its_frames_are_decoded(
+    tiny_qwen2_5_vl: Path, tmp_path: Path, photos: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The device's own limit, not an option's: by the header alone, and with the option that raises it."""
+    path = tmp_path / "clip.mp4"
+    path.write_bytes(encode(moving(photos["chelsea"])))
+    monkeypatch.setattr("rtp_mm.engine.limits.CPU_ITEM_PATCHES", 100)
+    monkeypatch.setattr("rtp_mm.media.video._Video._pixels", lambda *_: pytest.fail("decoded"))
+    options = {"act_type": "fp32", "device": "cpu", "use_local_preprocess": 1}
+    engine = rtp_mm.create_engine(vit_separation=0, checkpoint_path=tiny_qwen2_5_vl, **options)
+    try:
+        with pytest.raises(BadItemsError, match=r"4 frames of .* over the limit of 100 \(MM_MAX_PATCHES_PER_ITEM\)"):
+            engine.submit([str(path)], types=[MMUrlType.VIDEO])
+    finally:
+        engine.close()

@@ -137,7 +137,9 @@ def look(
     min_pixels: MinPixels = None,
     max_pixels: MaxPixels = None,
 ) -> None:
-    """Save what the tower sees: the image rebuilt from its patch rows, with patches, tokens and windows drawn in."""
+    """Save what the tower sees: an image rebuilt from its patch rows, with patches, tokens and windows drawn in; of a
+    video the chosen frames with their times.
+    """
     from rtp_mm.cli.look import run
 
     run(url, checkpoint, out, min_pixels, max_pixels)

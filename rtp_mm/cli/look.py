@@ -1,8 +1,10 @@
-"""`rtp-mm look`: a picture of what the tower sees, rebuilt from the very bytes that it gets."""
+"""`rtp-mm look`: a picture of what the tower sees, rebuilt from the very bytes that it gets; of a clip, all frames."""
 
 from __future__ import annotations
 
 import asyncio
+import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +17,16 @@ from rtp_mm.config import Settings, load_settings
 from rtp_mm.media.fetch import Fetcher
 from rtp_mm.models.gpt_init_model_parameters import GptInitModelParameters
 from rtp_mm.models.qwen2_vl import PUBLISHED_PROCESSOR
-from rtp_mm.preprocess.patches import ImagePreprocessor, ImageProcessorConfig
+from rtp_mm.preprocess.image_config import ImageProcessorConfig
+from rtp_mm.preprocess.media import MediaPreprocessor
 from rtp_mm.types import LIBRARY_CALLER, Blob, MMUrlType, MultimodalInput, Patches, PreprocessOptions
 
 SCALE = 2  # of the picture, so that a line one pixel wide hides no pixel of the image
 PATCH_LINE = (255, 255, 255, 70)
 TOKEN_LINE = (255, 255, 255, 170)
 WINDOW_LINE = (255, 210, 0, 255)
+THUMBNAIL = 320  # pixels, the longer side of a clip's frame
+CAPTION = 16  # pixels, the line beneath it
 
 
 def run(url: str, checkpoint: Path, out: Path, min_pixels: int | None, max_pixels: int | None) -> None:
@@ -29,37 +34,61 @@ def run(url: str, checkpoint: Path, out: Path, min_pixels: int | None, max_pixel
     settings = load_settings(checkpoint_path=checkpoint)
     processor = ImageProcessorConfig.from_checkpoint(checkpoint, PUBLISHED_PROCESSOR)
     options = PreprocessOptions(min_pixels=min_pixels, max_pixels=max_pixels)
-    patches = ImagePreprocessor.from_config(processor, settings)(fetch(url, settings), MMUrlType.IMAGE, options)
-    vision = GptInitModelParameters.from_checkpoint(checkpoint).mm_related_params.config
-
-    pixels = rebuild(patches, processor.patch_size, processor.merge_size)
-    draw(pixels, processor.patch_size, processor.merge_size, vision.get("window_size")).save(out)
+    preprocess = MediaPreprocessor.from_checkpoint(checkpoint, processor, settings)
+    blob = fetch(url, settings, MMUrlType.DEFAULT)
+    patches = preprocess(blob, MMUrlType.DEFAULT, options)
+    frames = rebuild(patches, processor.patch_size, processor.merge_size)
+    if patches.seconds_per_grid is None:
+        vision = GptInitModelParameters.from_checkpoint(checkpoint).mm_related_params.config
+        picture = draw(frames[0], processor.patch_size, processor.merge_size, vision.get("window_size"))
+        count = ""
+    else:
+        times = preprocess.video.frame_times(bytes(blob.data), options)
+        picture = contact_sheet(frames, times)
+        count = f"{len(times)} frames of "
+    picture.save(out)
     _, rows, columns = patches.grid_thw
+    height, width = frames.shape[1:3]
     tokens = len(patches.rows) // processor.merge_size**2
     Console().print(
-        f"{out}: {pixels.shape[1]} x {pixels.shape[0]} pixels, {columns} x {rows} patches, {tokens} tokens",
-        soft_wrap=True,
+        f"{out}: {count}{width} x {height} pixels, {columns} x {rows} patches, {tokens} tokens", soft_wrap=True
     )
 
 
-def fetch(url: str, settings: Settings) -> Blob:
+def fetch(url: str, settings: Settings, mm_type: MMUrlType = MMUrlType.IMAGE) -> Blob:
     """The bytes behind a URL, for a trusted caller. Raises `MMError`."""
 
     async def once() -> Blob:
         async with Fetcher(settings) as fetcher:
-            return await fetcher.fetch(MultimodalInput(absolute(url), MMUrlType.IMAGE), LIBRARY_CALLER)
+            return await fetcher.fetch(MultimodalInput(absolute(url), mm_type), LIBRARY_CALLER)
 
     return asyncio.run(once())
 
 
 def rebuild(patches: Patches, patch_size: int, merge_size: int) -> NDArray[np.uint8]:
-    """Patch rows back to [H, W, 3], the first frame of a clip."""
+    """Patch rows back to frames [F, H, W, 3]; of a still image, one."""
     t, h, w = patches.grid_thw
     p, m = patch_size, merge_size
     blocks = patches.rows.reshape(t, h // m, w // m, m, m, 3, -1, p, p)
     # (t, block row, block column, row, column, channel, frame, y, x) to (t, frame, y of the image, x, channel)
     frames = blocks.transpose(0, 6, 1, 3, 7, 2, 4, 8, 5)
-    return np.ascontiguousarray(frames[0, 0].reshape(h * p, w * p, 3))
+    return np.ascontiguousarray(frames.reshape(-1, h * p, w * p, 3))
+
+
+def contact_sheet(frames: NDArray[np.uint8], times: Sequence[float]) -> Image.Image:
+    """Frames [F, H, W, 3], small, in the order of a page's lines, each with its number and its seconds beneath it."""
+    height, width = frames.shape[1:3]
+    scale = min(1.0, THUMBNAIL / max(height, width))
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    columns = math.isqrt(len(times) - 1) + 1
+    lines = -(-len(times) // columns)
+    sheet = Image.new("RGB", (columns * size[0], lines * (size[1] + CAPTION)))
+    pen = ImageDraw.Draw(sheet)
+    for index, (frame, seconds) in enumerate(zip(frames, times, strict=False)):  # the last is repeated to fill a pair
+        x, y = index % columns * size[0], index // columns * (size[1] + CAPTION)
+        sheet.paste(Image.fromarray(frame).resize(size), (x, y))
+        pen.text((x + 2, y + size[1] + 2), f"{index}  {seconds:.2f} s", fill="white")
+    return sheet
 
 
 def draw(pixels: NDArray[np.uint8], patch_size: int, merge_size: int, window: int | None) -> Image.Image:

@@ -15,7 +15,8 @@ from rtp_mm.types import MMPreprocessConfig, MMUrlType, Patches
 CPU_BATCH_PATCHES = 4096  # a CPU's throughput is flat from some 1000 on: more in a batch only makes others wait
 CUDA_BATCH_PATCHES = 32768  # the same for the largest GPUs
 # 16384 tokens of 2 x 2: the most that a published checkpoint of these families asks for one image. On CUDA also the
-# 115200 tokens of a video by the published rule.
+# 115200 tokens of a video by the published rule; they would keep a CPU from everybody else for minutes or an hour, so
+# there it takes the operator's word.
 CPU_ITEM_PATCHES = 65536
 CUDA_ITEM_PATCHES = 460800
 QUEUE_BATCHES = 32  # full batches that may wait
@@ -39,6 +40,12 @@ def device_limits(mm_part: MultiModalEmbeddingInterface, settings: Settings) -> 
     )
     item = settings.mm_max_patches_per_item or fitting
     return DeviceLimits(batch, item, settings.mm_max_queue_patches or QUEUE_BATCHES * batch)
+
+
+def bound_clips(mm_part: MultiModalEmbeddingInterface, limits: DeviceLimits) -> None:
+    """Has clips that no forward will take refused before their frames are decoded."""
+    if isinstance(mm_part.preprocessor, MediaPreprocessor):
+        mm_part.preprocessor = mm_part.preprocessor.bounded(limits.item)
 
 
 def _fitting_patches(mm_part: MultiModalEmbeddingInterface) -> int:

@@ -16,9 +16,9 @@ from rtp_mm.engine.flights import Flights
 from rtp_mm.engine.forward import Forward, WholeForward
 from rtp_mm.engine.home import Home, closed
 from rtp_mm.engine.interface import as_inputs, time_limit_s
-from rtp_mm.engine.limits import device_limits
+from rtp_mm.engine.limits import bound_clips, device_limits
 from rtp_mm.engine.response import Answer, Stopwatch, Timings, as_response
-from rtp_mm.engine.workers import Prepared, PreprocessWorkers
+from rtp_mm.engine.workers import ForwardInput, PreprocessWorkers
 from rtp_mm.errors import DeadlineError
 from rtp_mm.media.fetch import Fetcher
 from rtp_mm.media.limits import SizeLimit
@@ -73,6 +73,7 @@ class MMProcessEngine:
         self._is_whole = type(mm_part).mm_embedding is not MultiModalEmbeddingInterface.mm_embedding
         forward = (WholeForward if self._is_whole else Forward)(mm_part, ACT_DTYPES[self._data_type])
         self._limits = device_limits(mm_part, settings)
+        bound_clips(mm_part, self._limits)
         self._batcher = Batcher(forward, self._limits.batch)
         self._admission = Admission(
             settings.mm_max_queue_size,
@@ -91,6 +92,7 @@ class MMProcessEngine:
         self._computations = Flights[Answer]()
         self._requests: set[asyncio.Future[Any]] = set()  # the work of each running request
         self._finished = 0
+        self._decoded_frames = 0
         self._home = Home(loop)
 
     # --- an item's way
@@ -166,10 +168,11 @@ class MMProcessEngine:
         self._embeddings.put(key, embedded)
         return Answer(embedded, timings | device_timings)
 
-    async def _prepare(self, key: PatchKey, blob: Blob, config: MMPreprocessConfig) -> Prepared:
+    async def _prepare(self, key: PatchKey, blob: Blob, config: MMPreprocessConfig) -> ForwardInput:
         if (kept := self._patches.get(key)) is not None:
-            return Prepared(kept, self._mm_part.patches(kept))
+            return ForwardInput(kept, self._mm_part.patches(kept))
         prepared = await self._workers.prepare(blob, key.mm_type, config)
+        self._decoded_frames += getattr(prepared.value, "decoded_frames", 0)
         if isinstance(prepared.value, Patches | LogMel) and self._patches.has_room_for(prepared.value.nbytes):
             # A copy: the rows may be a worker's memory, given back after the forward.
             self._patches.put(key, prepared.value.copy())
@@ -268,6 +271,8 @@ class MMProcessEngine:
             workers=workers.workers,
             workers_busy=workers.busy,
             worker_restarts=workers.restarts,
+            fetched_bytes=self._fetcher.fetched_bytes,
+            decoded_frames=self._decoded_frames,
         )
 
     # --- the end

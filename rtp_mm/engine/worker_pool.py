@@ -337,8 +337,8 @@ def _shape(answer: Mapping[str, Any]) -> tuple[int, int]:
 def _prepared(answer: Mapping[str, Any], shape: tuple[int, int]) -> Callable[[NDArray[np.uint8]], Prepared]:
     """What to make of the rows, all figures checked."""
     if "cut_s" not in answer:
-        grid, seconds = _grid(answer, shape), _seconds(answer)
-        return lambda rows: Patches(rows, grid, seconds)
+        grid, seconds, decoded = _grid(answer, shape), _seconds(answer), _count(answer, "decoded_frames")
+        return lambda rows: Patches(rows, grid, seconds, decoded)
     cut_s = answer["cut_s"]
     if shape[1] % 4 or not (cut_s is None or (isinstance(cut_s, float) and 0 < cut_s < math.inf)):
         raise WorkerDiedError
@@ -358,4 +358,11 @@ def _seconds(answer: Mapping[str, Any]) -> float | None:
             return None
         case float(seconds) if 0 < seconds < math.inf:
             return seconds
+    raise WorkerDiedError
+
+
+def _count(answer: Mapping[str, Any], name: str) -> int:
+    match answer.get(name):
+        case int(count) if count >= 0:
+            return count
     raise WorkerDiedError

@@ -21,7 +21,7 @@ _log = logging.getLogger(__name__)
 _LARGEST_MESSAGE = 1 << 30  # bytes that a gRPC call may bring
 
 
-class Prepared(NamedTuple):
+class ForwardInput(NamedTuple):
     """What a forward takes, and its cost there; `None`: it goes alone."""
 
     value: Any
@@ -70,7 +70,7 @@ class PreprocessWorkers:
 
     async def prepare(
         self, blob: Blob, mm_type: MMUrlType, config: MMPreprocessConfig, deadline: float | None = None
-    ) -> Prepared:
+    ) -> ForwardInput:
         """What the model's `prepare` gives, before `deadline` by the loop's clock.
 
         Raises `MMError`; a third party's own exception becomes `ProcessError`. Cancelled or late, a process that still
@@ -95,20 +95,20 @@ class PreprocessWorkers:
         _log.error("preprocessing of %s failed", blob.source, exc_info=error)
         raise ProcessError(f"preprocessing failed with {type(error).__name__}")
 
-    async def _prepare(self, blob: Blob, mm_type: MMUrlType, config: MMPreprocessConfig) -> Prepared:
+    async def _prepare(self, blob: Blob, mm_type: MMUrlType, config: MMPreprocessConfig) -> ForwardInput:
         if self._processes is not None:
             patches = await self._processes.run(blob, mm_type, config.options())
-            return Prepared(patches, self._mm_part.patches(patches))
+            return ForwardInput(patches, self._mm_part.patches(patches))
         return await asyncio.get_running_loop().run_in_executor(
             self._threads, self._prepare_in_thread, blob, mm_type, config
         )
 
-    def _prepare_in_thread(self, blob: Blob, mm_type: MMUrlType, config: MMPreprocessConfig) -> Prepared:
+    def _prepare_in_thread(self, blob: Blob, mm_type: MMUrlType, config: MMPreprocessConfig) -> ForwardInput:
         with self._counting:
             self._running += 1
         try:
             value = self._mm_part.prepare(blob, mm_type, config)
-            return Prepared(value, self._mm_part.patches(value))
+            return ForwardInput(value, self._mm_part.patches(value))
         finally:
             with self._counting:
                 self._running -= 1

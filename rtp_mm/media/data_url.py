@@ -8,7 +8,7 @@ from typing import NamedTuple
 from urllib.parse import unquote, unquote_to_bytes
 
 from rtp_mm.errors import WrongFormatError
-from rtp_mm.media.limits import SizeLimit
+from rtp_mm.media.limits import START_BYTES, SizeLimit
 
 _BROKEN_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})")
 
@@ -39,8 +39,19 @@ class DataUrl(NamedTuple):
         tail = self.payload[-6:].replace("%3D", "=").replace("%3d", "=")
         return characters * 3 // 4 - (len(tail) - len(tail.rstrip("=")))
 
+    def _start(self) -> bytes:
+        """The first bytes of the data; none where it begins with what cannot be decoded."""
+        if not self.is_base64:
+            return unquote_to_bytes(self.payload[: 3 * START_BYTES])[:START_BYTES]
+        try:
+            return binascii.a2b_base64(self.payload[: START_BYTES // 3 * 4])
+        except ValueError:
+            return b""
+
     def decode(self, limit: SizeLimit) -> bytes:
         """The data. Raises `WrongFormatError` for what is malformed or over the limit, the latter before decoding."""
+        if limit.clip is not None:
+            limit = limit.told(self._start())
         limit.check(self.nbytes)
         if not self.payload.isascii():
             raise WrongFormatError("a data: URL holds ASCII only")

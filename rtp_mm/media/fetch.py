@@ -23,7 +23,7 @@ from rtp_mm.media.data_url import DataUrl
 from rtp_mm.media.filesystems import Filesystems
 from rtp_mm.media.freshness import Answer
 from rtp_mm.media.http import Download, HttpSource
-from rtp_mm.media.limits import PixelLimit, SizeLimit
+from rtp_mm.media.limits import START_BYTES, PixelLimit, SizeLimit
 from rtp_mm.media.local import LocalFiles, local_path
 from rtp_mm.media.redact import redact
 from rtp_mm.types import Blob, CacheStats, Caller, MMUrlType, MultimodalInput
@@ -45,6 +45,7 @@ class Fetcher:
         self._http = HttpSource(settings, clock)
         self._filesystems = Filesystems(settings)
         self._files = LocalFiles(settings)
+        self.fetched_bytes = 0  # of downloads and local files
 
     async def __aenter__(self) -> Self:
         return self
@@ -86,6 +87,7 @@ class Fetcher:
                 data = await _run(len(url), lambda: DataUrl.parse(url).decode(limit))
             case "file" | "":
                 data = await asyncio.to_thread(self._files.read, local_path(url), limit)
+                self.fetched_bytes += len(data)
             case _:
                 return await self._downloaded(item, limit)
         return await _file_blob(data, url)
@@ -108,9 +110,12 @@ class Fetcher:
             if download.body is None and stored is not None:
                 blob = self._cache.confirm(url, stored, download.answers, asked_at)
             else:
-                blob = await _file_blob(download.body or b"", url)
+                body = download.body or b""
+                self.fetched_bytes += len(body)
+                blob = await _file_blob(body, url)
                 self._cache.put(url, blob, download.answers, asked_at)
-        limit.check(blob.nbytes)  # it may be kept from an item of another type
+        assert isinstance(blob.data, bytes)
+        limit.told(blob.data[:START_BYTES]).check(blob.nbytes)  # it may be kept from an item of another type
         return blob
 
     async def _download(self, item: MultimodalInput, limit: SizeLimit, known: Answer | None) -> Download:

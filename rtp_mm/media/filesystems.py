@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from rtp_mm.config import Settings
 from rtp_mm.errors import DownloadFailedError, DownloadRefusedError, MMError, NotSupportedError
-from rtp_mm.media.limits import PixelLimit, SizeLimit
+from rtp_mm.media.limits import START_BYTES, PixelLimit, SizeLimit
 
 T = TypeVar("T")
 CHUNK_BYTES = 1 << 20
@@ -57,6 +57,8 @@ class Filesystems:
             limit.check(getattr(file, "size", None) or 0)
             body = io.BytesIO()
             while chunk := await self._call(lambda: file.read(CHUNK_BYTES)):
+                if not body.tell():
+                    limit = limit.told(chunk[:START_BYTES])
                 limit.check(body.tell() + len(chunk))
                 body.write(chunk)
                 if pixels is not None and body.tell() >= pixels.next_look:

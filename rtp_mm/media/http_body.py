@@ -9,7 +9,7 @@ import zlib
 import aiohttp
 
 from rtp_mm.errors import DownloadFailedError, DownloadRefusedError, WrongFormatError
-from rtp_mm.media.limits import PixelLimit, SizeLimit
+from rtp_mm.media.limits import START_BYTES, PixelLimit, SizeLimit
 
 
 async def read_body(response: aiohttp.ClientResponse, limit: SizeLimit, pixels: PixelLimit | None) -> bytes:
@@ -24,6 +24,8 @@ async def read_body(response: aiohttp.ClientResponse, limit: SizeLimit, pixels: 
     async for chunk in response.content.iter_any():
         limit.check(body.tell() + len(chunk))
         body.write(chunk)
+        if encoding == "identity" and body.tell() >= START_BYTES:
+            limit = _told(body, limit)
         if pixels is not None and encoding == "identity" and body.tell() >= pixels.next_look:
             with body.getbuffer() as here:
                 pixels.check(here, len(here))
@@ -36,10 +38,21 @@ async def read_body(response: aiohttp.ClientResponse, limit: SizeLimit, pixels: 
     return await asyncio.to_thread(_inflate, body.getvalue(), limit)
 
 
+def _told(body: io.BytesIO, limit: SizeLimit) -> SizeLimit:
+    if limit.clip is None:
+        return limit
+    with body.getbuffer() as here:
+        limit = limit.told(bytes(here[:START_BYTES]))
+    limit.check(body.tell())
+    return limit
+
+
 def _inflate(data: bytes, limit: SizeLimit) -> bytes:
     inflater = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32)  # gzip or zlib, told from the header
     try:
-        inflated = inflater.decompress(data, limit.nbytes + 1)
+        start = inflater.decompress(data, START_BYTES)
+        limit = limit.told(start)
+        inflated = start + inflater.decompress(inflater.unconsumed_tail, limit.nbytes + 1 - len(start))
     except zlib.error:
         raise WrongFormatError("the body is not what its Content-Encoding says") from None
     limit.check(len(inflated))

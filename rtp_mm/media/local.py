@@ -14,7 +14,7 @@ from urllib.parse import unquote_to_bytes
 
 from rtp_mm.config import Settings
 from rtp_mm.errors import DownloadFailedError, DownloadRefusedError, MMError, NotSupportedError, WrongFormatError
-from rtp_mm.media.limits import SizeLimit
+from rtp_mm.media.limits import START_BYTES, SizeLimit
 from rtp_mm.types import Caller
 
 # Asking again gives the same answer; all else (too many open files, an I/O error) may pass.
@@ -92,6 +92,7 @@ class LocalFiles:
             raise NotSupportedError("not a regular file")
         limit.check(status.st_size)
         with open(name, "rb") as file:
+            limit.told(file.peek(START_BYTES)[:START_BYTES]).check(status.st_size)
             data = file.read(status.st_size + 1)  # one more, to see a file that grows
         if len(data) != status.st_size:
             raise DownloadFailedError("the file changed while it was read")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,6 +31,10 @@ class MediaPreprocessor:
         """`config` is the checkpoint's for images. Raises `StartError` for what the folder says of videos."""
         image = ImagePreprocessor.from_config(config, settings)
         return cls(image, VideoPreprocessor.from_checkpoint(folder, config, image, settings))
+
+    def bounded(self, max_patches: int) -> MediaPreprocessor:
+        """The same, that refuses a clip of more patches before it decodes its frames."""
+        return replace(self, video=replace(self.video, max_patches=max_patches))
 
     @property
     def cache_key(self) -> tuple[object, ...]:

@@ -71,6 +71,15 @@ class VideoPreprocessor:
         """All else that decides the bytes."""
         return (decoder(), *astuple(self.rule))
 
+    @property
+    def _limits(self) -> ClipLimits:
+        return ClipLimits(self.image.max_image_pixels, self.max_seconds)
+
+    def frame_times(self, data: bytes, options: PreprocessOptions) -> list[float]:
+        """Seconds from the clip's beginning, by its average rate, of the frames that are taken. Raises as a call."""
+        with _open(data, self._limits) as clip:
+            return [index / float(clip.fps) for index in self.rule.choose_frames(clip.frames, clip.fps, options)]
+
     def predict(self, frames: int, width: int, height: int, options: PreprocessOptions) -> int:
         """Patches of frames that were decoded elsewhere. Raises `WrongFormatError` for a limit that they break."""
         height, width = self._target_size(height, width, frames, options)
@@ -95,12 +104,12 @@ class VideoPreprocessor:
                 )
             shape = _Frames(frames, height, width, options.fps or FPS)
             return self._patches(data, shape, options, allocate)
-        limits = ClipLimits(self.image.max_image_pixels, self.max_seconds)
-        with _open(data, limits) as clip:
+        with _open(data, self._limits) as clip:
             chosen = self.rule.choose_frames(clip.frames, clip.fps, options)
             fps = len(chosen) / clip.frames * float(clip.fps)
             shape = _Frames(len(chosen), clip.height, clip.width, fps)
-            return self._patches(clip.read(chosen), shape, options, allocate)
+            patches = self._patches(clip.read(chosen), shape, options, allocate)
+            return replace(patches, decoded_frames=clip.decoded)
 
     def _patches(
         self, frames: Iterable[Frame], shape: _Frames, options: PreprocessOptions, allocate: RowAllocator
@@ -113,9 +122,9 @@ class VideoPreprocessor:
         if t * h * w > self.max_patches:
             raise WrongFormatError(
                 f"{t * h * w} patches of {count} frames of {width}x{height}, over the limit of {self.max_patches} "
-                "(MM_MAX_PATCHES_PER_ITEM); max_frames and max_pixels make them fewer"
+                "(MM_MAX_PATCHES_PER_ITEM); fewer frames (max_frames, fps) or smaller ones (max_pixels) fit"
             )
-        rows = allocate((t * h * w, 3 * step * patch**2))
+        rows = allocate((t * h * w, 3 * step * patch**2))  # from here on frames are decoded
         done = 0
         for frame in frames:
             slots = [done] if done + 1 < count else range(done, t * step)

@@ -35,7 +35,8 @@ _COUNTERS: tuple[tuple[str, str, Callable[[EngineStats], float]], ...] = (
     ("rtp_mm_batch_items", "Items in all forwards", lambda s: s.batch_items),
     ("rtp_mm_batch_patches", "Patches in all forwards", lambda s: s.batch_patches),
     ("rtp_mm_forward_failures", "Forwards that failed", lambda s: s.forward_failures),
-    ("rtp_mm_fetched_bytes", "Bytes of files fetched", lambda s: s.fetched_bytes),
+    ("rtp_mm_fetched_bytes", "Bytes of downloads and local files", lambda s: s.fetched_bytes),
+    ("rtp_mm_decoded_frames", "Frames of videos decoded", lambda s: s.decoded_frames),
 )
 _COUNTERS_BY: tuple[tuple[str, str, str, Callable[[EngineStats], Mapping[str, int]]], ...] = (
     ("rtp_mm_rejections", "Requests refused because the server was full", "reason", lambda s: s.rejections),
