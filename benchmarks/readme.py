@@ -17,7 +17,7 @@ README = RESULTS.parent.parent / "README.md"
 BLOCK = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def results(pattern: str) -> list[tuple[str, dict[str, Any]]]:
+def results(pattern: str) -> list[tuple[str, Any]]:
     """Committed results whose name matches, as (what follows the pattern's prefix, figures)."""
     prefix = pattern.rstrip("*")
     return [
@@ -92,7 +92,39 @@ def tower() -> str:
     return markdown(["model", "patches", "ours bf16, ms", "Hugging Face bf16", "Hugging Face float32"], rows)
 
 
-TABLES: dict[str, Callable[[], str]] = {"accuracy": accuracy, "load": load, "preprocess": preprocess, "tower": tower}
+def video() -> str:
+    [(_, runs)] = results("media_video")
+    clips = {run["clip"]: {r["way"]: r for r in runs if r["clip"] == run["clip"]} for run in runs}
+    rows = []
+    for clip, ways in clips.items():
+        ours = ways["ours"]
+        ratios = [f"{ways[way]['seconds'] / ours['seconds']:.1f}x" for way in ("every", "random")]
+        rows.append([clip, f"{ours['seconds']:.1f}", *ratios, f"{ours['decoded']:,}", f"{ours['peak_mb']:.0f}"])
+    header = ["clip", "ours, s", "decoding every frame", "random access", "frames decoded", "peak memory, MB"]
+    return markdown(header, rows)
+
+
+def audio() -> str:
+    rows = []
+    for _, result in results("audio_*"):
+        for sound in result["sounds"]:
+            ours, ratios = [], []
+            for stage in ("frames_ms", "tower_ms"):
+                ms = {side: times["median"] for side, times in sound[stage].items()}
+                ours.append(f"{ms['ours']:.1f}")
+                ratios.append(f"{ms['peer'] / ms['ours']:.1f}x")
+            rows.append([str(sound["seconds"]), ours[0], ratios[0], ours[1], ratios[1]])
+    return markdown(["sound, s", "log-mel frames, ms", "Hugging Face", "tower, ms", "Hugging Face"], rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "accuracy": accuracy,
+    "load": load,
+    "preprocess": preprocess,
+    "tower": tower,
+    "video": video,
+    "audio": audio,
+}
 
 
 def rendered(text: str) -> str:
