@@ -18,6 +18,7 @@ PACKAGE = Path(rtp_mm.__file__).parent
 LAYERS = [
     {"errors"},
     {"types", "config", "logs"},
+    {"lru"},
     {"_core"},
     {"ops"},
     {"media"},

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections import OrderedDict
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple
 
+from rtp_mm.lru import ByteLRU, Key, Value
 from rtp_mm.types import CacheStats, CacheStatus, MMUrlType, PreprocessOptions
 
 if TYPE_CHECKING:
@@ -49,24 +49,14 @@ class Embedded(NamedTuple):
         return self.embedding.nbytes + (self.position_ids.nbytes if self.position_ids is not None else 0)
 
 
-class _Sized(Protocol):
-    @property
-    def nbytes(self) -> int: ...
-
-
-Key = TypeVar("Key")
-Value = TypeVar("Value", bound=_Sized)
-
-
 class ByteCache(Generic[Key, Value]):
-    """Values by key, at most `budget_bytes` of them. For one event loop: no locks."""
+    """Values by key, at most `budget_bytes` of them, with counters and a version. For one event loop: no locks."""
 
     def __init__(self, budget_bytes: int, *, largest_share: float = 1.0) -> None:
         """largest_share: of the budget, for one value; a larger one is not kept, and so sweeps nothing out."""
-        self._budget_bytes = budget_bytes
         self._largest_bytes = int(budget_bytes * largest_share)
-        self._values: OrderedDict[Key, Value] = OrderedDict()
-        self._used_bytes = self._hits = self._misses = self._evictions = 0
+        self._values: ByteLRU[Key, Value] = ByteLRU(budget_bytes)
+        self._hits = self._misses = 0
         self.version = time.time_ns()  # of the set of keys; no process's first is another's last
 
     def __contains__(self, key: Key) -> bool:
@@ -78,11 +68,8 @@ class ByteCache(Generic[Key, Value]):
 
     def get(self, key: Key) -> Value | None:
         value = self._values.get(key)
-        if value is None:
-            self._misses += 1
-            return None
-        self._hits += 1
-        self._values.move_to_end(key)
+        self._hits += value is not None
+        self._misses += value is None
         return value
 
     def has_room_for(self, nbytes: int) -> bool:
@@ -90,27 +77,12 @@ class ByteCache(Generic[Key, Value]):
         return 0 < nbytes <= self._largest_bytes
 
     def put(self, key: Key, value: Value) -> None:
-        if not self.has_room_for(value.nbytes):
-            return
-        if (replaced := self._values.pop(key, None)) is not None:
-            self._used_bytes -= replaced.nbytes
-        self._values[key] = value
-        self._used_bytes += value.nbytes
-        while self._used_bytes > self._budget_bytes:
-            _, evicted = self._values.popitem(last=False)
-            self._used_bytes -= evicted.nbytes
-            self._evictions += 1
-        self.version += 1
+        if self.has_room_for(value.nbytes):
+            self._values[key] = value
+            self.version += 1
 
     def stats(self) -> CacheStats:
-        return CacheStats(
-            items=len(self._values),
-            used_bytes=self._used_bytes,
-            budget_bytes=self._budget_bytes,
-            hits=self._hits,
-            misses=self._misses,
-            evictions=self._evictions,
-        )
+        return self._values.stats(self._hits, self._misses)
 
 
 def cache_status(cache: ByteCache[EmbeddingKey, Embedded], *, with_keys: bool = False) -> CacheStatus:

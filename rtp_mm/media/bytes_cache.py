@@ -10,8 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from cachetools import LRUCache
-
+from rtp_mm.lru import ByteLRU
 from rtp_mm.media.freshness import Answer, lifetime_s
 from rtp_mm.types import Blob, CacheStats
 
@@ -30,16 +29,6 @@ class Stored:
     nbytes: int
 
 
-class _Entries(LRUCache[str, Stored]):
-    """Counts what it throws out for want of space."""
-
-    evictions = 0
-
-    def popitem(self) -> tuple[str, Stored]:
-        self.evictions += 1
-        return super().popitem()
-
-
 class BytesCache:
     """For one event loop: no locks. A download larger than the whole budget is not kept.
 
@@ -48,7 +37,7 @@ class BytesCache:
 
     def __init__(self, budget_bytes: int, ttl_s: float, clock: Callable[[], float]) -> None:
         """`ttl_s`: how long a download is good whose source does not say."""
-        self._entries = _Entries(budget_bytes, getsizeof=lambda stored: stored.nbytes)
+        self._entries: ByteLRU[str, Stored] = ByteLRU(budget_bytes)
         self._ttl_s = ttl_s
         self._clock = clock
         self._hits = self._misses = 0
@@ -81,14 +70,7 @@ class BytesCache:
         self._entries.pop(url, None)
 
     def stats(self) -> CacheStats:
-        return CacheStats(
-            items=len(self._entries),
-            used_bytes=int(self._entries.currsize),
-            budget_bytes=int(self._entries.maxsize),
-            hits=self._hits,
-            misses=self._misses,
-            evictions=self._entries.evictions,
-        )
+        return self._entries.stats(self._hits, self._misses)
 
     def _keep(self, url: str, blob: Blob, answers: Sequence[Answer], asked_at: float) -> None:
         self.discard(url)
