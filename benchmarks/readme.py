@@ -93,7 +93,8 @@ def tower() -> str:
 
 
 def video() -> str:
-    [(_, runs)] = results("media_video")
+    [(_, result)] = results("media_videos")
+    runs = result["clips"]
     clips = {run["clip"]: {r["way"]: r for r in runs if r["clip"] == run["clip"]} for run in runs}
     rows = []
     for clip, ways in clips.items():
