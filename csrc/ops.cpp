@@ -14,8 +14,10 @@ STABLE_TORCH_LIBRARY(rtp_mm, m) {
       "resize_patchify(Tensor frames, int height, int width, int patch_size, int merge_size, str order, str filter, "
       "int temporal_patch_size) -> Tensor");
   m.def("pack_linear(Tensor weight, int parts) -> Tensor");
-  m.def("packed_linear(Tensor x, Tensor packed, Tensor bias, str activation, int blocks) -> Tensor");
-  m.def("packed_linear_add_(Tensor(a!) out, Tensor x, Tensor packed, Tensor bias) -> ()");
+  m.def(
+      "packed_linear(Tensor x, Tensor packed, Tensor? scales, Tensor? sums, Tensor bias, str activation, int blocks) "
+      "-> Tensor");
+  m.def("packed_linear_add_(Tensor(a!) out, Tensor x, Tensor packed, Tensor? scales, Tensor? sums, Tensor bias) -> ()");
   m.def("packed_attention(Tensor qkv, Tensor cos, Tensor sin, Tensor cu_seqlens) -> Tensor");
   m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
 }

@@ -117,7 +117,7 @@ def test_packing_keeps_the_bytes() -> None:
     """Every weight once, in its own type; padding is zero."""
     weight = torch.arange(1, 41, dtype=torch.bfloat16).view(20, 2)
     for parts, panels in ((1, 1), (2, 1)):
-        packed_weight = ops.pack_linear(weight, parts)
+        packed_weight = ops.pack_linear(weight, parts).panels
         assert packed_weight.shape == (panels, 2, 64)
         assert packed_weight.dtype == weight.dtype
         assert packed_weight.sort(stable=True).values.flatten().sort().values[-40:].equal(weight.flatten())
@@ -155,7 +155,7 @@ def bad_arguments() -> list[tuple[str, dict[str, object], str]]:
         ("a batch of matrices", {"x": torch.ones(1, 4, 6)}, r"x must be contiguous \[M, K\] float32, got \[1, 4, 6\]"),
         ("bfloat16 x", {"x": torch.ones(4, 6).bfloat16()}, r"x must be .*, got \[4, 6\] bfloat16"),
         ("another K", {"x": torch.ones(4, 5)}, r"packed must be what pack_linear made of \[8, 5\], got \[1, 6, 64\]"),
-        ("unpacked", {"packed": torch.ones(8, 6)}, r"packed must be what pack_linear made of \[8, 6\], got \[8, 6\]"),
+        ("unpacked", {"packed": ops.PackedWeight(torch.ones(8, 6))}, r"packed must be what pack_linear made of \[8, 6\], got \[8, 6\]"),
         ("bfloat16 bias", {"bias": torch.zeros(8).bfloat16()}, r"bias must be .*, got \[8\] bfloat16"),
         ("another N", {"bias": torch.zeros(65)}, r"packed must be what pack_linear made of \[65, 6\]"),
         ("odd gate", {"bias": torch.zeros(7), "activation": "silu_gate"}, r"N divisible by 2, got \[7\] float32"),
@@ -191,7 +191,7 @@ def test_schema_and_fake_agree_with_the_kernel(dtype: torch.dtype) -> None:
     for parts in (1, 2):
         torch.library.opcheck(torch.ops.rtp_mm.pack_linear.default, (weight, parts))
     for parts, activation in ((1, "gelu"), (2, "silu_gate")):
-        arguments = (x, ops.pack_linear(weight, parts), bias, activation, 2)
+        arguments = (x, *ops.pack_linear(weight, parts), bias, activation, 2)
         torch.library.opcheck(torch.ops.rtp_mm.packed_linear.default, arguments)
-    adding = (torch.ones(4, 40), x, ops.pack_linear(weight), bias)
+    adding = (torch.ones(4, 40), x, *ops.pack_linear(weight), bias)
     torch.library.opcheck(torch.ops.rtp_mm.packed_linear_add_.default, adding)

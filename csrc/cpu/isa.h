@@ -5,13 +5,13 @@
 namespace rtp_mm {
 
 // Each one a superset of those before.
-enum class Isa { kPortable, kAvx2, kAvx512 };
+enum class Isa { kPortable, kAvx2, kAvx512, kAvx512Vnni };
 
 inline Isa best_isa() {  // of this CPU
 #ifdef __x86_64__
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl")) {
-    return Isa::kAvx512;
+    return __builtin_cpu_supports("avx512vnni") ? Isa::kAvx512Vnni : Isa::kAvx512;
   }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Isa::kAvx2;
 #endif
@@ -30,15 +30,16 @@ struct Avx2 {
 struct Avx512 {
   static constexpr int kLanes = 16, kRegisters = 32, kVectors = 4;
 };
+struct Avx512Vnni : Avx512 {};
 
 #define RTP_MM_INLINE [[gnu::always_inline]] inline
 
 namespace detail {
 
 #ifdef __x86_64__
-template <class Kernel, class... Args>
+template <class Arch, class Kernel, class... Args>
 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma"))) void on_avx512(Args... args) {
-  Kernel::template run<Avx512>(args...);
+  Kernel::template run<Arch>(args...);
 }
 
 template <class Kernel, class... Args>
@@ -55,11 +56,14 @@ void on_portable(Args... args) {
 }  // namespace detail
 
 // Kernel::run<Arch>(args...), compiled for `isa`. All that it calls must be RTP_MM_INLINE, as it is itself: only what
-// is inlined gets the caller's instructions.
+// is inlined gets the caller's instructions. A kernel whose kUsesVnni is true is compiled for Avx512Vnni too.
 template <class Kernel, class... Args>
 void run(Isa isa, Args... args) {
 #ifdef __x86_64__
-  if (isa == Isa::kAvx512) return detail::on_avx512<Kernel, Args...>(args...);
+  if constexpr (requires { requires Kernel::kUsesVnni; }) {
+    if (isa == Isa::kAvx512Vnni) return detail::on_avx512<Avx512Vnni, Kernel, Args...>(args...);
+  }
+  if (isa >= Isa::kAvx512) return detail::on_avx512<Avx512, Kernel, Args...>(args...);
   if (isa == Isa::kAvx2) return detail::on_avx2<Kernel, Args...>(args...);
 #endif
   detail::on_portable<Kernel, Args...>(args...);

@@ -1,6 +1,7 @@
 #include "cpu/multiply.h"
 
 #include <algorithm>
+#include <type_traits>
 
 #include "cpu/simd.h"
 
@@ -8,8 +9,10 @@ namespace rtp_mm {
 namespace {
 
 // Element i of row r is left[r * kStripDepth + i], or, transposed, left[i * stride + r].
-template <bool kIsTransposed>
+template <class Word, bool kIsTransposed>
 struct Multiply {
+  static constexpr bool kUsesVnni = std::is_same_v<Word, FourBytes>;
+
   // Accumulators, a row of the panel and one element of the left operand fill the registers.
   template <class Arch>
   static constexpr int max_rows(int vectors) {
@@ -17,26 +20,26 @@ struct Multiply {
   }
 
   template <class Arch, int kRows, int kVectors>
-  RTP_MM_INLINE static void block(const Product& p, const float* left, int64_t stride, int64_t column, float* sums,
+  RTP_MM_INLINE static void block(const Product<Word>& p, const Word* left, int64_t stride, int64_t column, Word* sums,
                                   const char* ahead, int64_t ahead_step) {
-    Vector<Arch> acc[kRows][kVectors] = {};
-    const float* panel = p.panel + column;
+    Vector<Arch, Word> acc[kRows][kVectors] = {};
+    const Word* panel = p.panel + column;
     const int64_t depth = p.depth, panel_stride = p.panel_stride;
     for (int64_t i = 0; i < depth; ++i, panel += panel_stride) {
       if constexpr (!kIsTransposed) {
         __builtin_prefetch(ahead, 0, 2);
         ahead += ahead_step;
       }
-      Vector<Arch> b[kVectors];
+      Vector<Arch, Word> b[kVectors];
       for (int v = 0; v < kVectors; ++v) b[v] = at<Arch>(panel + v * Arch::kLanes);
       for (int r = 0; r < kRows; ++r) {
-        const float a = kIsTransposed ? left[i * stride + r] : left[r * kStripDepth + i];
-        for (int v = 0; v < kVectors; ++v) acc[r][v] += a * b[v];
+        const Word a = kIsTransposed ? left[i * stride + r] : left[r * kStripDepth + i];
+        for (int v = 0; v < kVectors; ++v) multiply_add<Arch>(acc[r][v], a, b[v]);
       }
     }
     for (int r = 0; r < kRows; ++r) {
       for (int v = 0; v < kVectors; ++v) {
-        Vector<Arch>& sum = at<Arch>(sums + r * p.sums_stride + v * Arch::kLanes);
+        Vector<Arch, Word>& sum = at<Arch>(sums + r * p.sums_stride + v * Arch::kLanes);
         sum = p.is_added ? sum + acc[r][v] : acc[r][v];
       }
     }
@@ -44,8 +47,8 @@ struct Multiply {
 
   // A strip of `rows`, at most kRows of them.
   template <class Arch, int kRows, int kVectors>
-  RTP_MM_INLINE static void strip(const Product& p, int64_t rows, const float* left, int64_t stride, int64_t column,
-                                  float* sums, const char* ahead, int64_t ahead_step) {
+  RTP_MM_INLINE static void strip(const Product<Word>& p, int64_t rows, const Word* left, int64_t stride,
+                                  int64_t column, Word* sums, const char* ahead, int64_t ahead_step) {
     if (rows == kRows) {
       block<Arch, kRows, kVectors>(p, left, stride, column, sums, ahead, ahead_step);
     } else if constexpr (kRows > 1) {
@@ -55,7 +58,8 @@ struct Multiply {
 
   // As many columns from `column` on as kVectors hold, then the rest.
   template <class Arch, int kVectors>
-  RTP_MM_INLINE static void columns(const Product& p, const float* left, int64_t stride, int64_t column, Ahead ahead) {
+  RTP_MM_INLINE static void columns(const Product<Word>& p, const Word* left, int64_t stride, int64_t column,
+                                    Ahead ahead) {
     // Strips of even height: 16 rows are twice 8, which is faster than 14 and 2.
     constexpr int kRows = max_rows<Arch>(kVectors);
     const int64_t count = (p.rows + kRows - 1) / kRows, height = (p.rows + count - 1) / count;
@@ -71,19 +75,23 @@ struct Multiply {
   }
 
   template <class Arch>
-  RTP_MM_INLINE static void run(Product p, const float* left, int64_t stride, Ahead ahead) {
+  RTP_MM_INLINE static void run(Product<Word> p, const Word* left, int64_t stride, Ahead ahead) {
     columns<Arch, Arch::kVectors>(p, left, stride, 0, ahead);
   }
 };
 
 }  // namespace
 
-void multiply(Isa isa, const float* left, const Product& product, Ahead ahead) {
-  run<Multiply<false>>(isa, product, left, kStripDepth, ahead);
+void multiply(Isa isa, const float* left, const Product<float>& product, Ahead ahead) {
+  run<Multiply<float, false>>(isa, product, left, kStripDepth, ahead);
 }
 
-void multiply_transposed(Isa isa, const float* left, int64_t left_stride, const Product& product) {
-  run<Multiply<true>>(isa, product, left, left_stride, Ahead{});
+void multiply(Isa isa, const FourBytes* left, const Product<FourBytes>& product, Ahead ahead) {
+  run<Multiply<FourBytes, false>>(isa, product, left, kStripDepth, ahead);
+}
+
+void multiply_transposed(Isa isa, const float* left, int64_t left_stride, const Product<float>& product) {
+  run<Multiply<float, true>>(isa, product, left, left_stride, Ahead{});
 }
 
 }  // namespace rtp_mm

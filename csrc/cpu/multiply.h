@@ -22,21 +22,28 @@ struct Ahead {
   int64_t bytes = 0;
 };
 
+// Four bytes that are consecutive in k: int8 of a weight, or uint8 of what it multiplies. Their products are added to
+// an int32, exactly, and in all else such a word stands where a float does.
+using FourBytes = int32_t;
+
 // The right operand and the result of sums[rows, columns] = left[rows, depth] * panel[depth, columns]; with is_added,
-// sums += that. Each element is summed over the depth in order, whatever the other rows and columns.
+// sums += that. Each element is summed over the depth in order, whatever the other rows and columns. Word: float or
+// FourBytes.
+template <class Word>
 struct Product {
   int64_t rows, columns, depth;
-  const float* panel;
+  const Word* panel;
   int64_t panel_stride;
-  float* sums;
+  Word* sums;
   int64_t sums_stride;
   bool is_added;
 };
 
 // left: rows kStripDepth apart, depth <= kStripDepth.
-void multiply(Isa isa, const float* left, const Product& product, Ahead ahead = {});
+void multiply(Isa isa, const float* left, const Product<float>& product, Ahead ahead = {});
+void multiply(Isa isa, const FourBytes* left, const Product<FourBytes>& product, Ahead ahead = {});
 
 // left[depth, rows], rows of memory left_stride apart.
-void multiply_transposed(Isa isa, const float* left, int64_t left_stride, const Product& product);
+void multiply_transposed(Isa isa, const float* left, int64_t left_stride, const Product<float>& product);
 
 }  // namespace rtp_mm

@@ -6,6 +6,7 @@
 
 #include "cpu/float_formats.h"
 #include "cpu/multiply.h"
+#include "cpu/quantize_rows.h"
 #include "cpu/simd.h"
 
 namespace rtp_mm {
@@ -78,6 +79,41 @@ struct Write {
   }
 };
 
+// What the kernels read of the weight's rows that stand in a tile's columns.
+struct TileColumns {
+  float bias[kTileColumns], scales[kTileColumns];
+  int32_t offsets[kTileColumns];
+};
+
+// Sums of bytes to the products that they stand for, in place: the bytes of x are 128 above what they mean.
+struct Scale {
+  template <class Arch>
+  RTP_MM_INLINE static void run(float* sums, const TileColumns* columns, const float* row_scales, int64_t rows) {
+    for (int64_t r = 0; r < rows; ++r, sums += kTileColumns) {
+      for (int64_t j = 0; j < kTileColumns; j += Arch::kLanes) {
+        const IntVector<Arch> exact = reinterpret_cast<IntVector<Arch>&>(sums[j]) - at<Arch>(columns->offsets + j);
+        at<Arch>(sums + j) =
+            __builtin_convertvector(exact, Vector<Arch>) * (at<Arch>(columns->scales + j) * row_scales[r]);
+      }
+    }
+  }
+};
+
+template <class Weight>
+TileColumns tile_columns(const PackedLinear<Weight>& job, int64_t first_panel, int64_t end_panel) {
+  TileColumns columns{};
+  for (int64_t j = 0; j < (end_panel - first_panel) * kLinearPanel; ++j) {
+    const int64_t row = job.layout.row(first_panel + j / kLinearPanel, j % kLinearPanel);
+    if (row < 0) continue;
+    columns.bias[j] = job.bias[row];
+    if constexpr (std::is_same_v<Weight, FourBytes>) {
+      columns.scales[j] = job.scales[row];
+      columns.offsets[j] = 128 * job.sums[row];
+    }
+  }
+  return columns;
+}
+
 // x[rows, k] as [steps of k][rows][kStripDepth].
 void pack_strips(const float* x, int64_t rows, int64_t k, float* strips) {
   for (int64_t begin = 0; begin < k; begin += kStripDepth) {
@@ -86,13 +122,14 @@ void pack_strips(const float* x, int64_t rows, int64_t k, float* strips) {
   }
 }
 
+// What the product reads of `count` elements of the weight.
 template <class Weight>
-const float* widened_panel(Isa isa, const Weight* weight, int64_t count, float* scratch) {
-  if constexpr (std::is_same_v<Weight, float>) {
+const auto* widened_panel(Isa isa, const Weight* weight, int64_t count, float* scratch) {
+  if constexpr (std::is_same_v<Weight, float> || std::is_same_v<Weight, FourBytes>) {
     return weight;
   } else {
     rtp_mm::run<Widen>(isa, weight, count, scratch);
-    return scratch;
+    return static_cast<const float*>(scratch);
   }
 }
 
@@ -117,48 +154,52 @@ int64_t PackedLinear<Weight>::tiles() const {
 
 template <class Weight>
 void PackedLinear<Weight>::run(std::atomic<int64_t>& next_tile) const {
+  constexpr bool kIsBytes = std::is_same_v<Weight, FourBytes>;
+  using Word = std::conditional_t<kIsBytes, FourBytes, float>;
   const int64_t panel_count = layout.panels(), groups = ceil_div(panel_count, kTilePanels), end = tiles();
-  const int64_t block_rows = tile_rows(m), steps = ceil_div(k, kStripDepth);
-  const std::unique_ptr<float[]> strips(new float[block_rows * steps * kStripDepth]);
+  const int64_t block_rows = tile_rows(m), words = depth(), steps = ceil_div(words, kStripDepth);
+  const std::unique_ptr<Word[]> strips(new Word[block_rows * steps * kStripDepth]);
   const std::unique_ptr<float[]> sums(new float[block_rows * kTileColumns]);
   alignas(64) float panel_scratch[kStripDepth * kLinearPanel];
-  float tile_bias[kTileColumns];
+  float row_scales[kMaxTileRows];
   int64_t packed_block = -1;
   for (int64_t tile; (tile = next_tile.fetch_add(1, std::memory_order_relaxed)) < end;) {
     const int64_t block = tile / groups, first_row = block * block_rows, rows = std::min(block_rows, m - first_row);
     if (packed_block != block) {
       packed_block = block;
-      pack_strips(x + first_row * k, rows, k, strips.get());
+      if constexpr (kIsBytes) {
+        quantize_rows(isa, x + first_row * k, rows, k, strips.get(), row_scales);
+      } else {
+        pack_strips(x + first_row * k, rows, k, strips.get());
+      }
     }
     const int64_t first_panel = tile % groups * kTilePanels,
                   end_panel = std::min(first_panel + kTilePanels, panel_count);
     for (int64_t step = 0; step < steps; ++step) {
-      const int64_t depth = std::min(kStripDepth, k - step * kStripDepth);
+      const int64_t depth = std::min(kStripDepth, words - step * kStripDepth);
       for (int64_t panel = first_panel; panel < end_panel; ++panel) {
-        const Weight* weight = panels + (panel * k + step * kStripDepth) * kLinearPanel;
-        const float* wide = widened_panel(isa, weight, depth * kLinearPanel, panel_scratch);
+        const Weight* weight = panels + (panel * words + step * kStripDepth) * kLinearPanel;
+        const Word* wide = widened_panel(isa, weight, depth * kLinearPanel, panel_scratch);
         const bool is_last = panel + 1 == end_panel;
         const Weight* next =
-            is_last ? weight + (depth + (first_panel - panel) * k) * kLinearPanel : weight + k * kLinearPanel;
+            is_last ? weight + (depth + (first_panel - panel) * words) * kLinearPanel : weight + words * kLinearPanel;
         multiply(isa, strips.get() + step * rows * kStripDepth,
                  {.rows = rows,
                   .columns = kLinearPanel,
                   .depth = depth,
                   .panel = wide,
                   .panel_stride = kLinearPanel,
-                  .sums = sums.get() + (panel - first_panel) * kLinearPanel,
+                  .sums = reinterpret_cast<Word*>(sums.get()) + (panel - first_panel) * kLinearPanel,
                   .sums_stride = kTileColumns,
                   .is_added = step > 0},
                  {next, depth * kLinearPanel * static_cast<int64_t>(sizeof(Weight))});
       }
     }
-    for (int64_t panel = first_panel; panel < end_panel; ++panel) {
-      for (int64_t j = 0; j < kLinearPanel; ++j) {
-        const int64_t row = layout.row(panel, j);
-        tile_bias[(panel - first_panel) * kLinearPanel + j] = row < 0 ? 0 : bias[row];
-      }
+    const TileColumns tile_columns = rtp_mm::tile_columns(*this, first_panel, end_panel);
+    if constexpr (kIsBytes) {
+      rtp_mm::run<Scale>(isa, sums.get(), &tile_columns, static_cast<const float*>(row_scales), rows);
     }
-    rtp_mm::run<Activate>(isa, sums.get(), static_cast<const float*>(tile_bias), rows, activation);
+    rtp_mm::run<Activate>(isa, sums.get(), static_cast<const float*>(tile_columns.bias), rows, activation);
     const int64_t first = first_panel * layout.columns(),
                   end_column = std::min(end_panel * layout.columns(), layout.width);
     for (int64_t column = first; column < end_column;) {
@@ -173,8 +214,10 @@ void PackedLinear<Weight>::run(std::atomic<int64_t>& next_tile) const {
 template void pack_linear_panel(const float*, const PanelLayout&, int64_t, int64_t, float*);
 template void pack_linear_panel(const BFloat16*, const PanelLayout&, int64_t, int64_t, BFloat16*);
 template void pack_linear_panel(const Float16*, const PanelLayout&, int64_t, int64_t, Float16*);
+template void pack_linear_panel(const FourBytes*, const PanelLayout&, int64_t, int64_t, FourBytes*);
 template struct PackedLinear<float>;
 template struct PackedLinear<BFloat16>;
 template struct PackedLinear<Float16>;
+template struct PackedLinear<FourBytes>;
 
 }  // namespace rtp_mm

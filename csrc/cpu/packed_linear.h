@@ -2,8 +2,10 @@
 
 #include <atomic>
 #include <cstdint>
+#include <type_traits>
 
 #include "cpu/isa.h"
+#include "cpu/multiply.h"
 
 namespace rtp_mm {
 
@@ -25,16 +27,21 @@ struct PanelLayout {
   }
 };
 
-// Writes weight[parts * width, k] to dst[k][kLinearPanel]. Weight: float, BFloat16 or Float16.
+// Writes weight[parts * width, k] to dst[k][kLinearPanel]. Weight: float, BFloat16, Float16, or FourBytes, with k in
+// words.
 template <class Weight>
 void pack_linear_panel(const Weight* weight, const PanelLayout& layout, int64_t k, int64_t panel, Weight* dst);
 
 // out = activation(x @ weight.T + bias), or out += that, in float32; for kSiluGate silu(gate) * up. The output may be
-// cut into blocks of columns that stand one after another in memory.
+// cut into blocks of columns that stand one after another in memory. With FourBytes, x is quantized row by row (see
+// quantize_rows), the weight is scales * its bytes, and the products before bias and activation have the same bits on
+// every instruction set.
 template <class Weight>
 struct PackedLinear {
   const float* x;        // [m, k]
-  const Weight* panels;  // [layout.panels(), k, kLinearPanel]
+  const Weight* panels;  // [layout.panels(), depth(), kLinearPanel]
+  const float* scales;   // of bytes only: [layout.parts * layout.width]
+  const int32_t* sums;   // of bytes only: the sum of each row of the weight, [layout.parts * layout.width]
   const float* bias;     // [layout.parts * layout.width]
   float* out;            // [layout.width / block_width, m, block_width]
   int64_t block_width;
@@ -43,6 +50,12 @@ struct PackedLinear {
   Activation activation;
   bool is_added;
   Isa isa;
+
+  // Words in a row of x.
+  int64_t depth() const {
+    constexpr int64_t kValues = std::is_same_v<Weight, FourBytes> ? sizeof(FourBytes) : 1;
+    return (k + kValues - 1) / kValues;
+  }
 
   // The work is cut into tiles, blocks of rows by groups of panels, groups running faster.
   int64_t tiles() const;

@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <optional>
 #include <string>
 
 #include "common.h"
@@ -20,15 +21,25 @@ Activation activation_named(const std::string& name) {
   return {};
 }
 
+// int32 stands for the int8 of four steps of k.
+bool is_weight(ScalarType dtype) { return is_float(dtype) || dtype == ScalarType::Int; }
+
+template <class F>
+void with_weight_type(ScalarType dtype, const F& f) {
+  if (dtype == ScalarType::Int) return f(static_cast<FourBytes*>(nullptr));
+  with_float_type(dtype, f);
+}
+
 Tensor pack_linear_cpu(const Tensor& weight, int64_t parts) {
-  check(weight.dim() == 2 && is_float(weight.scalar_type()) && weight.is_contiguous(),
-        "pack_linear: weight must be contiguous [N, K] float32, bfloat16 or float16, got ", describe(weight));
+  check(weight.dim() == 2 && is_weight(weight.scalar_type()) && weight.is_contiguous(),
+        "pack_linear: weight must be contiguous [N, K] float32, bfloat16 or float16, or [N, K / 4] int32, got ",
+        describe(weight));
   check((parts == 1 || parts == 2) && weight.size(0) % parts == 0,
         "pack_linear: parts must be 1 or 2 and divide N = ", weight.size(0), ", got ", parts);
   const PanelLayout layout{weight.size(0) / parts, parts};
   const int64_t k = weight.size(1);
   Tensor packed = torch::stable::new_empty(weight, {layout.panels(), k, kLinearPanel});
-  with_float_type(weight.scalar_type(), [&]<class Weight>(Weight*) {
+  with_weight_type(weight.scalar_type(), [&]<class Weight>(Weight*) {
     const auto* source = static_cast<const Weight*>(weight.const_data_ptr());
     auto* panels = static_cast<Weight*>(packed.mutable_data_ptr());
     torch::stable::parallel_for(0, layout.panels(), 1, [&](int64_t begin, int64_t end) {
@@ -40,17 +51,26 @@ Tensor pack_linear_cpu(const Tensor& weight, int64_t parts) {
   return packed;
 }
 
-void packed_linear_into(const Tensor& x, const Tensor& packed, const Tensor& bias, Activation activation, bool is_added,
-                        Tensor& out, int64_t block_width, const PanelLayout& layout) {
-  with_float_type(packed.scalar_type(), [&]<class Weight>(Weight*) {
+struct Layer {
+  Tensor packed;
+  std::optional<Tensor> scales, sums;
+  Tensor bias;
+  PanelLayout layout;
+};
+
+void packed_linear_into(const Tensor& x, const Layer& layer, Activation activation, bool is_added, Tensor& out,
+                        int64_t block_width) {
+  with_weight_type(layer.packed.scalar_type(), [&]<class Weight>(Weight*) {
     const PackedLinear<Weight> job{x.const_data_ptr<float>(),
-                                   static_cast<const Weight*>(packed.const_data_ptr()),
-                                   bias.const_data_ptr<float>(),
+                                   static_cast<const Weight*>(layer.packed.const_data_ptr()),
+                                   layer.scales ? layer.scales->const_data_ptr<float>() : nullptr,
+                                   layer.sums ? layer.sums->const_data_ptr<int32_t>() : nullptr,
+                                   layer.bias.const_data_ptr<float>(),
                                    out.mutable_data_ptr<float>(),
                                    block_width,
                                    x.size(0),
                                    x.size(1),
-                                   layout,
+                                   layer.layout,
                                    activation,
                                    is_added,
                                    best_isa()};
@@ -60,37 +80,55 @@ void packed_linear_into(const Tensor& x, const Tensor& packed, const Tensor& bia
   });
 }
 
-PanelLayout check_packed_linear(const Tensor& x, const Tensor& packed, const Tensor& bias, int64_t parts) {
+void check_of_bytes(const std::optional<Tensor>& tensor, const char* name, int64_t n, ScalarType dtype, bool is_bytes) {
+  const bool fits = is_bytes ? tensor && tensor->dim() == 1 && tensor->size(0) == n && tensor->scalar_type() == dtype &&
+                                   tensor->is_contiguous()
+                             : !tensor;
+  check(fits, "packed_linear: ", name, " must be ",
+        is_bytes ? "contiguous [" + std::to_string(n) + "] " + dtype_name(dtype) : "None for a weight of floats",
+        ", got ", tensor ? describe(*tensor) : "None");
+}
+
+Layer checked_layer(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& scales,
+                    const std::optional<Tensor>& sums, const Tensor& bias, int64_t parts) {
   check(x.dim() == 2 && x.size(1) > 0 && x.scalar_type() == ScalarType::Float && x.is_contiguous(),
         "packed_linear: x must be contiguous [M, K] float32, got ", describe(x));
   check(bias.dim() == 1 && bias.size(0) % parts == 0 && bias.scalar_type() == ScalarType::Float && bias.is_contiguous(),
         "packed_linear: bias must be contiguous [N] float32, N divisible by ", parts, ", got ", describe(bias));
   const PanelLayout layout{bias.size(0) / parts, parts};
-  check(packed.dim() == 3 && packed.size(0) == layout.panels() && packed.size(1) == x.size(1) &&
-            packed.size(2) == kLinearPanel && is_float(packed.scalar_type()) && packed.is_contiguous(),
-        "packed_linear: packed must be what pack_linear made of [", bias.size(0), ", ", x.size(1), "], got ",
-        describe(packed));
-  return layout;
+  const bool is_bytes = packed.scalar_type() == ScalarType::Int;
+  const int64_t k = x.size(1), depth = is_bytes ? (k + 3) / 4 : k;
+  check(packed.dim() == 3 && packed.size(0) == layout.panels() && packed.size(1) == depth &&
+            packed.size(2) == kLinearPanel && is_weight(packed.scalar_type()) && packed.is_contiguous(),
+        "packed_linear: packed must be what pack_linear made of [", bias.size(0), ", ", k, "], got ", describe(packed));
+  check_of_bytes(scales, "scales", bias.size(0), ScalarType::Float, is_bytes);
+  check_of_bytes(sums, "sums", bias.size(0), ScalarType::Int, is_bytes);
+  // 2^16 products of at most 255 * 127 fit into an int32.
+  check(!is_bytes || k <= 1 << 16, "packed_linear: bytes are summed over K of 65536 at most, got ", k);
+  return {packed, scales, sums, bias, layout};
 }
 
-Tensor packed_linear_cpu(const Tensor& x, const Tensor& packed, const Tensor& bias, const std::string& activation,
+Tensor packed_linear_cpu(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& scales,
+                         const std::optional<Tensor>& sums, const Tensor& bias, const std::string& activation,
                          int64_t blocks) {
   const Activation act = activation_named(activation);
-  const PanelLayout layout = check_packed_linear(x, packed, bias, act == Activation::kSiluGate ? 2 : 1);
-  check(blocks > 0 && layout.width % blocks == 0, "packed_linear: blocks must divide the ", layout.width,
+  const Layer layer = checked_layer(x, packed, scales, sums, bias, act == Activation::kSiluGate ? 2 : 1);
+  const int64_t width = layer.layout.width;
+  check(blocks > 0 && width % blocks == 0, "packed_linear: blocks must divide the ", width,
         " columns of the output, got ", blocks);
-  Tensor out = torch::stable::new_empty(x, {blocks, x.size(0), layout.width / blocks});
-  packed_linear_into(x, packed, bias, act, false, out, layout.width / blocks, layout);
+  Tensor out = torch::stable::new_empty(x, {blocks, x.size(0), width / blocks});
+  packed_linear_into(x, layer, act, false, out, width / blocks);
   return out;
 }
 
-void packed_linear_add_cpu(Tensor out, const Tensor& x, const Tensor& packed, const Tensor& bias) {
-  const PanelLayout layout = check_packed_linear(x, packed, bias, 1);
-  check(out.dim() == 2 && out.size(0) == x.size(0) && out.size(1) == layout.width &&
-            out.scalar_type() == ScalarType::Float && out.is_contiguous(),
-        "packed_linear_add_: out must be contiguous [", x.size(0), ", ", layout.width, "] float32, got ",
-        describe(out));
-  packed_linear_into(x, packed, bias, Activation::kNone, true, out, layout.width, layout);
+void packed_linear_add_cpu(Tensor out, const Tensor& x, const Tensor& packed, const std::optional<Tensor>& scales,
+                           const std::optional<Tensor>& sums, const Tensor& bias) {
+  const Layer layer = checked_layer(x, packed, scales, sums, bias, 1);
+  const int64_t width = layer.layout.width;
+  check(out.dim() == 2 && out.size(0) == x.size(0) && out.size(1) == width && out.scalar_type() == ScalarType::Float &&
+            out.is_contiguous(),
+        "packed_linear_add_: out must be contiguous [", x.size(0), ", ", width, "] float32, got ", describe(out));
+  packed_linear_into(x, layer, Activation::kNone, true, out, width);
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "cpu/float_formats.h"
 #include "cpu/isa.h"
@@ -12,17 +13,25 @@
 
 namespace rtp_mm {
 
-// A vector loads from and stores to any float.
 template <int kLanes>
 struct Simd {
-  typedef float Float __attribute__((vector_size(kLanes * sizeof(float)), aligned(4), may_alias));
   typedef int32_t Index __attribute__((vector_size(kLanes * sizeof(int32_t))));
   typedef uint32_t Word __attribute__((vector_size(kLanes * sizeof(uint32_t))));
   typedef uint16_t Half __attribute__((vector_size(kLanes * sizeof(uint16_t)), aligned(2), may_alias));
+  typedef uint8_t Byte __attribute__((vector_size(kLanes), aligned(1), may_alias));
 };
 
+// float or int32_t. A vector loads from and stores to any of them.
+template <int kLanes, class Word>
+struct WordVector {
+  typedef Word Type __attribute__((vector_size(kLanes * sizeof(Word)), aligned(sizeof(Word)), may_alias));
+};
+
+template <class Arch, class Word = float>
+using Vector = typename WordVector<Arch::kLanes, Word>::Type;
+
 template <class Arch>
-using Vector = typename Simd<Arch::kLanes>::Float;
+using IntVector = Vector<Arch, int32_t>;
 
 template <class Arch>
 RTP_MM_INLINE Vector<Arch>& at(float* p) {
@@ -32,6 +41,36 @@ RTP_MM_INLINE Vector<Arch>& at(float* p) {
 template <class Arch>
 RTP_MM_INLINE const Vector<Arch>& at(const float* p) {
   return *reinterpret_cast<const Vector<Arch>*>(p);
+}
+
+template <class Arch>
+RTP_MM_INLINE IntVector<Arch>& at(int32_t* p) {
+  return *reinterpret_cast<IntVector<Arch>*>(p);
+}
+
+template <class Arch>
+RTP_MM_INLINE const IntVector<Arch>& at(const int32_t* p) {
+  return *reinterpret_cast<const IntVector<Arch>*>(p);
+}
+
+// sum += a * b
+template <class Arch>
+RTP_MM_INLINE void multiply_add(Vector<Arch>& sum, float a, const Vector<Arch>& b) {
+  sum += a * b;
+}
+
+// The same of words that hold four bytes each, 0 to 255 in `a` and -128 to 127 in `b`: the four products are added.
+template <class Arch>
+RTP_MM_INLINE void multiply_add(IntVector<Arch>& sum, int32_t a, const IntVector<Arch>& b) {
+  if constexpr (std::is_same_v<Arch, Avx512Vnni>) {
+    // gcc 12 spills an array of sums around the intrinsic at every step, and so it does if the assembler's operand is
+    // an element of the array itself.
+    IntVector<Arch> total = sum;
+    asm("vpdpbusd %2, %1, %0" : "+v"(total) : "v"(IntVector<Arch>{} + a), "v"(b));
+    sum = total;
+  } else {
+    for (int shift = 0; shift < 32; shift += 8) sum += (a >> shift & 0xff) * (b << (24 - shift) >> 24);
+  }
 }
 
 // kLanes values in float32, exactly.

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from rtp_mm.ops.fixed_linear import fixed_linear, fixed_linear_add_, pack_fixed_linear, quantize_rows
 from rtp_mm.ops.packed_attention import packed_attention
-from rtp_mm.ops.packed_linear import pack_linear, packed_linear, packed_linear_add_, packed_linear_blocks
+from rtp_mm.ops.packed_linear import (
+    PackedWeight,
+    pack_int8_linear,
+    pack_linear,
+    packed_linear,
+    packed_linear_add_,
+    packed_linear_blocks,
+)
 from rtp_mm.ops.patch_embed import patch_embed
 from rtp_mm.ops.pointwise import ACTIVATIONS, activate, add_norm, rotate_qk_, uses_triton
 from rtp_mm.ops.positions import VisionPositions, vision_positions
@@ -13,12 +20,14 @@ from rtp_mm.ops.rms_norm import rms_norm
 
 __all__ = [
     "ACTIVATIONS",
+    "PackedWeight",
     "VisionPositions",
     "activate",
     "add_norm",
     "fixed_linear",
     "fixed_linear_add_",
     "pack_fixed_linear",
+    "pack_int8_linear",
     "pack_linear",
     "packed_attention",
     "packed_linear",

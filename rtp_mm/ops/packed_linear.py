@@ -2,33 +2,64 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 import rtp_mm.ops.library  # noqa: F401  # the schema must be there before its fake
 
 PANEL = 64  # columns; as in csrc/cpu/packed_linear.h
 
 
-def pack_linear(weight: Tensor, parts: int = 1) -> Tensor:
+class PackedWeight(NamedTuple):
+    """A weight [N, K] as `packed_linear` reads it.
+
+    panels: [panels, K, 64] in the weight's dtype; or [panels, K / 4 rounded up, 64] int32, each the int8 of four steps
+            of k.
+    scales: [N] float32 and
+    sums:   [N] int32, of int8 only: the weight is `scales * int8`, and row n of the int8 adds up to `sums[n]`.
+    """
+
+    panels: Tensor
+    scales: Tensor | None = None
+    sums: Tensor | None = None
+
+
+def pack_linear(weight: Tensor, parts: int = 1) -> PackedWeight:
     """[N, K] float32, bfloat16 or float16 -> its panels in the same dtype, for `packed_linear`.
 
     `parts` = 2 for a gated layer: the weight is gate above up, and every panel gets half of either.
     """
-    packed: Tensor = torch.ops.rtp_mm.pack_linear.default(weight, parts)
-    return packed
+    return PackedWeight(torch.ops.rtp_mm.pack_linear.default(weight, parts))
 
 
-def packed_linear(x: Tensor, packed: Tensor, bias: Tensor, activation: str = "none") -> Tensor:
+def pack_int8_linear(weight: Tensor, parts: int = 1) -> PackedWeight:
+    """As `pack_linear`, each row rounded to int8 by a scale of its own: its largest magnitude becomes 127.
+
+    `packed_linear` then does the same with each row of x as it comes, and multiplies and adds in integers, exactly.
+    """
+    wide = weight.float()
+    scales = wide.abs().amax(1).clamp(min=1e-30) / 127
+    rounded = F.pad((wide / scales[:, None]).round().to(torch.int8), (0, -wide.shape[1] % 4))
+    panels = torch.ops.rtp_mm.pack_linear.default(rounded.view(torch.int32), parts)
+    return PackedWeight(panels, scales, rounded.sum(1, dtype=torch.int32))
+
+
+def packed_linear(x: Tensor, packed: PackedWeight, bias: Tensor, activation: str = "none") -> Tensor:
     """`activation(x @ weight.T + bias)`: [M, N] float32. `packed_linear_blocks` with one block."""
     return packed_linear_blocks(x, packed, bias, 1, activation)[0]
 
 
-def packed_linear_blocks(x: Tensor, packed: Tensor, bias: Tensor, blocks: int, activation: str = "none") -> Tensor:
+def packed_linear_blocks(
+    x: Tensor, packed: PackedWeight, bias: Tensor, blocks: int, activation: str = "none"
+) -> Tensor:
     """`activation(x @ weight.T + bias)`, its columns in blocks of equal width: [blocks, M, N / blocks] float32.
 
     x:          [M, K] float32.
-    packed:     what `pack_linear` made of the weight; its elements are widened exactly as they are used.
+    packed:     what `pack_linear` made of the weight: its elements are widened exactly as they are used; or
+                `pack_int8_linear`.
     bias:       [N] float32.
     activation: "none", "gelu" (with erf), "quick_gelu", or "silu_gate": `silu(gate) * up`, [M, N / 2], with a weight
                 packed in two parts.
@@ -36,13 +67,13 @@ def packed_linear_blocks(x: Tensor, packed: Tensor, bias: Tensor, blocks: int, a
 
     A row's bits do not depend on its neighbours, its place or M. Tensors must be contiguous; else `RuntimeError`.
     """
-    out: Tensor = torch.ops.rtp_mm.packed_linear.default(x, packed, bias, activation, blocks)
+    out: Tensor = torch.ops.rtp_mm.packed_linear.default(x, *packed, bias, activation, blocks)
     return out
 
 
-def packed_linear_add_(out: Tensor, x: Tensor, packed: Tensor, bias: Tensor) -> Tensor:
+def packed_linear_add_(out: Tensor, x: Tensor, packed: PackedWeight, bias: Tensor) -> Tensor:
     """`out += x @ weight.T + bias` in place, with `out` [M, N] float32; the rest as for `packed_linear`."""
-    torch.ops.rtp_mm.packed_linear_add_.default(out, x, packed, bias)
+    torch.ops.rtp_mm.packed_linear_add_.default(out, x, *packed, bias)
     return out
 
 
@@ -53,10 +84,18 @@ def _(weight: Tensor, parts: int) -> Tensor:
 
 
 @torch.library.register_fake("rtp_mm::packed_linear")  # type: ignore[untyped-decorator]
-def _(x: Tensor, packed: Tensor, bias: Tensor, activation: str, blocks: int) -> Tensor:
+def _(
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor | None,
+    sums: Tensor | None,
+    bias: Tensor,
+    activation: str,
+    blocks: int,
+) -> Tensor:
     return x.new_empty(blocks, x.shape[0], bias.shape[0] // (2 if activation == "silu_gate" else 1) // blocks)
 
 
 @torch.library.register_fake("rtp_mm::packed_linear_add_")  # type: ignore[untyped-decorator]
-def _(out: Tensor, x: Tensor, packed: Tensor, bias: Tensor) -> None:
+def _(out: Tensor, x: Tensor, packed: Tensor, scales: Tensor | None, sums: Tensor | None, bias: Tensor) -> None:
     return None
