@@ -108,6 +108,15 @@ def packed_linear(x: Tensor, weight: Tensor, bias: Tensor, activation: str) -> T
     return y / (1 + (-1.702 * y).exp()) if activation == "quick_gelu" else y
 
 
+def int8_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """[M, N] float32: rows of x and weight rounded to 127 steps of their largest magnitude, and added in integers."""
+    x_scale, w_scale = (rows.abs().amax(1).clamp(min=1e-30) / 127 for rows in (x, weight))
+    x_steps = (x * (127 / x.abs().amax(1, keepdim=True).clamp(min=1e-30))).round()
+    w_steps = (weight / w_scale[:, None]).round()
+    sums = x_steps.double() @ w_steps.double().T  # integers, exact
+    return sums.float() * (w_scale * x_scale[:, None]) + bias
+
+
 def packed_attention(qkv: Tensor, cos: Tensor, sin: Tensor, lengths: Sequence[int]) -> Tensor:
     """[N, heads, dim] float64: segment by segment and head by head, the whole score matrix at once."""
     half = qkv.shape[-1] // 2

@@ -150,13 +150,78 @@ def test_no_rows_give_no_rows() -> None:
     assert packed(torch.empty(0, 8), weight, bias, "silu_gate").shape == (0, 3)
 
 
+def int8(x: Tensor, weight: Tensor, bias: Tensor, activation: str = "none") -> Tensor:
+    return ops.packed_linear(x, ops.pack_int8_linear(weight, 2 if activation == "silu_gate" else 1), bias, activation)
+
+
+@pytest.mark.parametrize(("m", "k", "n"), [(230, 300, 100), (7, 1281, 66), (40, 2050, 32), (3, 5, 6)])
+def test_int8_equals_its_twin_bit_for_bit(m: int, k: int, n: int) -> None:
+    """Whatever K is modulo 4 and 512; rows of very different size, each with a scale of its own."""
+    x, weight, bias = random_layer(m, k, n)
+    x *= torch.logspace(-6, 6, m)[:, None]
+    weight *= torch.logspace(-3, 3, n)[:, None]
+    assert torch.equal(int8(x, weight, bias), reference.int8_linear(x, weight, bias))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_int8_costs_about_a_hundredth(activation: str) -> None:
+    x, weight, bias = random_layer(64, 1280, 100, torch.bfloat16)
+    assert 1e-3 < error(int8(x, weight, bias, activation), reference.packed_linear(x, weight, bias, activation)) < 2e-2
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_batching_is_invisible_in_int8(activation: str) -> None:
+    x, weight, bias = random_layer(460, 1030, 70)
+    together = int8(x, weight, bias, activation)
+    for begin, m in ((0, 1), (1, 2), (13, 3), (222, 9), (5, 300)):
+        assert torch.equal(int8(x[begin : begin + m], weight, bias, activation), together[begin : begin + m])
+
+
+def test_int8_adds_and_cuts_as_floats_do() -> None:
+    x, weight, bias = random_layer(50, 200, 72)
+    packed_weight, whole = ops.pack_int8_linear(weight), int8(x, weight, bias)
+    residual = torch.randn(50, 72)
+    assert torch.equal(ops.packed_linear_add_(residual.clone(), x, packed_weight, bias), residual + whole)
+    blocks = ops.packed_linear_blocks(x, packed_weight, bias, 3)
+    assert torch.equal(blocks, whole.unflatten(1, (3, -1)).transpose(0, 1))
+
+
+def test_int8_keeps_nan_and_infinity_in_their_rows_and_zeros_exact() -> None:
+    x, weight, bias = random_layer(20, 40, 64)
+    x[3, 7], x[5, 0], x[6], x[7] = torch.nan, -torch.inf, 0, 1e-42
+    out = int8(x, weight, bias)
+    assert [i for i, finite in enumerate(out.isfinite().all(1)) if not finite] == [3, 5]
+    assert torch.equal(out[6], bias)
+    torch.testing.assert_close(out[7], bias)
+
+
+def test_int8_sums_do_not_overflow() -> None:
+    """At the largest K, all of the largest magnitude."""
+    ones = torch.ones(1, 2**16)
+    torch.testing.assert_close(int8(ones, ones, torch.zeros(1)), torch.full((1, 1), 2.0**16))
+    torch.testing.assert_close(int8(ones, -ones, torch.zeros(1)), torch.full((1, 1), -(2.0**16)))
+    more = torch.ones(1, 2**16 + 1)
+    with pytest.raises(RuntimeError, match="bytes are summed over K of 65536 at most, got 65537"):
+        int8(more, more, torch.zeros(1))
+
+
 def bad_arguments() -> list[tuple[str, dict[str, object], str]]:
     return [
         ("a batch of matrices", {"x": torch.ones(1, 4, 6)}, r"x must be contiguous \[M, K\] float32, got \[1, 4, 6\]"),
         ("bfloat16 x", {"x": torch.ones(4, 6).bfloat16()}, r"x must be .*, got \[4, 6\] bfloat16"),
         ("another K", {"x": torch.ones(4, 5)}, r"packed must be what pack_linear made of \[8, 5\], got \[1, 6, 64\]"),
-        ("unpacked", {"packed": ops.PackedWeight(torch.ones(8, 6))}, r"packed must be what pack_linear made of \[8, 6\], got \[8, 6\]"),
+        (
+            "unpacked",
+            {"packed": ops.PackedWeight(torch.ones(8, 6))},
+            r"packed must be what pack_linear made of \[8, 6\], got \[8, 6\]",
+        ),
         ("bfloat16 bias", {"bias": torch.zeros(8).bfloat16()}, r"bias must be .*, got \[8\] bfloat16"),
+        ("no scales", {"packed": ops.pack_int8_linear(torch.ones(8, 6))._replace(scales=None)}, "scales .*, got None"),
+        (
+            "sums of floats",
+            {"packed": ops.pack_linear(torch.ones(8, 6))._replace(sums=torch.zeros(8, dtype=torch.int32))},
+            r"sums must be None for a weight of floats, got \[8\] int32",
+        ),
         ("another N", {"bias": torch.zeros(65)}, r"packed must be what pack_linear made of \[65, 6\]"),
         ("odd gate", {"bias": torch.zeros(7), "activation": "silu_gate"}, r"N divisible by 2, got \[7\] float32"),
         ("activation", {"activation": "relu"}, r"activation must be none, gelu, quick_gelu or silu_gate, got relu"),
@@ -191,7 +256,8 @@ def test_schema_and_fake_agree_with_the_kernel(dtype: torch.dtype) -> None:
     for parts in (1, 2):
         torch.library.opcheck(torch.ops.rtp_mm.pack_linear.default, (weight, parts))
     for parts, activation in ((1, "gelu"), (2, "silu_gate")):
-        arguments = (x, *ops.pack_linear(weight, parts), bias, activation, 2)
-        torch.library.opcheck(torch.ops.rtp_mm.packed_linear.default, arguments)
+        for pack in (ops.pack_linear, ops.pack_int8_linear):
+            arguments = (x, *pack(weight, parts), bias, activation, 2)
+            torch.library.opcheck(torch.ops.rtp_mm.packed_linear.default, arguments)
     adding = (torch.ones(4, 40), x, *ops.pack_linear(weight), bias)
     torch.library.opcheck(torch.ops.rtp_mm.packed_linear_add_.default, adding)

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CSRC, CPP, FUZZ = ROOT / "csrc", ROOT / "tests" / "cpp", ROOT / "tests" / "fuzz"
 ALGORITHMS = [path for path in sorted((CSRC / "cpu").glob("*.cpp")) if not path.stem.endswith("_op")]
 KERNELS = sorted((CSRC / "cuda").glob("*.cu"))
-FLAGS = ["-std=c++20", "-g", "-pthread", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+FLAGS = ["-std=c++20", "-g", "-pthread", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
 
 

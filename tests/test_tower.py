@@ -18,7 +18,7 @@ from rtp_mm.errors import StartError
 from rtp_mm.models.registry import load_model
 from rtp_mm.types import Patches
 from rtp_mm.vit.attention import Attention, Segments, choose_attention
-from rtp_mm.vit.linear import Gemm, OnednnGemm, PackedGemm, choose_gemm
+from rtp_mm.vit.linear import Gemm, Int8Gemm, Linear, OnednnGemm, PackedGemm, choose_gemm
 from rtp_mm.vit.rope import RotaryTable
 
 # Merged tokens 1, 2, 3, 5, 7, then windows whole, cut and both; sides of 28 are one merged cell.
@@ -162,10 +162,49 @@ def as_e4m3(x: Tensor) -> Tensor:
 def test_fp8_costs_some_percent_and_no_more(
     tiny_checkpoint: Path, peer: HuggingFace, images: list[NDArray[np.uint8]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rtp_mm.vit.tower.choose_gemm", lambda *_, **__: EmulatedFp8Gemm)
+    monkeypatch.setattr("rtp_mm.vit.tower_base.choose_gemm", lambda *_, **__: EmulatedFp8Gemm)
     part: Any = load_model(load_settings(checkpoint_path=tiny_checkpoint, act_type="fp32", device="cpu")).mm_part
     errors = [relative_l2(part.mm_process(as_patches(peer, i))[0], peer.embed(i)) for i in images]
     assert 1e-2 < np.mean(errors) < 8e-2, errors
+
+
+def test_int8_is_some_thousandths_off_and_not_for_delicate_layers(
+    tiny_checkpoint: Path, peer: HuggingFace, images: list[NDArray[np.uint8]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the native code has no VNNI to use: the portable kernel gives the same bits."""
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True)
+    settings = load_settings(checkpoint_path=tiny_checkpoint, act_type="fp32", device="cpu", mm_quantization="int8")
+    part: Any = load_model(settings).mm_part
+    items = [as_patches(peer, image) for image in images]
+    errors = [relative_l2(part.mm_process(item)[0], peer.embed(i)) for item, i in zip(items, images, strict=True)]
+    assert 1e-3 < np.mean(errors) < 2e-2, errors
+    check_batching_is_invisible(part, items)
+    is_int8 = {n: isinstance(m._gemm, Int8Gemm) for n, m in part.tower.named_modules() if isinstance(m, Linear)}
+    assert {n.rsplit(".", 2)[-2] + "." + n.rsplit(".", 1)[-1] for n, yes in is_int8.items() if yes} in (
+        {"attn.qkv", "attn.proj", "mlp.fc1"},
+        {"attn.qkv", "attn.proj", "mlp.gate_up_proj"},
+    )
+
+
+def test_int8_takes_and_gives_bf16_where_the_tower_computes_in_it() -> None:
+    x, weight = torch.randn(5, 40).bfloat16(), torch.randn(12, 40)
+    gemm = Int8Gemm(weight, torch.zeros(12), "none")
+    out = gemm(x)
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, gemm(x.float()).bfloat16())
+    assert torch.equal(gemm.in_blocks(x, 3).flatten(1), out)
+    residual = torch.zeros(5, 12)
+    gemm.add_to(residual, x)
+    assert torch.equal(residual, gemm(x.float()))
+
+
+def test_int8_is_refused_where_it_gains_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
+    for is_delicate in (False, True):
+        with pytest.raises(StartError, match=r"MM_QUANTIZATION=int8 needs a CPU with AVX-512 VNNI, and this one has"):
+            choose_gemm(torch.device("cpu"), torch.float32, quantization="int8", is_delicate=is_delicate)
+    with pytest.raises(StartError, match=r"MM_QUANTIZATION=int8 needs a CPU, and the tower is on cuda"):
+        choose_gemm(torch.device("cuda"), torch.bfloat16, quantization="int8")
 
 
 def test_fp8_without_a_gpu_is_refused() -> None:

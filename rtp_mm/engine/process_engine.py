@@ -61,11 +61,13 @@ class MMProcessEngine:
         self._settings = settings = settings or model.config.settings or load_settings()
         self._mm_part = mm_part = model.mm_part
         self._data_type = model.config.data_type
+        tower = getattr(mm_part, "tower", None)
         self._tower_key = (
             model.weights_fingerprint,
             self._data_type,
             str(mm_part._device),
-            str(getattr(getattr(mm_part, "tower", None), "attention_backend", "")),
+            str(getattr(tower, "attention_backend", "")),
+            str(getattr(tower, "options", "")),
             str(getattr(mm_part, "answer_key", "")),
         )
         self._preprocess_key = getattr(mm_part.preprocessor, "cache_key", ())

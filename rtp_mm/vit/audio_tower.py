@@ -145,10 +145,9 @@ class AudioTower(Tower):
     ) -> None:
         super().__init__(dtype, device, options)
         self.config = config
-        choose = partial(choose_gemm, device, self.compute_dtype, is_invariant=self.options.is_batch_invariant)
-        gemm, exact_gemm = choose(quantization=self.options.quantization), choose()
-        self._row_multiple = gemm.row_multiple
-        linear = partial(Linear, dtype=dtype, gemm=gemm)
+        gemm, delicate_gemm, self._row_multiple = self._choose_gemms()
+        exact_gemm = choose_gemm(device, self.compute_dtype, is_invariant=self.options.is_batch_invariant)
+        linear, delicate = (partial(Linear, dtype=dtype, gemm=g) for g in (gemm, delicate_gemm))
         qkv = partial(QkvLinear, dtype=dtype, gemm=gemm)
         convolution = partial(Convolution, dtype=dtype, gemm=exact_gemm)  # a hundredth of the work
         norm = partial(LayerNorm, dtype=self.compute_dtype, eps=NORM_EPS)
@@ -164,7 +163,7 @@ class AudioTower(Tower):
                 Block(
                     norm,
                     SelfAttention(linear, dim, config.encoder_attention_heads, attention, qkv),
-                    Mlp(linear, dim, config.encoder_ffn_dim, config.activation_function),
+                    Mlp(linear, delicate, dim, config.encoder_ffn_dim, config.activation_function),
                     dim,
                 )
                 for _ in range(config.encoder_layers)

@@ -73,10 +73,12 @@ class SelfAttention(nn.Module):
 class Mlp(nn.Module):
     """fc2(act(fc1(x)))."""
 
-    def __init__(self, linear: Callable[..., Linear], dim: int, hidden: int, activation: str) -> None:
+    def __init__(
+        self, linear: Callable[..., Linear], delicate: Callable[..., Linear], dim: int, hidden: int, activation: str
+    ) -> None:
         super().__init__()
         self.fc1 = linear(dim, hidden, activation=activation)
-        self.fc2 = linear(hidden, dim)
+        self.fc2 = delicate(hidden, dim)
 
     def forward(self, residual: Tensor, x: Tensor) -> Tensor | None:
         """residual += mlp(x), or the delta."""
@@ -86,10 +88,12 @@ class Mlp(nn.Module):
 class GatedMlp(nn.Module):
     """down(act(gate(x)) * up(x)); gate and up are one GEMM."""
 
-    def __init__(self, linear: Callable[..., Linear], dim: int, hidden: int, activation: str) -> None:
+    def __init__(
+        self, linear: Callable[..., Linear], delicate: Callable[..., Linear], dim: int, hidden: int, activation: str
+    ) -> None:
         super().__init__()
         self.gate_up_proj = linear(dim, 2 * hidden, activation=f"{activation}_gate")
-        self.down_proj = linear(hidden, dim)
+        self.down_proj = delicate(hidden, dim)
 
     def forward(self, residual: Tensor, x: Tensor) -> Tensor | None:
         """residual += mlp(x), or the delta."""

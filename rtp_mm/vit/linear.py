@@ -57,6 +57,24 @@ class PackedGemm(Gemm):
         ops.packed_linear_add_(residual, x, self._weight, self._bias)
 
 
+class Int8Gemm(PackedGemm):
+    """As `PackedGemm`, with weights and activations in int8, a scale per row of either; sums are exact."""
+
+    def __init__(self, weight: Tensor, bias: Tensor, activation: str) -> None:
+        self._weight = ops.pack_int8_linear(weight, 2 if activation == "silu_gate" else 1)
+        self._bias = bias
+        self._activation = activation
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return super().__call__(x.float()).to(x.dtype)
+
+    def in_blocks(self, x: Tensor, blocks: int) -> Tensor:
+        return super().in_blocks(x.float(), blocks).to(x.dtype)
+
+    def add_to(self, residual: Tensor, x: Tensor) -> None:
+        super().add_to(residual, x.float())
+
+
 class FixedGemm(Gemm):
     """Our own on CUDA, in Triton: one algorithm for every M, and all else is fused."""
 
@@ -134,18 +152,38 @@ class OnednnGemm(_LibraryGemm):
 
 
 def choose_gemm(
-    device: torch.device, compute_dtype: torch.dtype, *, is_invariant: bool = True, quantization: str = "none"
+    device: torch.device,
+    compute_dtype: torch.dtype,
+    *,
+    is_invariant: bool = True,
+    quantization: str = "none",
+    is_delicate: bool = False,
 ) -> type[Gemm]:
     """The GEMM for a tower on `device` that computes in `compute_dtype`. Raises `StartError` if there is none.
 
     is_invariant: a row's bits may not depend on the batch; a CPU's never do.
+    is_delicate:  the layer reads what an activation gave, whose few large values leave int8 little for the rest, or
+                  its errors go straight into the answer. These have a quarter of the work, and left as they are the
+                  error of int8 stays below that of bf16 throughout (benchmarks/results/accuracy_int8_*).
     """
+    if quantization == "int8":
+        _check_int8(device)
+        if not is_delicate:
+            return Int8Gemm
     if quantization == "fp8":
         _check_fp8(device, compute_dtype)
         return Fp8Gemm
     if ops.uses_triton(device):
         return FixedGemm if is_invariant else CublasGemm
     return PackedGemm if compute_dtype == torch.float32 else OnednnGemm
+
+
+def _check_int8(device: torch.device) -> None:
+    """Raises `StartError` where int8 would be less exact and slower: without VNNI, than float32."""
+    if device.type != "cpu":
+        raise StartError(f"MM_QUANTIZATION=int8 needs a CPU, and the tower is on {device}")
+    if not torch.cpu._is_vnni_supported():
+        raise StartError("MM_QUANTIZATION=int8 needs a CPU with AVX-512 VNNI, and this one has none")
 
 
 def _check_fp8(device: torch.device, compute_dtype: torch.dtype) -> None:

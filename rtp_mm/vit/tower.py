@@ -21,7 +21,7 @@ from rtp_mm.types import Patches
 from rtp_mm.vit.attention import VARLEN_ATTENTION, Segments
 from rtp_mm.vit.graphs import Batch
 from rtp_mm.vit.layers import Block, GatedMlp, LayerNorm, Mlp, PatchMerger, RMSNorm, SelfAttention
-from rtp_mm.vit.linear import Linear, choose_gemm
+from rtp_mm.vit.linear import Linear
 from rtp_mm.vit.packing import packed_rows
 from rtp_mm.vit.patch_embed import PatchEmbed
 from rtp_mm.vit.rope import RotaryAngles, RotaryTable
@@ -100,14 +100,9 @@ class VisionTower(Tower):
         super().__init__(dtype, device, options)
         self.config = config
         self._angles = RotaryAngles(config.head_dim, device)
-        gemm = choose_gemm(
-            device,
-            self.compute_dtype,
-            is_invariant=self.options.is_batch_invariant,
-            quantization=self.options.quantization,
-        )
-        self._row_multiple = gemm.row_multiple * config.spatial_merge_size**2  # for the merger's rows too
-        linear = partial(Linear, dtype=dtype, gemm=gemm)
+        gemm, delicate_gemm, row_multiple = self._choose_gemms()
+        self._row_multiple = row_multiple * config.spatial_merge_size**2  # for the merger's rows too
+        linear, delicate = (partial(Linear, dtype=dtype, gemm=g) for g in (gemm, delicate_gemm))
         norm = partial(LayerNorm if config.norm == "layer" else RMSNorm, dtype=self.compute_dtype)
         mlp = GatedMlp if config.is_gated else Mlp
         dim = config.hidden_size
@@ -117,12 +112,12 @@ class VisionTower(Tower):
                 Block(
                     norm,
                     SelfAttention(linear, dim, config.num_heads, VARLEN_ATTENTION[self.attention_backend]),
-                    mlp(linear, dim, config.intermediate_size, config.activation),
+                    mlp(linear, delicate, dim, config.intermediate_size, config.activation),
                     dim,
                 )
                 for _ in range(config.depth)
             )
-            self.merger = PatchMerger(linear, norm, dim, config.spatial_merge_size, config.out_hidden_size)
+            self.merger = PatchMerger(delicate, norm, dim, config.spatial_merge_size, config.out_hidden_size)
 
     def prepare(self, image_mean: Sequence[float], image_std: Sequence[float]) -> None:
         """Folds the processor's normalisation into the patch embedding and packs the GEMMs' weights; once, after

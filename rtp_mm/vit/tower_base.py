@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from rtp_mm.vit.attention import choose_attention
 from rtp_mm.vit.graphs import Batch, CudaCapture, CudaGraphs, use_graphs
-from rtp_mm.vit.linear import Linear, compute_dtype
+from rtp_mm.vit.linear import Gemm, Linear, choose_gemm, compute_dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +37,20 @@ class Tower(nn.Module):
         self.compute_dtype = compute_dtype(dtype, device)
         self.attention_backend = choose_attention(self.options.attention, self.compute_dtype, device)
         self._run: Callable[[Batch], Tensor] = self._run_eagerly
+
+    def _choose_gemms(self) -> tuple[type[Gemm], type[Gemm], int]:
+        """For most layers and for delicate ones (see `choose_gemm`), and what rows must be a multiple of for both."""
+        gemm, delicate = (
+            choose_gemm(
+                self.device,
+                self.compute_dtype,
+                is_invariant=self.options.is_batch_invariant,
+                quantization=self.options.quantization,
+                is_delicate=is_delicate,
+            )
+            for is_delicate in (False, True)
+        )
+        return gemm, delicate, max(gemm.row_multiple, delicate.row_multiple)
 
     def _run_eagerly(self, batch: Batch) -> Tensor:
         """What a graph can hold: all that depends on a batch's rows and segments alone."""

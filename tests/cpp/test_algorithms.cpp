@@ -121,8 +121,8 @@ void test_packed_linear(Isa isa, Activation activation, bool is_added, int64_t m
   }
   const std::vector<float> residual = random_floats<float>(m * width);
   std::vector<float> out = residual;
-  const PackedLinear<Weight> job{x.data(), panels.data(), bias.data(), out.data(), width, m,
-                                 k,        layout,        activation,  is_added,   isa};
+  const PackedLinear<Weight> job{x.data(), panels.data(), nullptr,    nullptr,  bias.data(), out.data(), width, m,
+                                 k,        layout,        activation, is_added, isa};
   const auto run_on = [](const PackedLinear<Weight>& linear, int threads) {
     std::atomic<int64_t> next_tile = 0;
     std::vector<std::thread> pool;
@@ -225,6 +225,53 @@ void test_packed_attention(Isa isa, const std::vector<int32_t>& cu_seqlens, int6
   }
 }
 
+// The integers' own arithmetic, then float32 in the order that is promised: the same bits on every instruction set.
+void test_int8_linear(Isa isa, int64_t m, int64_t k, int64_t width) {
+  const PanelLayout layout{width, 1};
+  const int64_t depth = (k + 3) / 4;
+  const std::vector<float> x = random_floats<float>(m * k), bias = random_floats<float>(width);
+  const std::vector<float> scales = random_floats<float>(width);
+  std::vector<uint8_t> bytes = random_bytes(width * depth * 4);
+  for (int64_t i = 0; i < width * depth * 4; ++i) {
+    if (i % (depth * 4) >= k) bytes[i] = 0;
+  }
+  const auto* weight = reinterpret_cast<const int8_t*>(bytes.data());
+  std::vector<FourBytes> words(width * depth), panels(layout.panels() * depth * kLinearPanel);
+  std::memcpy(words.data(), bytes.data(), bytes.size());
+  for (int64_t panel = 0; panel < layout.panels(); ++panel) {
+    pack_linear_panel(words.data(), layout, depth, panel, panels.data() + panel * depth * kLinearPanel);
+  }
+  std::vector<int32_t> sums(width);
+  for (int64_t i = 0; i < width * depth * 4; ++i) sums[i / (depth * 4)] += weight[i];
+  std::vector<float> out(m * width);
+  const PackedLinear<FourBytes> job{.x = x.data(),
+                                    .panels = panels.data(),
+                                    .scales = scales.data(),
+                                    .sums = sums.data(),
+                                    .bias = bias.data(),
+                                    .out = out.data(),
+                                    .block_width = width,
+                                    .m = m,
+                                    .k = k,
+                                    .layout = layout,
+                                    .activation = Activation::kNone,
+                                    .is_added = false,
+                                    .isa = isa};
+  std::atomic<int64_t> next_tile = 0;
+  job.run(next_tile);
+  for (int64_t i = 0; i < m; ++i) {
+    float largest = 0;
+    for (int64_t l = 0; l < k; ++l) largest = std::max(largest, std::abs(x[i * k + l]));
+    for (int64_t j = 0; j < width; ++j) {
+      int32_t total = 0;
+      for (int64_t l = 0; l < k; ++l) {
+        total += static_cast<int32_t>(std::nearbyint(x[i * k + l] * (127 / largest))) * weight[j * depth * 4 + l];
+      }
+      CHECK(out[i * width + j] == static_cast<float>(total) * (scales[j] * (largest / 127)) + bias[j]);
+    }
+  }
+}
+
 void test_rms_norm(Isa isa, int64_t rows, int64_t dim) {
   const std::vector<float> x = random_floats<float>(rows * dim), weight = random_floats<float>(dim);
   std::vector<float> out(rows * dim);
@@ -249,7 +296,7 @@ int main() {
     test_vision_positions({2, 5, 7}, 1, window);
     test_vision_positions({}, 2, window);
   }
-  for (const Isa isa : {Isa::kPortable, Isa::kAvx2, Isa::kAvx512}) {
+  for (const Isa isa : {Isa::kPortable, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Vnni}) {
     if (isa > best_isa()) break;
     test_patch_embed<float, float>(isa, 1, 1, 1, 1, 1);
     test_patch_embed<float, BFloat16>(isa, 66, 129, 33, 2, 2);
@@ -260,6 +307,8 @@ int main() {
     test_packed_linear<Float16>(isa, Activation::kQuickGelu, true, 15, 256, 64);
     test_packed_linear<BFloat16>(isa, Activation::kSiluGate, false, 230, 7, 37);
     test_packed_linear<float>(isa, Activation::kNone, false, 3, 300, 150);
+    test_int8_linear(isa, 1, 1, 1);
+    test_int8_linear(isa, 230, 1030, 70);
     test_packed_attention(isa, {0, 1, 1, 130, 160}, 2, 10);
     test_packed_attention(isa, {0, 40}, 1, 128);
     test_rms_norm(isa, 3, 1);

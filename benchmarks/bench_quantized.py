@@ -1,0 +1,93 @@
+"""What MM_QUANTIZATION=int8 costs and gains on a CPU: relative L2 error image by image, milliseconds of the tower.
+
+    python -m benchmarks.bench_quantized [--family qwen2_5_vl --size 3b] [--checkpoint FOLDER]
+
+Errors are those of every second image of `bench_accuracy` against our own float32, which is within 2e-6 of Hugging
+Face's; beside them Hugging Face's in bf16, from that benchmark's committed result. Random weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from benchmarks.bench_accuracy import images, relative_l2
+from benchmarks.bench_tower import GRIDS
+from benchmarks.harness import interleave
+from benchmarks.readme import results
+from benchmarks.report import write_result
+from rtp_mm.config import load_settings
+from rtp_mm.models.random_checkpoint import write_checkpoint
+from rtp_mm.models.registry import load_model
+from rtp_mm.types import Blob, MMUrlType, Patches, PreprocessOptions
+
+WAYS: dict[str, dict[str, Any]] = {
+    "float32": {"act_type": "fp32"},
+    "bf16": {"act_type": "bf16"},
+    "bf16, int8": {"act_type": "bf16", "mm_quantization": "int8"},
+}
+
+
+def embed(part: Any) -> list[Tensor]:
+    def one(data: bytes) -> Tensor:
+        patches = part.preprocessor(Blob(data, b"", ""), MMUrlType.IMAGE, PreprocessOptions())
+        return part.mm_process(patches)[0]  # type: ignore[no-any-return]
+
+    return [one(data) for *_, data in images()[::2]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--family", default="qwen2_5_vl", choices=("qwen2_vl", "qwen2_5_vl"))
+    parser.add_argument("--size", default="3b")
+    parser.add_argument("--checkpoint", type=Path)
+    parser.add_argument("--patches", type=int, nargs="+", default=[64, 256, 1024], choices=GRIDS)
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = options.checkpoint or Path(folder)
+        if options.checkpoint is None:
+            write_checkpoint(checkpoint, options.family, options.size)
+        parts: dict[str, Any] = {
+            name: load_model(load_settings(checkpoint_path=checkpoint, **way)).mm_part
+            for name, way in WAYS.items()
+        }
+    exact = embed(parts["float32"])
+    errors = [relative_l2(a, b) for a, b in zip(embed(parts["bf16, int8"]), exact, strict=True)]
+    [(_, accuracy)] = results(f"accuracy_{options.family}_{options.size}")
+    peer = [row["hugging_face_bf16"] for row in accuracy["images"][::2]]
+    milliseconds: dict[str, Any] = {}
+    table = Table("patches", *WAYS, title="ms")
+    for count in options.patches:
+        h, w = GRIDS[count]
+        side = parts["float32"].processor.patch_size
+        rows = np.random.default_rng(count).integers(0, 256, (count, 3 * side**2), np.uint8)
+        patches = Patches(rows, (1, h, w))
+        contenders = {name: lambda part=part, p=patches: part.tower([p]) for name, part in parts.items()}
+        timings = interleave(contenders, options.rounds)
+        milliseconds[str(count)] = {name: asdict(timing) for name, timing in timings.items()}
+        table.add_row(str(count), *(f"{timing.median:,.0f}" for timing in timings.values()))
+    Console().print(table)
+    summary = {
+        "mean_int8": mean(errors),
+        "mean_hugging_face_bf16": mean(peer),
+        "worst_ratio": max(a / b for a, b in zip(errors, peer, strict=True)),
+    }
+    Console().print({key: f"{value:.3g}" for key, value in summary.items()})
+    write_result(
+        f"int8_{options.family}_{options.size}",
+        {"summary": summary, "errors": errors, "hugging_face_bf16": peer, "milliseconds": milliseconds},
+    )
+
+
+if __name__ == "__main__":
+    main()
