@@ -58,8 +58,7 @@ def main() -> None:
         if options.checkpoint is None:
             write_checkpoint(checkpoint, options.family, options.size)
         parts: dict[str, Any] = {
-            name: load_model(load_settings(checkpoint_path=checkpoint, **way)).mm_part
-            for name, way in WAYS.items()
+            name: load_model(load_settings(checkpoint_path=checkpoint, **way)).mm_part for name, way in WAYS.items()
         }
     exact = embed(parts["float32"])
     errors = [relative_l2(a, b) for a, b in zip(embed(parts["bf16, int8"]), exact, strict=True)]

@@ -36,11 +36,13 @@ def load_engine(settings: Settings, loop: asyncio.AbstractEventLoop | None = Non
     if settings.mm_model_module is not None:
         compat.install()  # a third party's model is written against RTP-LLM's import paths
     model = load_model(settings)
+    options = getattr(getattr(model.mm_part, "tower", None), "options", None)
     return Loaded(
         MMProcessEngine(model, settings, loop),
         model=model.config.model_type,
         dtype=model.config.data_type,
         device=str(choose_device(settings.device)),
+        quantization=getattr(options, "quantization", "none"),
     )
 
 

@@ -70,6 +70,15 @@ def test_the_cache_knows_the_options(engine: MMProcessEngine, photo_path: Path) 
     assert "forward" not in deadline_only.timings_ms
 
 
+def test_the_cache_knows_how_the_tower_runs(tiny_qwen2_5_vl: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True)
+    engines = [new_engine(tiny_qwen2_5_vl, mm_quantization=q) for q in ("none", "int8", "none")]
+    exact, int8, again = (engine._tower_key for engine in engines)
+    assert exact == again != int8
+    for engine in engines:
+        engine.close()
+
+
 def test_the_cache_keeps_to_its_budget(tiny_qwen2_5_vl: Path, data_urls: list[str]) -> None:
     engine = new_engine(tiny_qwen2_5_vl, mm_embedding_cache_mb=0)
     engine.submit(data_urls)

@@ -136,6 +136,7 @@ def _log_ready(loaded: Loaded, settings: Settings, seconds: float) -> None:
         model=loaded.model,
         dtype=loaded.dtype,
         device=loaded.device,
+        quantization=loaded.quantization,
         seconds=seconds,
     )
 

@@ -52,6 +52,7 @@ def http_app(
                 "model": loaded.model if loaded else settings.model_type,
                 "dtype": loaded.dtype if loaded else settings.act_type,
                 "device": loaded.device if loaded else settings.device,
+                "quantization": loaded.quantization if loaded else settings.mm_quantization,
                 "grpc_port": settings.start_port + 1,
             }
         )

@@ -24,6 +24,7 @@ class Loaded:
     model: str
     dtype: str
     device: str
+    quantization: str = "none"
 
 
 @dataclass(slots=True)
