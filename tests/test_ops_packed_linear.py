@@ -163,6 +163,14 @@ def test_int8_equals_its_twin_bit_for_bit(m: int, k: int, n: int) -> None:
     assert torch.equal(int8(x, weight, bias), reference.int8_linear(x, weight, bias))
 
 
+def test_packing_leaves_the_weight_as_it_was() -> None:
+    _, weight, _ = random_layer(1, 40, 300)
+    before = weight.clone()
+    ops.pack_linear(weight)
+    ops.pack_int8_linear(weight)
+    assert torch.equal(weight, before)
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_int8_costs_about_a_hundredth(activation: str) -> None:
     x, weight, bias = random_layer(64, 1280, 100, torch.bfloat16)
