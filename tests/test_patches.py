@@ -18,7 +18,8 @@ from transformers import Qwen2VLImageProcessorPil
 
 from rtp_mm.config import load_settings
 from rtp_mm.errors import NotSupportedError, StartError, WrongFormatError
-from rtp_mm.preprocess.patches import ImagePreprocessor, ImageProcessorConfig
+from rtp_mm.preprocess.image_config import ImageProcessorConfig
+from rtp_mm.preprocess.patches import ImagePreprocessor
 from rtp_mm.types import Blob, CropBox, MMUrlType, Patches, PreprocessOptions
 
 PUBLISHED = ImageProcessorConfig(

@@ -114,7 +114,7 @@ class WorkerProcess:
             answer.set_exception(WorkerDiedError())
 
     def kill(self) -> None:
-        """A pending `ask` then raises `WorkerDiedError`."""
+        """A pending `answer` then raises `WorkerDiedError`."""
         self._process.kill()
 
     def end(self) -> str:

@@ -18,13 +18,13 @@ from rtp_mm.errors import StartError
 from rtp_mm.models.gpt_init_model_parameters import GptInitModelParameters, config_object, read_json
 from rtp_mm.models.multimodal_common import Embedding, MultiModalEmbeddingInterface
 from rtp_mm.models.multimodal_mixin import MultimodalMixin, TowerWeights
-from rtp_mm.models.qwen2_vl import tower_options
 from rtp_mm.models.registry import register_model
 from rtp_mm.preprocess.audio import MIN_STEPS, AudioPreprocessor
 from rtp_mm.preprocess.audio_config import mel_rule
 from rtp_mm.preprocess.log_mel import MelRule
 from rtp_mm.types import LogMel, MMPreprocessConfig, MMUrlType
 from rtp_mm.vit.audio_tower import AudioTower, AudioTowerConfig
+from rtp_mm.vit.tower_base import TowerOptions
 
 # The published preprocessor_config.json.
 PUBLISHED_RULE = MelRule(bins=128, rate=16000, hop=160, window=400, seconds=30)
@@ -43,7 +43,7 @@ class Qwen2AudioEmbedding(MultiModalEmbeddingInterface):
                 f"{2 * tower.max_source_positions}) in its config.json, ({rule.bins}, {rule.max_frames}) for its sounds"
             )
         self.preprocessor = AudioPreprocessor(rule)
-        self.tower = AudioTower(tower, self._data_type, torch.get_default_device(), tower_options(settings))
+        self.tower = AudioTower(tower, self._data_type, torch.get_default_device(), TowerOptions.of(settings))
 
     @property
     def _device(self) -> torch.device:

@@ -38,16 +38,6 @@ PUBLISHED_PROCESSOR = ImageProcessorConfig(
 )
 
 
-def tower_options(settings: Settings) -> TowerOptions:
-    return TowerOptions(
-        attention=settings.mm_attention,
-        is_batch_invariant=settings.mm_batch_invariant,
-        quantization=settings.mm_quantization,
-        cuda_graphs=settings.mm_cuda_graphs,
-        cuda_graphs_bytes=settings.mm_cuda_graphs_mb << 20,
-    )
-
-
 class Qwen2VLEmbedding(MultiModalEmbeddingInterface):
     """`mm_part` of the Qwen2-VL line: images and clips to [tokens, out_hidden_size] and (t, h, w) position ids."""
 
@@ -58,7 +48,7 @@ class Qwen2VLEmbedding(MultiModalEmbeddingInterface):
         self.processor = ImageProcessorConfig.from_checkpoint(Path(config.ckpt_path), PUBLISHED_PROCESSOR)
         self.processor.check(tower.patch_size, tower.spatial_merge_size, tower.temporal_patch_size)
         self.preprocessor = MediaPreprocessor.from_checkpoint(Path(config.ckpt_path), self.processor, settings)
-        self.tower = VisionTower(tower, self._data_type, device, tower_options(settings))
+        self.tower = VisionTower(tower, self._data_type, device, TowerOptions.of(settings))
         self._tokens_per_second = self._time_scale(config) if settings.mm_pos_t == "scaled" else None
 
     @property

@@ -2,38 +2,27 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rtp_mm.errors import StartError
-from rtp_mm.preprocess.image_config import positive, read_rules
 from rtp_mm.preprocess.log_mel import MelRule
+from rtp_mm.preprocess.processor_files import ProcessorFiles, find_rules, positive
 
-_log = logging.getLogger(__name__)
+AUDIO_FILES: ProcessorFiles = (("processor_config.json", "feature_extractor"), ("preprocessor_config.json", None))
 
 
 def mel_rule(folder: Path, defaults: MelRule) -> MelRule:
     """Reads the checkpoint's file; `defaults`, the family's published values, stand in for what it leaves out.
 
-    `processor_config.json` goes before `preprocessor_config.json`, as in transformers 5. Raises `StartError` that names
-    the file and the key for what is malformed or asks for what we do not do.
+    Raises `StartError` that names the file and the key for what is malformed or asks for what we do not do.
     """
-    for name, key in (("processor_config.json", "feature_extractor"), ("preprocessor_config.json", None)):
-        path = folder / name
-        if path.is_file():
-            file = read_rules(path)
-            rules = file if key is None else file.get(key)
-            if rules is not None:
-                return _from_json(rules, defaults, str(path))
-    _log.warning("%s has no preprocessor_config.json: the family's published values are used", folder)
-    return defaults
+    found = find_rules(folder, AUDIO_FILES)
+    return defaults if found is None else _from_json(found[0], defaults, found[1])
 
 
-def _from_json(rules: Any, defaults: MelRule, source: str) -> MelRule:
-    if not isinstance(rules, Mapping):
-        raise StartError(f"{source}: the feature extractor must be an object")
+def _from_json(rules: Mapping[str, Any], defaults: MelRule, source: str) -> MelRule:
     for name, only in (("padding_value", 0), ("dither", 0), ("do_normalize", False), ("padding_side", "right")):
         if rules.get(name) not in (None, only):
             raise StartError(f"{source}: {name}={rules[name]!r} is not supported, only {only!r}")

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rtp_mm.errors import StartError
+from rtp_mm.preprocess.processor_files import ProcessorFiles, find_rules, positive
 
-_log = logging.getLogger(__name__)
-
-ProcessorFiles = Sequence[tuple[str, str | None]]  # a file, and the key in it where it holds several processors
 IMAGE_FILES: ProcessorFiles = (("processor_config.json", "image_processor"), ("preprocessor_config.json", None))
 # The published checkpoints have none for videos: Hugging Face's video processor then takes the images' file.
 VIDEO_FILES: ProcessorFiles = (
@@ -43,24 +39,14 @@ class ImageProcessorConfig:
     ) -> ImageProcessorConfig:
         """Reads the checkpoint's file; `defaults`, the family's published values, stand in for what it leaves out.
 
-        `processor_config.json` goes before `preprocessor_config.json`, as in transformers 5. Raises `StartError` that
-        names the file and the key for what is malformed or asks for what we do not do.
+        Raises `StartError` that names the file and the key for what is malformed or asks for what we do not do.
         """
-        for name, key in files:
-            path = folder / name
-            if path.is_file():
-                file = read_rules(path)
-                rules = file if key is None else file.get(key)
-                if rules is not None:
-                    return cls.from_json(rules, defaults, str(path))
-        _log.warning("%s has no preprocessor_config.json: the family's published values are used", folder)
-        return defaults
+        found = find_rules(folder, files)
+        return defaults if found is None else cls.from_json(found[0], defaults, found[1])
 
     @classmethod
     def from_json(cls, rules: Mapping[str, Any], defaults: ImageProcessorConfig, source: str) -> ImageProcessorConfig:
         """The same from a parsed file; `source` names it in errors."""
-        if not isinstance(rules, Mapping):
-            raise StartError(f"{source}: the image processor must be an object")
         _check_supported(rules, source)
         min_pixels = _pixels(rules, ("min_pixels", "shortest_edge"), defaults.min_pixels, source)
         max_pixels = _pixels(rules, ("max_pixels", "longest_edge"), defaults.max_pixels, source)
@@ -87,16 +73,6 @@ class ImageProcessorConfig:
             )
 
 
-def read_rules(path: Path) -> dict[str, Any]:
-    try:
-        rules = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise StartError(f"{path}: {error}") from None
-    if not isinstance(rules, dict):
-        raise StartError(f"{path}: must hold an object")
-    return rules
-
-
 def _check_supported(rules: Mapping[str, Any], source: str) -> None:
     for step in ("do_resize", "do_rescale", "do_normalize"):
         if rules.get(step) not in (None, True):
@@ -117,15 +93,6 @@ def _pixels(rules: Mapping[str, Any], names: tuple[str, str], default: int, sour
         if isinstance(size, Mapping) and size.get(name) is not None:
             return positive(size, name, default, source)
     raise StartError(f"{source}: size={size!r} is not supported, only {{shortest_edge, longest_edge}} in pixels")
-
-
-def positive(rules: Mapping[str, Any], name: str, default: int, source: str) -> int:
-    value = rules.get(name)
-    if value is None:
-        return default
-    if type(value) is not int or value < 1:
-        raise StartError(f"{source}: {name}={value!r} must be a positive integer")
-    return value
 
 
 def _channels(

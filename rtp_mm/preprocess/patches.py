@@ -21,8 +21,6 @@ from rtp_mm.types import Blob, MMUrlType, Patches, PreprocessOptions, RowAllocat
 if TYPE_CHECKING:
     from rtp_mm.config import Settings  # its pydantic would be half of a worker's memory
 
-__all__ = ["ImagePreprocessor", "ImageProcessorConfig"]
-
 
 def new_rows(shape: tuple[int, int]) -> NDArray[np.uint8]:
     """A `RowAllocator`: memory of the process's own."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from rtp_mm.config import Settings
 from rtp_mm.vit.attention import choose_attention
 from rtp_mm.vit.graphs import Batch, CudaCapture, CudaGraphs, use_graphs
 from rtp_mm.vit.linear import Gemm, Linear, choose_gemm, compute_dtype
@@ -22,6 +23,16 @@ class TowerOptions:
     quantization: str = "none"
     cuda_graphs: str = "auto"
     cuda_graphs_bytes: int = 1 << 30
+
+    @classmethod
+    def of(cls, settings: Settings) -> TowerOptions:
+        return cls(
+            attention=settings.mm_attention,
+            is_batch_invariant=settings.mm_batch_invariant,
+            quantization=settings.mm_quantization,
+            cuda_graphs=settings.mm_cuda_graphs,
+            cuda_graphs_bytes=settings.mm_cuda_graphs_mb << 20,
+        )
 
 
 class Tower(nn.Module):
