@@ -2,6 +2,9 @@
 and ours in float32.
 
     python -m benchmarks.bench_accuracy --family qwen2_5_vl --size 3b
+
+Of clips, Hugging Face's tower gets our patch rows, which are Pillow's resize of each frame: its own video processor
+resizes by torchvision (`benchmarks.bench_torchvision`).
 """
 
 from __future__ import annotations
@@ -12,9 +15,12 @@ import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
+import numpy as np
 import skimage.data
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from rich.console import Console
 from rich.progress import track
@@ -25,10 +31,14 @@ from benchmarks.report import write_result
 from rtp_mm.cli.hugging_face import HuggingFacePeer
 from rtp_mm.config import load_settings
 from rtp_mm.models.multimodal_common import ACT_DTYPES
+from rtp_mm.models.qwen2_vl import PUBLISHED_PROCESSOR
 from rtp_mm.models.random_checkpoint import write_checkpoint
 from rtp_mm.models.registry import load_model
-from rtp_mm.types import Blob, MMUrlType, PreprocessOptions
+from rtp_mm.preprocess.image_config import ImageProcessorConfig
+from rtp_mm.preprocess.media import MediaPreprocessor
+from rtp_mm.types import Blob, MMUrlType, Patches, PreprocessOptions
 
+SMALLEST = {"qwen2_vl": "2b", "qwen2_5_vl": "3b"}  # of the published sizes
 PHOTOS = ("astronaut", "chelsea", "coffee", "rocket")
 # Height and width of what is cut from a photograph: one merged token to some 400, windows whole and cut, 1:5 and 5:1.
 SIDES = (
@@ -39,11 +49,16 @@ SIDES = (
 )
 
 
+# Frames, height and width of clips that move over a photograph; an odd last frame is doubled.
+CLIPS = ((4, 84, 112), (6, 168, 84), (7, 113, 227), (16, 56, 56))
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Relative L2 errors of one image's embedding against Hugging Face float32."""
+    """Relative L2 errors of one image's or clip's embedding against Hugging Face float32."""
 
     photo: str
+    frames: int
     height: int
     width: int
     tokens: int
@@ -56,45 +71,77 @@ def relative_l2(value: Tensor, reference: Tensor) -> float:
     return float((value.double() - reference.double()).norm() / reference.double().norm())
 
 
-def images() -> list[tuple[str, int, int, bytes]]:
-    """Real photographs as PNG files."""
+@dataclass(frozen=True, slots=True)
+class Sight:
+    """A real photograph as a PNG file, or frames [T, H, W, 3] that move over one."""
+
+    photo: str
+    frames: int
+    height: int
+    width: int
+    data: bytes | NDArray[np.uint8]
+
+
+def sights() -> list[Sight]:
     found = []
-    for name, sides in zip(PHOTOS, SIDES, strict=True):
+    for name, sides, clip in zip(PHOTOS, SIDES, CLIPS, strict=True):
         photo = getattr(skimage.data, name)()
         for height, width in sides:
             file = io.BytesIO()
             Image.fromarray(photo[:height, :width]).save(file, "PNG")
-            found.append((name, height, width, file.getvalue()))
+            found.append(Sight(name, 1, height, width, file.getvalue()))
+        frames, height, width = clip
+        moving = np.stack([photo[3 * t : 3 * t + height, 5 * t : 5 * t + width] for t in range(frames)])
+        found.append(Sight(name, frames, height, width, moving))
     return found
 
 
+def patches_of(preprocessor: Any, sight: Sight) -> Patches:
+    mm_type = MMUrlType.IMAGE if isinstance(sight.data, bytes) else MMUrlType.TENSOR
+    patches: Patches = preprocessor(Blob(sight.data, b"", ""), mm_type, PreprocessOptions())
+    return patches
+
+
 def embed_ours(checkpoint: Path, act_type: str) -> list[Tensor]:
-    part = load_model(load_settings(checkpoint_path=checkpoint, act_type=act_type)).mm_part
-    embeddings = []
-    for *_, data in track(images(), f"ours {act_type}"):
-        patches = part.preprocessor(Blob(data, b"", ""), MMUrlType.IMAGE, PreprocessOptions())
-        embeddings.append(part.mm_process(patches)[0].cpu())
-    return embeddings
+    part: Any = load_model(load_settings(checkpoint_path=checkpoint, act_type=act_type)).mm_part
+    return [
+        part.mm_process(patches_of(part.preprocessor, sight))[0].cpu() for sight in track(sights(), f"ours {act_type}")
+    ]
 
 
 def embed_peer(checkpoint: Path, act_type: str) -> list[Tensor]:
-    peer = HuggingFacePeer(
-        checkpoint, ACT_DTYPES[act_type], torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    )
-    return [peer.forward(peer.preprocess(data)) for *_, data in track(images(), f"Hugging Face {act_type}")]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    peer = HuggingFacePeer(checkpoint, ACT_DTYPES[act_type], device)
+    settings = load_settings(checkpoint_path=checkpoint)
+    config = ImageProcessorConfig.from_checkpoint(checkpoint, PUBLISHED_PROCESSOR)
+    preprocessor = MediaPreprocessor.from_checkpoint(checkpoint, config, settings)
+
+    def inputs(sight: Sight) -> Any:
+        if isinstance(sight.data, bytes):
+            return peer.preprocess(sight.data)
+        patches = patches_of(preprocessor, sight)
+        mean, std = (torch.tensor(values)[:, None] * 255 for values in (config.image_mean, config.image_std))
+        pixels = torch.from_numpy(patches.rows.copy()).view(len(patches.rows), 3, -1)
+        return {
+            "pixel_values": ((pixels - mean) / std).flatten(1),
+            "image_grid_thw": torch.tensor([patches.grid_thw]),
+        }
+
+    return [peer.forward(inputs(sight)) for sight in track(sights(), f"Hugging Face {act_type}")]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--family", default="qwen2_5_vl", choices=("qwen2_vl", "qwen2_5_vl"))
-    parser.add_argument("--size", default="3b", help="tiny, 2b, 3b or 7b")
+    parser.add_argument("--family", default="qwen2_5_vl", choices=SMALLEST)
+    parser.add_argument("--size", help="tiny, 2b, 3b or 7b; the family's smallest published one if left out")
     parser.add_argument("--checkpoint", type=Path, help="a checkpoint to use instead of random weights")
     options = parser.parse_args()
+    size = options.size or SMALLEST[options.family]
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = options.checkpoint
         if checkpoint is None:
             checkpoint = Path(folder) / "checkpoint"
-            write_checkpoint(checkpoint, options.family, options.size)
+            write_checkpoint(checkpoint, options.family, size)
         reference = embed_peer(checkpoint, "fp32")
         by_column = {
             "ours_fp32": embed_ours(checkpoint, "fp32"),
@@ -102,8 +149,12 @@ def main() -> None:
             "hugging_face_bf16": embed_peer(checkpoint, "bf16"),
         }
     rows = [
-        Row(name, height, width, len(exact), **{k: relative_l2(v[i], exact) for k, v in by_column.items()})
-        for i, ((name, height, width, _), exact) in enumerate(zip(images(), reference, strict=True))
+        Row(
+            *(sight.photo, sight.frames, sight.height, sight.width),
+            tokens=len(exact),
+            **{column: relative_l2(embeddings[i], exact) for column, embeddings in by_column.items()},
+        )
+        for i, (sight, exact) in enumerate(zip(sights(), reference, strict=True))
     ]
     summary = {
         "worst_ours_fp32": max(r.ours_fp32 for r in rows),
@@ -111,13 +162,15 @@ def main() -> None:
         "mean_hugging_face_bf16": mean(r.hugging_face_bf16 for r in rows),
         "worst_ratio_bf16": max(r.ours_bf16 / r.hugging_face_bf16 for r in rows),
     }
-    table = Table("photo", "size", "tokens", "ours fp32", "ours bf16", "Hugging Face bf16", title="relative L2 error")
+    table = Table(
+        "photo", "frames", "size", "tokens", "ours fp32", "ours bf16", "Hugging Face bf16", title="relative L2 error"
+    )
     for r in rows:
         errors = (f"{e:.2e}" for e in (r.ours_fp32, r.ours_bf16, r.hugging_face_bf16))
-        table.add_row(r.photo, f"{r.width}x{r.height}", str(r.tokens), *errors)
+        table.add_row(r.photo, str(r.frames), f"{r.width}x{r.height}", str(r.tokens), *errors)
     Console().print(table)
     Console().print({key: f"{value:.3g}" for key, value in summary.items()})
-    name = f"accuracy_{options.family}_{options.size}"
+    name = f"accuracy_{options.family}_{size}"
     write_result(name, {"summary": summary, "images": [asdict(row) for row in rows]})
 
 
