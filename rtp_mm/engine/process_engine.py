@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Coroutine, Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from rtp_mm.config import Settings, load_settings
 from rtp_mm.engine.admission import Admission, Cost, Visit
+from rtp_mm.engine.answers import Answers
 from rtp_mm.engine.batcher import Batcher
-from rtp_mm.engine.caches import ByteCache, Embedded, EmbeddingKey, PatchKey, cache_status
-from rtp_mm.engine.contents import Content, SeenDataUrls, is_data_url
+from rtp_mm.engine.caches import ByteCache, EmbeddingKey, PatchKey
+from rtp_mm.engine.contents import is_data_url
 from rtp_mm.engine.flights import Flights
 from rtp_mm.engine.forward import Forward, WholeForward
 from rtp_mm.engine.home import Home, closed
 from rtp_mm.engine.interface import as_inputs, time_limit_s
 from rtp_mm.engine.limits import bound_clips, device_limits
-from rtp_mm.engine.response import Answer, Stopwatch, Timings, as_response
+from rtp_mm.engine.response import Answer, Begun, Stopwatch, Timings, as_response
 from rtp_mm.engine.workers import ForwardInput, PreprocessWorkers
-from rtp_mm.errors import DeadlineError
+from rtp_mm.errors import DeadlineError, MMError
 from rtp_mm.media.fetch import Fetcher
 from rtp_mm.media.limits import SizeLimit
 from rtp_mm.models.multimodal_common import ACT_DTYPES, MultiModalEmbeddingInterface
@@ -36,7 +37,6 @@ from rtp_mm.types import (
     MMUrlType,
     MultimodalInput,
     Patches,
-    PreprocessOptions,
     WorkerStatus,
 )
 
@@ -61,16 +61,6 @@ class MMProcessEngine:
         self._settings = settings = settings or model.config.settings or load_settings()
         self._mm_part = mm_part = model.mm_part
         self._data_type = model.config.data_type
-        tower = getattr(mm_part, "tower", None)
-        self._tower_key = (
-            model.weights_fingerprint,
-            self._data_type,
-            str(mm_part._device),
-            str(getattr(tower, "attention_backend", "")),
-            str(getattr(tower, "options", "")),
-            str(getattr(mm_part, "answer_key", "")),
-        )
-        self._preprocess_key = getattr(mm_part.preprocessor, "cache_key", ())
         self._row_bytes = getattr(mm_part.preprocessor, "row_bytes", 0)
         self._is_whole = type(mm_part).mm_embedding is not MultiModalEmbeddingInterface.mm_embedding
         forward = (WholeForward if self._is_whole else Forward)(mm_part, ACT_DTYPES[self._data_type])
@@ -83,13 +73,12 @@ class MMProcessEngine:
             settings.mm_max_bytes_in_flight_mb << 20,
             self._batcher.seconds_for,
         )
-        self._embeddings = ByteCache[EmbeddingKey, Embedded](settings.mm_embedding_cache_mb << 20)
+        self._answers = Answers(model, settings.mm_embedding_cache_mb << 20)
         self._patches = ByteCache[PatchKey, Patches | LogMel](
             settings.mm_patch_cache_mb << 20, largest_share=LARGEST_PATCHES_SHARE
         )
         self._fetcher = Fetcher(settings)
         self._fetches = Flights[Blob]()
-        self._seen = SeenDataUrls()
         self._workers = PreprocessWorkers(mm_part, settings)
         self._computations = Flights[Answer]()
         self._requests: set[asyncio.Future[Any]] = set()  # the work of each running request
@@ -99,35 +88,45 @@ class MMProcessEngine:
 
     # --- an item's way
 
-    async def _embed_item(self, item: MultimodalInput, caller: Caller, visit: Visit) -> Answer:
+    def _begin(self, item: MultimodalInput, caller: Caller, visit: Visit) -> Begun:
+        """As far as it goes without waiting: to the answer, where that is kept."""
+        timings: Timings = {}
+        try:
+            self._fetcher.check_access(item, caller)
+            options = item.config.options()
+            with Stopwatch(timings, "fetch"):
+                blob = self._fetcher.at_hand(item)
+        except MMError as error:
+            return Begun(error)
+        if (known := self._answers.recall(item, blob, options)) is None:
+            return Begun(blob=blob)
+        self._admission.keep(visit, known.nbytes)
+        return Begun(Answer(known, {} if blob is None else timings))
+
+    async def _end(self, begun: Begun, item: MultimodalInput, caller: Caller, visit: Visit) -> Answer:
+        """The rest of the way. An answer counts as held from here on, while other items are still under way."""
+        if isinstance(begun.outcome, MMError):
+            raise begun.outcome
+        if begun.outcome is None:
+            answer = await self._embed_item(item, begun.blob, caller, visit)
+            self._admission.keep(visit, answer.embedded.nbytes)
+            return answer
+        return begun.outcome
+
+    async def _embed_item(self, item: MultimodalInput, blob: Blob | None, caller: Caller, visit: Visit) -> Answer:
         options = item.config.options()
         config = MMPreprocessConfig.from_options(options)  # what the key says and no more
-        self._fetcher.check_access(item, caller)
         if self._is_whole:
             return Answer(*await self._batcher.run(item, None, item.mm_type, config))
-        if (known := self._recall(item, options)) is not None:
-            return Answer(known, {})
         timings: Timings = {}
         with Stopwatch(timings, "fetch"):
-            blob = await self._fetch(item, caller, visit)
-        content = Content.of(blob, item.mm_type)
-        self._seen.put(item, content)
-        key = self._key(content, options)
-        if (known := self._embeddings.get(key)) is not None:
+            blob = blob or await self._fetch(item, caller, visit)
+        key = self._answers.key(item, blob, options)
+        if (known := self._answers.get(key)) is not None:
             return Answer(known, timings)
         cost = self._admit(key.patches, blob, visit, is_under_way=key in self._computations)
         embedded, computed = await self._computations.join(key, partial(self._compute, key, blob, config, cost, visit))
         return Answer(embedded, timings | computed)
-
-    def _key(self, content: Content, options: PreprocessOptions) -> EmbeddingKey:
-        return EmbeddingKey(PatchKey(*content, options, self._preprocess_key), self._tower_key)
-
-    def _recall(self, item: MultimodalInput, options: PreprocessOptions) -> Embedded | None:
-        """The cached answer to a data URL that was seen before, without decoding it."""
-        content = self._seen.get(item)
-        if content is None or (key := self._key(content, options)) not in self._embeddings:
-            return None
-        return self._embeddings.get(key)
 
     async def _fetch(self, item: MultimodalInput, caller: Caller, visit: Visit) -> Blob:
         """One download for all who want the same now. What came with the message itself is at hand already."""
@@ -167,7 +166,7 @@ class MMProcessEngine:
             embedded = embedded._replace(seconds_per_grid=prepared.value.seconds_per_grid)
         elif isinstance(prepared.value, LogMel):
             embedded = embedded._replace(cut_s=prepared.value.cut_s)
-        self._embeddings.put(key, embedded)
+        self._answers.put(key, embedded)
         return Answer(embedded, timings | device_timings)
 
     async def _prepare(self, key: PatchKey, blob: Blob, config: MMPreprocessConfig) -> ForwardInput:
@@ -202,19 +201,17 @@ class MMProcessEngine:
     ) -> MMEmbeddingRes:
         limit_s = time_limit_s(inputs, timeout_s, self._settings)
         with self._admission.visiting(sum(map(_message_bytes, inputs)), self._home.loop.time() + limit_s) as visit:
-            work = asyncio.gather(*(self._keep_item(i, caller, visit) for i in inputs), return_exceptions=True)
-            self._requests.add(work)
             try:
-                async with asyncio.timeout(limit_s):
-                    outcomes = await work
-            except TimeoutError:
-                raise DeadlineError(f"no answer within {limit_s:.3f} s") from None
-            except asyncio.CancelledError:
-                if self._home.is_closed:
-                    raise closed() from None
-                raise
+                if limit_s <= 0:
+                    raise _late(limit_s)
+                begun = [self._begin(item, caller, visit) for item in inputs]
+                outcomes: Sequence[Answer | BaseException] = [
+                    each.outcome for each in begun if each.outcome is not None
+                ]
+                if len(outcomes) < len(begun):
+                    ways = (self._end(each, item, caller, visit) for each, item in zip(begun, inputs, strict=True))
+                    outcomes = await self._all_within(limit_s, ways)
             finally:
-                self._requests.discard(work)
                 self._finished += 1
             is_own = caller is not LIBRARY_CALLER
             response = as_response(inputs, outcomes, is_own=is_own)
@@ -222,16 +219,28 @@ class MMProcessEngine:
                 self._admission.follow(response, sum(embedding.nbytes for embedding in response.embeddings))
             return response
 
-    async def _keep_item(self, item: MultimodalInput, caller: Caller, visit: Visit) -> Answer:
-        """The answer counts as held from now on, while other items of the request are still under way."""
-        answer = await self._embed_item(item, caller, visit)
-        self._admission.keep(visit, answer.embedded.nbytes)
-        return answer
+    async def _all_within(
+        self, limit_s: float, ways: Iterable[Coroutine[Any, Any, Answer]]
+    ) -> list[Answer | BaseException]:
+        """Side by side, each to its own end. Raises `DeadlineError`, and `DrainingError` where the engine is closed."""
+        work = asyncio.gather(*ways, return_exceptions=True)
+        self._requests.add(work)
+        try:
+            async with asyncio.timeout(limit_s):
+                return await work
+        except TimeoutError:
+            raise _late(limit_s) from None
+        except asyncio.CancelledError:
+            if self._home.is_closed:
+                raise closed() from None
+            raise
+        finally:
+            self._requests.discard(work)
 
     # --- figures
 
     def worker_status(self) -> WorkerStatus:
-        embeddings = self._embeddings.stats()
+        embeddings = self._answers.stats()
         return WorkerStatus(
             available_concurrency=max(0, self._settings.mm_max_queue_size - self._admission.requests),
             waiting=self._batcher.waiting,
@@ -248,9 +257,9 @@ class MMProcessEngine:
 
     def cache_status(self, *, with_keys: bool = False) -> CacheStatus:
         async def status() -> CacheStatus:
-            return cache_status(self._embeddings, with_keys=with_keys)
+            return self._answers.status(with_keys=with_keys)
 
-        return cache_status(self._embeddings, with_keys=with_keys) if self._home.is_here else self._home.call(status())
+        return self._answers.status(with_keys=with_keys) if self._home.is_here else self._home.call(status())
 
     def stats(self) -> EngineStats:
         workers = self._workers.stats()
@@ -268,7 +277,7 @@ class MMProcessEngine:
             caches={
                 "bytes": self._fetcher.bytes_cache_stats(),
                 "patches": self._patches.stats(),
-                "embeddings": self._embeddings.stats(),
+                "embeddings": self._answers.stats(),
             },
             workers=workers.workers,
             workers_busy=workers.busy,
@@ -301,3 +310,7 @@ class MMProcessEngine:
 def _message_bytes(item: MultimodalInput) -> int:
     """What an item's message holds in memory, about."""
     return len(item.url) + getattr(item.tensor, "nbytes", 0)
+
+
+def _late(limit_s: float) -> DeadlineError:
+    return DeadlineError(f"no answer within {limit_s:.3f} s")

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from rtp_mm.engine.caches import Embedded
 from rtp_mm.errors import BadItemsError, ItemFailure, MMError, ProcessError, QueueFullError
 from rtp_mm.media.redact import redact
-from rtp_mm.types import MMEmbeddingRes, MultimodalInput
+from rtp_mm.types import Blob, MMEmbeddingRes, MultimodalInput
 
 Timings = dict[str, float]  # milliseconds by stage
 
@@ -19,6 +19,13 @@ class Answer(NamedTuple):
 
     embedded: Embedded
     timings_ms: Timings
+
+
+class Begun(NamedTuple):
+    """How far an item came without waiting: to its outcome, or else to its bytes, or else not even there."""
+
+    outcome: Answer | MMError | None = None
+    blob: Blob | None = None
 
 
 class Stopwatch:

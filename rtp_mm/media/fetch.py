@@ -72,6 +72,16 @@ class Fetcher:
             case scheme:
                 self._filesystems.check(scheme, item.url)
 
+    def at_hand(self, item: MultimodalInput) -> Blob | None:
+        """The bytes of a download that is still good, for a caller whose access was checked. Raises
+        `WrongFormatError` for one over the limit of this item's type.
+        """
+        if item.mm_type is MMUrlType.TENSOR or _scheme(item.url) in ("data", "file", ""):
+            return None
+        if (blob := self._cache.fresh(item.url)) is not None:  # it may be kept from an item of another type
+            SizeLimit.of(self._settings, item.mm_type).check(blob.nbytes)
+        return blob
+
     async def fetch(self, item: MultimodalInput, caller: Caller, meter: Callable[[int], None] | None = None) -> Blob:
         """The item's bytes, or a TENSOR item's array as `as_array` gives it. `meter`: see `SizeLimit`.
 
@@ -99,7 +109,7 @@ class Fetcher:
     async def _downloaded(self, item: MultimodalInput, limit: SizeLimit) -> Blob:
         """From the cache if it is fresh there, else from the source, which is asked only for what has changed."""
         url = item.url
-        if (blob := self._cache.fresh(url)) is None:
+        if (blob := self.at_hand(item)) is None:
             stored = self._cache.stale(url)
             asked_at = self._clock()
             try:

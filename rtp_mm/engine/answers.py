@@ -1,0 +1,58 @@
+"""Answers that are kept, and the ways to find one: by what an item's bytes are, or by the text of its data URL."""
+
+from __future__ import annotations
+
+from rtp_mm.engine.caches import ByteCache, Embedded, EmbeddingKey, PatchKey, cache_status
+from rtp_mm.engine.contents import Content, SeenDataUrls
+from rtp_mm.models.multimodal_mixin import MultimodalMixin
+from rtp_mm.types import Blob, CacheStats, CacheStatus, MultimodalInput, PreprocessOptions
+
+
+class Answers:
+    """One model's, within a budget of bytes. For one event loop: no locks."""
+
+    def __init__(self, model: MultimodalMixin, budget_bytes: int) -> None:
+        mm_part = model.mm_part
+        tower = getattr(mm_part, "tower", None)
+        self._preprocess_key = getattr(mm_part.preprocessor, "cache_key", ())
+        self._tower_key = (
+            model.weights_fingerprint,
+            model.config.data_type,
+            str(mm_part._device),
+            str(getattr(tower, "attention_backend", "")),
+            str(getattr(tower, "options", "")),
+            str(getattr(mm_part, "answer_key", "")),
+        )
+        self._embeddings = ByteCache[EmbeddingKey, Embedded](budget_bytes)
+        self._seen = SeenDataUrls()
+
+    def recall(self, item: MultimodalInput, blob: Blob | None, options: PreprocessOptions) -> Embedded | None:
+        """The answer to an item whose bytes are at hand, or to a data URL seen before, which need not be decoded.
+
+        What is not there does not count as missed: `get` will be asked again, with the bytes.
+        """
+        content = self._seen.get(item) if blob is None else Content.of(blob, item.mm_type)
+        if content is None or (key := self._key(content, options)) not in self._embeddings:
+            return None
+        return self._embeddings.get(key)
+
+    def key(self, item: MultimodalInput, blob: Blob, options: PreprocessOptions) -> EmbeddingKey:
+        """Under which the answer to an item with these bytes is kept."""
+        content = Content.of(blob, item.mm_type)
+        self._seen.put(item, content)
+        return self._key(content, options)
+
+    def get(self, key: EmbeddingKey) -> Embedded | None:
+        return self._embeddings.get(key)
+
+    def put(self, key: EmbeddingKey, embedded: Embedded) -> None:
+        self._embeddings.put(key, embedded)
+
+    def stats(self) -> CacheStats:
+        return self._embeddings.stats()
+
+    def status(self, *, with_keys: bool) -> CacheStatus:
+        return cache_status(self._embeddings, with_keys=with_keys)
+
+    def _key(self, content: Content, options: PreprocessOptions) -> EmbeddingKey:
+        return EmbeddingKey(PatchKey(*content, options, self._preprocess_key), self._tower_key)
