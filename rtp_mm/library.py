@@ -32,13 +32,14 @@ def load_engine(settings: Settings, loop: asyncio.AbstractEventLoop | None = Non
     """The checkpoint's model and the engine around it, on `loop` or a loop of its own. Blocks; raises `StartError`."""
     from rtp_mm.engine.process_engine import MMProcessEngine
     from rtp_mm.models.registry import choose_device, load_model
+    from rtp_mm.server.wire import seal
 
     if settings.mm_model_module is not None:
         compat.install()  # a third party's model is written against RTP-LLM's import paths
     model = load_model(settings)
     options = getattr(getattr(model.mm_part, "tower", None), "options", None)
     return Loaded(
-        MMProcessEngine(model, settings, loop),
+        MMProcessEngine(model, settings, loop, **({} if loop is None else {"seal": seal})),
         model=model.config.model_type,
         dtype=model.config.data_type,
         device=str(choose_device(settings.device)),

@@ -211,6 +211,7 @@ class MMEmbeddingRes:
     cached_items: how many came from the embedding cache, or `None` where nobody counted.
     seconds_per_grid: time from one t of the position ids' grid to the next, per item; `None` for what is no clip.
     cut_s:        where a sound longer than the model takes was cut off, per item; `None` for what was not cut.
+    messages:     all items as they go onto the wire, in form `items`, where the engine keeps them so, else `None`.
     """
 
     embeddings: list[Tensor]
@@ -220,6 +221,7 @@ class MMEmbeddingRes:
     cached_items: int | None = None
     seconds_per_grid: list[float | None] = field(default_factory=list)
     cut_s: list[float | None] = field(default_factory=list)
+    messages: list[bytes] | None = None
 
 
 @dataclass(frozen=True, slots=True)

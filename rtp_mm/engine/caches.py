@@ -31,18 +31,19 @@ class EmbeddingKey(NamedTuple):
 
 class Embedded(NamedTuple):
     """One item's answer on the host: [tokens, hidden], [tokens, 3] int32 or `None`, and a clip's seconds from one t of
-    its grid to the next.
+    its grid to the next. Where it is sealed the tensors are views of the message, and not to be written to.
     """
 
     embedding: Tensor
     position_ids: Tensor | None
     seconds_per_grid: float | None = None
     cut_s: float | None = None  # where a longer sound was cut off
+    message: bytes | None = None  # as it goes onto the wire
 
     def copy(self) -> Embedded:
         """For a caller who may write into it."""
         ids = None if self.position_ids is None else self.position_ids.clone()
-        return self._replace(embedding=self.embedding.clone(), position_ids=ids)
+        return self._replace(embedding=self.embedding.clone(), position_ids=ids, message=None)
 
     @property
     def nbytes(self) -> int:

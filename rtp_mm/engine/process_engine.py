@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ from rtp_mm.config import Settings, load_settings
 from rtp_mm.engine.admission import Admission, Cost, Visit
 from rtp_mm.engine.answers import Answers
 from rtp_mm.engine.batcher import Batcher
-from rtp_mm.engine.caches import ByteCache, EmbeddingKey, PatchKey
+from rtp_mm.engine.caches import ByteCache, Embedded, EmbeddingKey, PatchKey
 from rtp_mm.engine.contents import is_data_url
 from rtp_mm.engine.flights import Flights
 from rtp_mm.engine.forward import Forward, WholeForward
@@ -57,11 +57,14 @@ class MMProcessEngine:
         model: MultimodalMixin,
         settings: Settings | None = None,
         loop: asyncio.AbstractEventLoop | None = None,
+        seal: Callable[[Embedded], Embedded] = lambda embedded: embedded,
     ) -> None:
+        """`seal` puts an answer into the form that it is kept in."""
         self._settings = settings = settings or model.config.settings or load_settings()
         self._mm_part = mm_part = model.mm_part
         self._data_type = model.config.data_type
         self._row_bytes = getattr(mm_part.preprocessor, "row_bytes", 0)
+        self._seal = seal
         self._is_whole = type(mm_part).mm_embedding is not MultiModalEmbeddingInterface.mm_embedding
         forward = (WholeForward if self._is_whole else Forward)(mm_part, ACT_DTYPES[self._data_type])
         self._limits = device_limits(mm_part, settings)
@@ -166,6 +169,7 @@ class MMProcessEngine:
             embedded = embedded._replace(seconds_per_grid=prepared.value.seconds_per_grid)
         elif isinstance(prepared.value, LogMel):
             embedded = embedded._replace(cut_s=prepared.value.cut_s)
+        embedded = self._seal(embedded)
         self._answers.put(key, embedded)
         return Answer(embedded, timings | device_timings)
 

@@ -67,6 +67,7 @@ def as_response(
     position_ids = [item.position_ids for item in items if item.position_ids is not None]
     if position_ids and len(position_ids) < len(items):
         raise ProcessError("the model gave position ids for some items and none for others")
+    messages = [item.message for item in items if item.message is not None]
     cached_items = sum("forward" not in answer.timings_ms for answer in answers)
     return MMEmbeddingRes(
         [item.embedding for item in items],
@@ -75,6 +76,7 @@ def as_response(
         cached_items=cached_items,
         seconds_per_grid=[item.seconds_per_grid for item in items],
         cut_s=[item.cut_s for item in items],
+        messages=messages if len(messages) == len(items) else None,
     )
 
 

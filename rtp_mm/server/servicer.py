@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
+from functools import lru_cache
 from typing import Any
 from urllib.parse import unquote
 
@@ -22,7 +22,9 @@ from rtp_mm.server.state import ServerState
 from rtp_mm.server.tracing import Trace, Tracing
 from rtp_mm.types import Caller
 
+CALLERS_KEPT = 1024  # connections
 _log = logging.getLogger(__name__)
+Method = Callable[[Any, Any, Call], Awaitable[Any]]  # of a request, its context and its call: the reply
 
 
 class MultimodalServicer(MultimodalRpcServiceServicer):
@@ -33,18 +35,23 @@ class MultimodalServicer(MultimodalRpcServiceServicer):
         self._settings = settings
         self._metrics = metrics
         self._tracing = tracing
+        self._caller_of = lru_cache(CALLERS_KEPT)(caller_of)
 
-    async def RemoteMultimodalEmbedding(self, request: Any, context: Any) -> bytes:
-        async with self._observed(context) as call, self._answering(request, context, call):
-            return await self._embed(request, context, call)
+    async def RemoteMultimodalEmbedding(self, request: Any, context: Any) -> Any:
+        """A call that, however it ends, leaves its log line, metrics and span, once its reply is on its way."""
+        trace = self._tracing.begin(context.invocation_metadata() or ())
+        call = Call(self._caller_of(context.peer()), trace_id=trace.id)
+        try:
+            return await self._answer(request, context, call, self._embed)
+        finally:
+            call.ended()
+            asyncio.get_running_loop().call_soon(self._observe, call, trace)
 
     async def GetWorkerStatus(self, request: Any, context: Any) -> Any:
-        async with self._answering(request, context, Call(caller_of(context.peer()))):
-            return self._worker_status()
+        return await self._answer(request, context, Call(self._caller_of(context.peer())), self._worker_status)
 
     async def GetCacheStatus(self, request: Any, context: Any) -> Any:
-        async with self._answering(request, context, Call(caller_of(context.peer()))):
-            return self._cache_status(request)
+        return await self._answer(request, context, Call(self._caller_of(context.peer())), self._cache_status)
 
     async def _embed(self, request: Any, context: Any, call: Call) -> bytes:
         call.items = len(request.multimodal_inputs)
@@ -60,7 +67,7 @@ class MultimodalServicer(MultimodalRpcServiceServicer):
         call.answered(result, reply)
         return reply
 
-    def _worker_status(self) -> Any:
+    async def _worker_status(self, request: Any, context: Any, call: Call) -> Any:
         """Zeros and `alive` false where nothing is loaded yet; `alive` false while draining, too."""
         loaded = self._state.loaded
         if loaded is None:
@@ -83,7 +90,7 @@ class MultimodalServicer(MultimodalRpcServiceServicer):
             max_batch_tokens_size=status.max_batch_tokens,
         )
 
-    def _cache_status(self, request: Any) -> Any:
+    async def _cache_status(self, request: Any, context: Any, call: Call) -> Any:
         """Bytes, so the block size is 1. Keys only for a caller that wants them and whose version is old."""
         loaded = self._state.loaded
         if loaded is None:
@@ -99,42 +106,31 @@ class MultimodalServicer(MultimodalRpcServiceServicer):
             cache_keys=dict.fromkeys(status.keys, True),
         )
 
-    @asynccontextmanager
-    async def _observed(self, context: Any) -> AsyncIterator[Call]:
-        """A call that, however it ends, leaves its log line, metrics and span, once its reply is on its way."""
-        trace = self._tracing.begin(context.invocation_metadata() or ())
-        call = Call(caller_of(context.peer()), trace_id=trace.id)
-        try:
-            yield call
-        finally:
-            call.ended()
-            asyncio.get_running_loop().call_soon(self._observe, call, trace)
-
     def _observe(self, call: Call, trace: Trace) -> None:
         if not self._settings.disable_access_log:
             call.log()
         self._metrics.observe(call)
         trace.end(call)
 
-    @asynccontextmanager
-    async def _answering(self, request: Any, context: Any, call: Call) -> AsyncIterator[None]:
-        """Turns whatever ends the call into its status, message and trailing metadata."""
+    async def _answer(self, request: Any, context: Any, call: Call, method: Method) -> Any:
+        """The method's reply; turns whatever else ends the call into its status, message and trailing metadata."""
         try:
             if request is None:
                 raise WrongFormatError("the request does not parse")
-            yield
+            reply = await method(request, context, call)
         except MMError as error:
-            call.failed(error)
+            failure = error
         except asyncio.CancelledError:
             call.status = "CANCELLED"
             raise
         except Exception:  # noqa: BLE001 - the one place
             _log.exception("internal error, id %s", call.id)
-            call.failed(ProcessError(f"internal error, id {call.id}"))
-        if call.failure:
-            message = call.failure.wire_message
-            await context.abort(grpc.StatusCode[call.status], message, call.trailing_metadata())
-        context.set_trailing_metadata(call.trailing_metadata())
+            failure = ProcessError(f"internal error, id {call.id}")
+        else:
+            context.set_trailing_metadata(call.trailing_metadata())
+            return reply
+        call.failed(failure)
+        return await context.abort(grpc.StatusCode[call.status], failure.wire_message, call.trailing_metadata())
 
 
 def _int32(value: int) -> int:

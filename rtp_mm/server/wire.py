@@ -6,12 +6,15 @@ form `concat`: one MultimodalOutputPB for all: tensors concatenated on dim 0, ro
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from google.protobuf.message import DecodeError
 
+from rtp_mm.engine.caches import Embedded
 from rtp_mm.errors import BadItemsError, ItemFailure, ReplyTooLargeError, WrongFormatError
 from rtp_mm.media.redact import redact
 from rtp_mm.server.proto import (
@@ -118,11 +121,12 @@ def choose_form(request: Any, metadata: Iterable[tuple[str, Any]], settings: Set
 
 
 def write_result(result: MMEmbeddingRes, form: WireForm, max_bytes: int = MAX_MESSAGE_BYTES) -> bytes:
-    """The reply, serialized. The join is the one copy that a tensor's bytes see.
+    """The reply, serialized. The join is the one copy that a tensor's bytes see; there is none of a sealed item alone,
+    in form `items`.
 
     Raises `ReplyTooLargeError` over `max_bytes`.
     """
-    message = _concat(result) if form == "concat" else _items(result)
+    message = _concat(result) if form == "concat" else result.messages or _items(result)
     size = sum(map(len, message))
     if size > max_bytes:
         raise ReplyTooLargeError(
@@ -133,10 +137,13 @@ def write_result(result: MMEmbeddingRes, form: WireForm, max_bytes: int = MAX_ME
 
 def _concat(result: MMEmbeddingRes) -> Buffers:
     rows = [embedding.shape[0] for embedding in result.embeddings]
-    return [
-        *_output(result.embeddings, result.position_ids, result.extra_inputs),
-        MultimodalOutputPB(split_size=rows).SerializeToString(),
-    ]
+    if result.messages and len(rows) == 1:  # the same MultimodalOutputPB, without the tag and length before it
+        whole = result.messages[0]
+        _, start = _read_varint(whole, 1)
+        output: Buffers = [memoryview(whole)[start:]]
+    else:
+        output = _output(result.embeddings, result.position_ids, result.extra_inputs)
+    return [*output, MultimodalOutputPB(split_size=rows).SerializeToString()]
 
 
 def _items(result: MMEmbeddingRes) -> Buffers:
@@ -146,6 +153,26 @@ def _items(result: MMEmbeddingRes) -> Buffers:
         extra_inputs = result.extra_inputs[index : index + 1] if result.extra_inputs else None
         message += length_delimited(1, _output([embedding], position_ids, extra_inputs))
     return message
+
+
+def seal(item: Embedded) -> Embedded:
+    """The item as its own message in form `items`: kept so, it is answered with again and never copied."""
+    import torch
+
+    if not item.embedding.numel():
+        return item
+    tensors = [item.embedding] if item.position_ids is None else [item.embedding, item.position_ids]
+    parts = length_delimited(1, _output(tensors[:1], tensors[1:], None))
+    message = b"".join(parts)
+    ends = accumulate(map(len, parts))
+    starts = [end - len(part) for end, part in zip(ends, parts, strict=True) if isinstance(part, memoryview)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # not writable: nor is what is kept
+        views = [
+            torch.frombuffer(message, dtype=tensor.dtype, count=tensor.numel(), offset=start).view(tensor.shape)
+            for tensor, start in zip(tensors, starts, strict=True)
+        ]
+    return item._replace(embedding=views[0], position_ids=views[1] if views[1:] else None, message=message)
 
 
 def _output(
