@@ -211,6 +211,7 @@ def ours(checkpoint: Path, port: int, dtype: str, *options: str) -> list[str]:
         "checkpoint_path": checkpoint,
         "act_type": dtype,
         "mm_bytes_cache_mb": 0,
+        "mm_patch_cache_mb": 0,
         "mm_embedding_cache_mb": 0,
         "mm_allow_private_network": 1,
         "disable_access_log": 1,

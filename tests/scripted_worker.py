@@ -89,6 +89,6 @@ class ScriptedPreprocessor:
     def lie(self, allocate: Any, *words: Any, said: list[str]) -> Patches:
         """Sends these messages as they stand."""
         for message in said:
-            allocate.__self__._channel.send(message.encode())
+            allocate.func.__self__._channel.send(message.encode())
         time.sleep(600)
         raise AssertionError

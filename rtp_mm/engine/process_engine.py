@@ -161,7 +161,7 @@ class MMProcessEngine:
         timings: Timings = {}
         with self._admission.holding(visit, cost):
             with Stopwatch(timings, "preprocess"):
-                prepared = await self._prepare(key.patches, blob, config)
+                prepared = await self._prepare(key.patches, blob, config, cost.patches)
             if prepared.patches is not None:
                 self._admission.check_item(prepared.patches, self._limits.item)
             embedded, device_timings = await self._batcher.run(*prepared, key.patches.mm_type, config)
@@ -173,10 +173,11 @@ class MMProcessEngine:
         self._answers.put(key, embedded)
         return Answer(embedded, timings | device_timings)
 
-    async def _prepare(self, key: PatchKey, blob: Blob, config: MMPreprocessConfig) -> ForwardInput:
+    async def _prepare(self, key: PatchKey, blob: Blob, config: MMPreprocessConfig, patches: int) -> ForwardInput:
         if (kept := self._patches.get(key)) is not None:
             return ForwardInput(kept, self._mm_part.patches(kept))
-        prepared = await self._workers.prepare(blob, key.mm_type, config)
+        shape = (patches, self._row_bytes) if patches else None
+        prepared = await self._workers.prepare(blob, key.mm_type, config, shape=shape)
         self._decoded_frames += getattr(prepared.value, "decoded_frames", 0)
         if isinstance(prepared.value, Patches | LogMel) and self._patches.has_room_for(prepared.value.nbytes):
             # A copy: the rows may be a worker's memory, given back after the forward.

@@ -14,7 +14,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import numpy as np
@@ -24,7 +24,7 @@ from rtp_mm.engine.slab import Slab, Slot
 from rtp_mm.engine.worker_process import WorkerDiedError, WorkerProcess
 from rtp_mm.errors import DrainingError, MMError, NotSupportedError, ProcessError, StartError, WrongFormatError
 from rtp_mm.logs import log_event
-from rtp_mm.preprocess.worker import Setup, Task
+from rtp_mm.preprocess.worker import Place, Setup, Task
 from rtp_mm.types import Blob, LogMel, MMUrlType, Patches, Prepared, PreprocessOptions
 
 _log = logging.getLogger(__name__)
@@ -32,6 +32,7 @@ _log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _GRACE_S = 1.0  # for work that nobody waits for any more: about what a new worker costs
+_AHEAD_BYTES = 8 << 20  # more rows wait for their room until they are needed; their images may yet be given up
 _INLINE_BYTES = 1 << 20  # a longer copy, of 0.3 ms and more, leaves the event loop
 _FIRST_RETRY_S, _LAST_RETRY_S = 0.1, 1.0  # between starts of workers that do not start
 _ERRORS = {cls.__name__: cls for cls in (WrongFormatError, NotSupportedError, ProcessError)}  # what a worker may raise
@@ -43,8 +44,9 @@ class _Job:
     mm_type: MMUrlType
     options: PreprocessOptions
     answer: asyncio.Future[Prepared]
+    shape: tuple[int, int] | None = None  # foreseen, of its rows
     is_begun: bool = False  # a worker has heard of it
-    slot: Slot | None = None  # while a worker may write there
+    slots: list[Slot] = field(default_factory=list)  # where a worker may write, the last where it was told to
 
     def succeed(self, prepared: Prepared) -> None:
         if not self.answer.done():
@@ -103,8 +105,11 @@ class WorkerPool:
     def busy(self) -> int:
         return len(self._busy)
 
-    async def run(self, blob: Blob, mm_type: MMUrlType, options: PreprocessOptions) -> Prepared:
-        """Rows are read-only views of the slab, given back as they become garbage.
+    async def run(
+        self, blob: Blob, mm_type: MMUrlType, options: PreprocessOptions, shape: tuple[int, int] | None = None
+    ) -> Prepared:
+        """Rows are read-only views of the slab, given back as they become garbage. A `shape` that is foreseen spares a
+        small item a turn of the conversation; one that turns out wrong costs nothing more.
 
         Cancelled, a job that waits is forgotten, one that runs has a second to end before its worker is killed. Raises
         what the preprocessor raises as `MMError`, and `ProcessError` for any other exception or a worker that died.
@@ -112,7 +117,7 @@ class WorkerPool:
         self._loop = asyncio.get_running_loop()
         if not self._tasks:
             self._tasks = [self._loop.create_task(self._tend(worker)) for worker in self._workers]
-        job = _Job(blob, mm_type, options, self._loop.create_future())
+        job = _Job(blob, mm_type, options, self._loop.create_future(), shape)
         self._jobs.append(job)
         self._match()
         try:
@@ -167,8 +172,9 @@ class WorkerPool:
             return await self._bury(worker, job)
         finally:
             del self._busy[job]
-            if job.slot is not None:  # the worker answered or is reaped
-                self._free(job.slot)
+            for slot in job.slots:  # the worker answered or is reaped
+                self._free(slot)
+            job.slots.clear()
         return None
 
     async def _turn(self, worker: WorkerProcess) -> _Job | None:
@@ -192,18 +198,35 @@ class WorkerPool:
             await self._in_thread(worker.fill, content)
         else:
             worker.fill(content)
-        worker.tell(_task(job))
+        place = self._place_ahead(job)
+        worker.tell(_task(job, place))
         job.is_begun = True
-        shape = _shape(_checked(await worker.answer(), job))
-        nbytes = math.prod(shape)
-        job.slot = await self._space(nbytes, job)
-        worker.tell(None if job.slot is None else job.slot.offset)
+        answer = _checked(await worker.answer(), job)
+        if place is None or "shape" in answer:
+            place = await self._asked_place(worker, job, _shape(answer))
+            answer = _checked(await worker.answer(), job)
         worker.clear(content.size)
-        if job.slot is None:
+        make = _prepared(answer, place.shape)
+        return make(self.slab.rows(job.slots.pop(), place.shape, self._take_back))
+
+    def _place_ahead(self, job: _Job) -> Place | None:
+        """For rows as foreseen, if they are few and there is room that nobody waits for."""
+        if job.shape is None or math.prod(job.shape) > _AHEAD_BYTES or self._space_line.locked():
+            return None
+        if (slot := self.slab.allocate(math.prod(job.shape))) is None:
+            return None
+        job.slots.append(slot)
+        return Place(slot.offset, job.shape)
+
+    async def _asked_place(self, worker: WorkerProcess, job: _Job, shape: tuple[int, int]) -> Place:
+        """For the rows that the worker asks room for, and knows of now. Raises `WrongFormatError` for too many."""
+        nbytes = math.prod(shape)
+        if (slot := await self._space(nbytes, job)) is None:
+            worker.tell(None)
             raise WrongFormatError(f"{nbytes} bytes of patch rows, over the limit of {self.slab.nbytes} (MM_SLAB_MB)")
-        make = _prepared(_checked(await worker.answer(), job), shape)
-        slot, job.slot = job.slot, None
-        return make(self.slab.rows(slot, shape, self._take_back))
+        job.slots.append(slot)
+        worker.tell(slot.offset)
+        return Place(slot.offset, shape)
 
     async def _bury(self, worker: WorkerProcess, job: _Job) -> str:
         """Reaps it; only after that its slot may be used again. What it died of."""
@@ -310,10 +333,10 @@ def _as_bytes(data: bytes | NDArray[Any]) -> NDArray[np.uint8]:
     return data.reshape(-1).view(np.uint8)
 
 
-def _task(job: _Job) -> Task:
+def _task(job: _Job, place: Place | None) -> Task:
     data = job.blob.data
     dtype, shape = (None, ()) if isinstance(data, bytes) else (data.dtype.str, data.shape)
-    return Task(job.mm_type, job.options, job.blob.content_hash, job.blob.source, job.blob.nbytes, dtype, shape)
+    return Task(job.mm_type, job.options, job.blob.content_hash, job.blob.source, job.blob.nbytes, dtype, shape, place)
 
 
 def _checked(answer: Mapping[str, Any], job: _Job) -> Mapping[str, Any]:

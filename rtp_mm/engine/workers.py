@@ -69,9 +69,15 @@ class PreprocessWorkers:
                 self._pinned = PinnedBytes(slab.bytes[: slab.kept_bytes])
 
     async def prepare(
-        self, blob: Blob, mm_type: MMUrlType, config: MMPreprocessConfig, deadline: float | None = None
+        self,
+        blob: Blob,
+        mm_type: MMUrlType,
+        config: MMPreprocessConfig,
+        deadline: float | None = None,
+        shape: tuple[int, int] | None = None,
     ) -> ForwardInput:
-        """What the model's `prepare` gives, before `deadline` by the loop's clock.
+        """What the model's `prepare` gives, before `deadline` by the loop's clock. `shape`, [N, C] bytes, is what its
+        rows are foreseen to be: no more than a hint.
 
         Raises `MMError`; a third party's own exception becomes `ProcessError`. Cancelled or late, a process that still
         runs a second later is killed; a thread goes on to its end.
@@ -80,7 +86,7 @@ class PreprocessWorkers:
         limit_s = None if deadline is None else deadline - loop.time()
         if limit_s is not None and limit_s <= 0:
             raise DeadlineError("the deadline passed before preprocessing began")
-        work = loop.create_task(self._prepare(blob, mm_type, config))
+        work = loop.create_task(self._prepare(blob, mm_type, config, shape))
         try:
             done, _ = await asyncio.wait([work], timeout=limit_s)
         finally:
@@ -95,9 +101,11 @@ class PreprocessWorkers:
         _log.error("preprocessing of %s failed", blob.source, exc_info=error)
         raise ProcessError(f"preprocessing failed with {type(error).__name__}")
 
-    async def _prepare(self, blob: Blob, mm_type: MMUrlType, config: MMPreprocessConfig) -> ForwardInput:
+    async def _prepare(
+        self, blob: Blob, mm_type: MMUrlType, config: MMPreprocessConfig, shape: tuple[int, int] | None
+    ) -> ForwardInput:
         if self._processes is not None:
-            patches = await self._processes.run(blob, mm_type, config.options())
+            patches = await self._processes.run(blob, mm_type, config.options(), shape)
             return ForwardInput(patches, self._mm_part.patches(patches))
         return await asyncio.get_running_loop().run_in_executor(
             self._threads, self._prepare_in_thread, blob, mm_type, config

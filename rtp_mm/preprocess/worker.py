@@ -7,6 +7,8 @@ One conversation after another over a SOCK_SEQPACKET socket, where a message arr
     engine: offset in the slab       worker: the facts of the rows    they are written; see `Patches.facts`
             None: nobody waits any more; nothing is answered
 
+Where the task says where rows of just this shape may go, the middle turn falls away.
+
 At any turn the worker may answer {"error": class of MMError, "text"} or {"bug": exception, "stack"} instead, which
 ends the task. The engine pickles; the worker answers in JSON, so that nothing a worker says is executed.
 """
@@ -27,6 +29,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -51,6 +54,13 @@ class Setup(NamedTuple):
     memory_bytes: int  # private data of the process, the interpreter's own included
 
 
+class Place(NamedTuple):
+    """Memory for rows [N, C], from this offset in the slab on."""
+
+    offset: int
+    shape: tuple[int, int]
+
+
 class Task(NamedTuple):
     """A blob whose bytes lie at the start of the inbox: of a file, or of an array of this dtype and shape."""
 
@@ -61,6 +71,7 @@ class Task(NamedTuple):
     nbytes: int
     dtype: str | None
     shape: tuple[int, ...]
+    place: Place | None
 
 
 def main() -> None:
@@ -94,7 +105,8 @@ class _Worker:
     def _serve(self, task: Task, setup: Setup) -> None:
         answer: dict[str, Any]
         try:
-            answer = setup.preprocess(self._blob(task), task.mm_type, task.options, self._allocate).facts
+            allocate = partial(self._allocate, task.place)
+            answer = setup.preprocess(self._blob(task), task.mm_type, task.options, allocate).facts
         except _NobodyWaitsError:
             return
         except MMError as error:
@@ -111,11 +123,15 @@ class _Worker:
         data = content.tobytes() if task.dtype is None else content.view(task.dtype).reshape(task.shape)
         return Blob(data, task.content_hash, task.source)
 
-    def _allocate(self, shape: tuple[int, int]) -> NDArray[np.uint8]:
-        self._say({"shape": shape})
-        offset: int | None = self._receive()
-        if offset is None:
-            raise _NobodyWaitsError
+    def _allocate(self, place: Place | None, shape: tuple[int, int]) -> NDArray[np.uint8]:
+        offset: int | None
+        if place is not None and place.shape == shape:
+            offset = place.offset
+        else:
+            self._say({"shape": shape})
+            offset = self._receive()
+            if offset is None:
+                raise _NobodyWaitsError
         return self._slab[offset : offset + math.prod(shape)].reshape(shape)
 
     def _say(self, answer: dict[str, Any]) -> None:
