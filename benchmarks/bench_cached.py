@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import base64
+import json
 import statistics
 import tempfile
 import time
@@ -21,8 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import torch
 from rich.console import Console
 from rich.table import Table
+from safetensors.torch import load_file, save_file
 
 from benchmarks.load import free_ports, image_requests, is_healthy, is_listening, ours, started
 from benchmarks.photo_source import photograph
@@ -30,6 +33,7 @@ from benchmarks.report import write_result
 from rtp_mm.models.random_checkpoint import write_checkpoint
 from rtp_mm.server.proto import MESSAGE_SIZE_OPTIONS, method_path
 
+WIDTHS = (128, 2048)  # a tiny model's, where a call's own costs show most, and Qwen2.5-VL-3B's
 ROUNDS = 40
 CALLS = 10  # a turn
 
@@ -75,21 +79,18 @@ async def reply_bytes(address: str, request: bytes) -> int:
         return len(await channel.unary_unary(method_path("RemoteMultimodalEmbedding"))(request))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", default="1024x768")
-    options = parser.parse_args()
-    own, echo, photos = free_ports(3)
-    jpeg = photograph(*map(int, options.size.split("x")))
+def measured(size: str, width: int, jpeg: bytes, photos: int) -> dict[str, Any]:
+    """Our server with answers `width` wide, and an echo of as many bytes, in turns."""
+    own, echo = free_ports(2)
     data_url = "data:image/jpeg;base64," + base64.b64encode(jpeg).decode()
     requests = {
-        "http": image_requests(lambda _: f"http://127.0.0.1:{photos}/{options.size}/1.jpg?max_age=3600")(0),
+        "http": image_requests(lambda _: f"http://127.0.0.1:{photos}/{size}/1.jpg?max_age=3600")(0),
         "data URL": image_requests(lambda _: data_url)(0),
     }
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         checkpoint = Path(folder) / "checkpoint"
         write_checkpoint(checkpoint, "qwen2_5_vl", "tiny")
-        stack.enter_context(started(["benchmarks.photo_source", "--port", str(photos)], lambda: is_listening(photos)))
+        widen(checkpoint, width)
         command = ours(checkpoint, own, "bf16", "--mm_bytes_cache_mb=256", "--mm_embedding_cache_mb=256")
         stack.enter_context(started(command, lambda: is_healthy(own)))
         address = f"127.0.0.1:{own + 1}"
@@ -99,16 +100,40 @@ def main() -> None:
         echo_address = f"127.0.0.1:{echo}"
         addresses = {"ours, http": address, "echo, http": echo_address, "ours, data URL": address}
         addresses["echo, data URL"] = echo_address
-        figures = asyncio.run(measure(addresses, {name: requests[name.partition(", ")[2]] for name in addresses}, own))
-    result: dict[str, Any] = {"size": options.size, "reply_bytes": nbytes, "calls": figures}
-    result["ratio"] = {
-        kind: figures[f"ours, {kind}"]["median_ms"] / figures[f"echo, {kind}"]["median_ms"] for kind in requests
-    }
-    table = Table("", "end to end, ms", "on the server, ms", title=f"{nbytes:,} bytes of answer")
-    for name, values in figures.items():
-        table.add_row(name, f"{values['median_ms']:.2f}", f"{values.get('server_median_ms', float('nan')):.2f}")
-    Console().print(table)
-    write_result("cached", result)
+        by_name = {name: requests[name.partition(", ")[2]] for name in addresses}
+        calls = asyncio.run(measure(addresses, by_name, own))
+    ratio = {kind: calls[f"ours, {kind}"]["median_ms"] / calls[f"echo, {kind}"]["median_ms"] for kind in requests}
+    return {"width": width, "reply_bytes": nbytes, "calls": calls, "ratio": ratio}
+
+
+def widen(checkpoint: Path, width: int) -> None:
+    """Gives a tiny checkpoint's tower answers of a published width."""
+    path = checkpoint / "model.safetensors"
+    tensors = load_file(path)
+    for name in ("visual.merger.mlp.2.weight", "visual.merger.mlp.2.bias"):
+        tensors[name] = torch.rand(width, *tensors[name].shape[1:], dtype=tensors[name].dtype)
+    save_file(tensors, path)
+    config = json.loads((checkpoint / "config.json").read_text())
+    config["vision_config"]["out_hidden_size"] = width
+    (checkpoint / "config.json").write_text(json.dumps(config))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", default="1024x768")
+    options = parser.parse_args()
+    (photos,) = free_ports(1)
+    jpeg = photograph(*map(int, options.size.split("x")))
+    source = ["benchmarks.photo_source", "--port", str(photos)]
+    with started(source, lambda: is_listening(photos)):
+        rows = [measured(options.size, width, jpeg, photos) for width in WIDTHS]
+    for row in rows:
+        table = Table("", "end to end, ms", "on the server, ms", title=f"{row['reply_bytes']:,} bytes of answer")
+        for name, values in row["calls"].items():
+            on_server = f"{values['server_median_ms']:.2f}" if "server_median_ms" in values else ""
+            table.add_row(name, f"{values['median_ms']:.2f}", on_server)
+        Console().print(table, ", ".join(f"{kind} {ratio:.2f} of the echo" for kind, ratio in row["ratio"].items()))
+    write_result("cached", {"size": options.size, "rows": rows})
 
 
 if __name__ == "__main__":

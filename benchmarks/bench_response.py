@@ -24,12 +24,13 @@ from rich.table import Table
 from benchmarks.harness import interleave
 from benchmarks.report import write_result as write_json
 from rtp_mm.config import load_settings
+from rtp_mm.engine.caches import Embedded
 from rtp_mm.engine.forward import to_host
 from rtp_mm.engine.process_engine import MMProcessEngine
 from rtp_mm.models.gpt_init_model_parameters import GptInitModelParameters
 from rtp_mm.models.multimodal_common import Embedding, MultiModalEmbeddingInterface
 from rtp_mm.models.multimodal_mixin import MultimodalMixin
-from rtp_mm.server.wire import write_result
+from rtp_mm.server.wire import seal, write_result
 from rtp_mm.types import Caller, MMEmbeddingRes, MultimodalInput
 
 HIDDEN = 2048  # Qwen2.5-VL 3B
@@ -54,7 +55,7 @@ class Instant(MultiModalEmbeddingInterface):
 def engine_of(part: Instant, loop: asyncio.AbstractEventLoop) -> MMProcessEngine:
     model = MultimodalMixin(GptInitModelParameters())
     model.mm_part = part
-    return MMProcessEngine(model, load_settings(device="cpu"), loop)
+    return MMProcessEngine(model, load_settings(device="cpu"), loop, seal)
 
 
 def photo(width: int, height: int) -> bytes:
@@ -86,7 +87,8 @@ def measure(name: str, tokens: int, loop: asyncio.AbstractEventLoop, folder: Pat
         {
             "cached, data URL": lambda: reply(data_url),
             "cached, local file": lambda: reply(str(path)),
-            "write_result": lambda: write_result(result, "items"),
+            "first answer: seal": lambda: seal(Embedded(embedding, position_ids)),
+            "unsealed: write_result": lambda: write_result(result, "items"),
             "one copy": lambda: bytes(source),
             "device to host, checked": lambda: to_host([part.answer], torch.bfloat16),
         },

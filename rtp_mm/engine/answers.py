@@ -32,9 +32,7 @@ class Answers:
         What is not there does not count as missed: `get` will be asked again, with the bytes.
         """
         content = self._seen.get(item) if blob is None else Content.of(blob, item.mm_type)
-        if content is None or (key := self._key(content, options)) not in self._embeddings:
-            return None
-        return self._embeddings.get(key)
+        return None if content is None else self._embeddings.get(self._key(content, options), is_first_try=True)
 
     def key(self, item: MultimodalInput, blob: Blob, options: PreprocessOptions) -> EmbeddingKey:
         """Under which the answer to an item with these bytes is kept."""

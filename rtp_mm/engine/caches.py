@@ -67,10 +67,14 @@ class ByteCache(Generic[Key, Value]):
     def __iter__(self) -> Iterator[Key]:
         return iter(self._values)
 
-    def get(self, key: Key) -> Value | None:
+    def get(self, key: Key, *, is_first_try: bool = False) -> Value | None:
+        """A miss at a first try is not counted: there will be another."""
+        value = self._values.get(key)
+    def get(self, key: Key, *, is_first_try: bool = False) -> Value | None:
+        """A miss at a first try is not counted: there will be another."""
         value = self._values.get(key)
         self._hits += value is not None
-        self._misses += value is None
+        self._misses += value is None and not is_first_try
         return value
 
     def has_room_for(self, nbytes: int) -> bool:

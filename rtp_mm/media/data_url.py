@@ -31,9 +31,14 @@ class DataUrl(NamedTuple):
         return cls(media_type.strip().lower() or "text/plain", is_base64, url[comma + 1 :])
 
     @property
+    def is_escaped(self) -> bool:
+        """Whether there is a % at all, which is told ten times as fast as how many there are."""
+        return "%" in self.payload
+
+    @property
     def nbytes(self) -> int:
         """Size of the decoded data, known before decoding; exact for a well-formed URL."""
-        characters = len(self.payload) - 2 * self.payload.count("%")
+        characters = len(self.payload) - (2 * self.payload.count("%") if self.is_escaped else 0)
         if not self.is_base64:
             return characters
         tail = self.payload[-6:].replace("%3D", "=").replace("%3d", "=")
@@ -55,7 +60,7 @@ class DataUrl(NamedTuple):
         limit.check(self.nbytes)
         if not self.payload.isascii():
             raise WrongFormatError("a data: URL holds ASCII only")
-        if _BROKEN_ESCAPE.search(self.payload):
+        if self.is_escaped and _BROKEN_ESCAPE.search(self.payload):
             raise WrongFormatError("a % in a data: URL must be followed by two hexadecimal digits")
         if not self.is_base64:
             return unquote_to_bytes(self.payload)
