@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_engine_load import STRANGER, until, urls, watched
+from waiting import until
+from watched_engine import STRANGER, watched
 from web_source import Source
 
 from rtp_mm.config import load_settings
@@ -19,8 +20,6 @@ from rtp_mm.errors import BadItemsError, DeadlineError, QueueFullError
 from rtp_mm.server import wire
 from rtp_mm.server.wire import seal
 from rtp_mm.types import MMEmbeddingRes, MMPreprocessConfig, MMUrlType, MultimodalInput
-
-__all__ = ["urls"]  # a fixture
 
 MAX_AGE = {"Cache-Control": "max-age=3600"}
 

@@ -3,26 +3,17 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from scripted_worker import script
-from worker_pools import IMAGE, NO_OPTIONS, new_pool, run, until_slab_is_free
+from worker_pools import IMAGE, NO_OPTIONS, run, until_slab_is_free
 
 from rtp_mm.engine.worker_pool import WorkerPool
 from rtp_mm.engine.worker_process import WorkerProcess
 from rtp_mm.errors import ProcessError
 from rtp_mm.types import Blob, MMUrlType, Patches
-
-
-@pytest.fixture
-async def pool(tmp_path: Path) -> AsyncIterator[WorkerPool]:
-    """One worker."""
-    async with new_pool(tmp_path) as pool:
-        yield pool
 
 
 @pytest.mark.parametrize(

@@ -70,9 +70,6 @@ class ByteCache(Generic[Key, Value]):
     def get(self, key: Key, *, is_first_try: bool = False) -> Value | None:
         """A miss at a first try is not counted: there will be another."""
         value = self._values.get(key)
-    def get(self, key: Key, *, is_first_try: bool = False) -> Value | None:
-        """A miss at a first try is not counted: there will be another."""
-        value = self._values.get(key)
         self._hits += value is not None
         self._misses += value is None and not is_first_try
         return value
