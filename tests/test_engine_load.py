@@ -150,8 +150,8 @@ async def test_what_is_kept_does_not_hold_the_workers_memory(tiny_qwen2_5_vl: Pa
         seen: list[NDArray[np.uint8]] = []
         prepare = w.engine._workers.prepare
 
-        async def remembering(*args: Any) -> Any:
-            prepared = await prepare(*args)
+        async def remembering(*args: Any, **kwargs: Any) -> Any:
+            prepared = await prepare(*args, **kwargs)
             seen.append(prepared.value.rows)
             return prepared
 
