@@ -164,7 +164,7 @@ def choose_gemm(
     is_invariant: a row's bits may not depend on the batch; a CPU's never do.
     is_delicate:  the layer reads what an activation gave, whose few large values leave int8 little for the rest, or
                   its errors go straight into the answer. These have a quarter of the work, and left as they are the
-                  error of int8 stays below that of bf16 throughout (benchmarks/results/accuracy_int8_*).
+                  error of int8 stays below that of bf16 throughout (benchmarks/results/int8_*).
     """
     if quantization == "int8":
         _check_int8(device)
