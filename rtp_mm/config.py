@@ -136,6 +136,11 @@ class Settings(BaseSettings):
     )
 
     # Decode and preprocess.
+    mm_decode_backend: Literal["auto", "cpu", "gpu"] = Field(
+        "auto",
+        description="gpu: DALI decodes what it can on the tower's GPU; auto: videos there, where DALI is installed, "
+        "and images on the CPU, with Pillow's bytes; cpu: neither",
+    )
     mm_max_pixels: Annotated[int, Field(gt=0, le=PILLOW_MAX_PIXELS)] = Field(
         PILLOW_MAX_PIXELS, description="largest decoded image, pixels"
     )

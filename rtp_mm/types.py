@@ -166,6 +166,15 @@ class Patches:
 
 
 @dataclass(frozen=True, slots=True)
+class DevicePatches:
+    """`Patches` that came into being on the tower's device: rows in the same order, with the same columns."""
+
+    rows: Tensor
+    grid_thw: tuple[int, int, int]
+    seconds_per_grid: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class LogMel:
     """What an audio tower eats: log-mel frames, one row each.
 
@@ -282,6 +291,8 @@ class EngineStats:
     workers: int = 0
     workers_busy: int = 0
     worker_restarts: Mapping[str, int] = field(default_factory=dict)  # counter by cause
+    device_decodes: int = 0  # counter: items decoded on the device
+    cpu_decodes: Mapping[str, int] = field(default_factory=dict)  # counter by reason: what was meant for the device
     fetched_bytes: int = 0  # counter
     decoded_frames: int = 0  # counter: of videos
 

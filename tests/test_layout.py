@@ -110,6 +110,12 @@ def foreign_imports(source: str) -> set[str]:
     return plain | {(node.module or "").split(".")[0] for node in nodes if isinstance(node, ast.ImportFrom)}
 
 
+def test_dali_is_imported_in_one_file() -> None:
+    assert [module_name(file) for file in FILES if "nvidia" in foreign_imports(file.read_text())] == [
+        "rtp_mm.media.dali"
+    ]
+
+
 def test_ffmpeg_is_imported_by_the_readers_of_clips_and_sounds_alone() -> None:
     """And only when one is opened: other files of a server without PyAV work."""
     importers = {module_name(file) for file in FILES if "av" in foreign_imports(file.read_text())}

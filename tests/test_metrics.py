@@ -36,6 +36,8 @@ FIGURES = EngineStats(
     workers=8,
     workers_busy=5,
     worker_restarts={"crash": 2},
+    device_decodes=8,
+    cpu_decodes={"codec": 2},
     fetched_bytes=12345,
     decoded_frames=67,
 )
@@ -129,6 +131,8 @@ async def test_the_engine_is_asked_at_every_scrape() -> None:
         ("rtp_mm_cache_evictions_total", (("cache", "embeddings"),)): 6,
         ("rtp_mm_workers_busy", ()): 5,
         ("rtp_mm_worker_restarts_total", (("cause", "crash"),)): 2,
+        ("rtp_mm_device_decodes_total", ()): 8,
+        ("rtp_mm_cpu_decodes_total", (("reason", "codec"),)): 2,
         ("rtp_mm_fetched_bytes_total", ()): 12345,
         ("rtp_mm_decoded_frames_total", ()): 67,
         ("rtp_mm_serving", ()): 1,

@@ -14,7 +14,11 @@ class Answers:
     def __init__(self, model: MultimodalMixin, budget_bytes: int) -> None:
         mm_part = model.mm_part
         tower = getattr(mm_part, "tower", None)
-        self._preprocess_key = getattr(mm_part.preprocessor, "cache_key", ())
+        on_device = mm_part.device_preprocessor
+        self._preprocess_key = (
+            *getattr(mm_part.preprocessor, "cache_key", ()),
+            *(on_device.cache_key if on_device is not None else ("cpu",)),
+        )
         self._tower_key = (
             model.weights_fingerprint,
             model.config.data_type,

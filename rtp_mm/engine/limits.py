@@ -46,6 +46,8 @@ def bound_clips(mm_part: MultiModalEmbeddingInterface, limits: DeviceLimits) -> 
     """Has clips that no forward will take refused before their frames are decoded."""
     if isinstance(mm_part.preprocessor, MediaPreprocessor):
         mm_part.preprocessor = mm_part.preprocessor.bounded(limits.item)
+    if mm_part.device_preprocessor is not None:
+        mm_part.device_preprocessor.bound(limits.item)
 
 
 def _fitting_patches(mm_part: MultiModalEmbeddingInterface) -> int:

@@ -30,6 +30,7 @@ from rtp_mm.types import (
     Blob,
     CacheStatus,
     Caller,
+    DevicePatches,
     EngineStats,
     LogMel,
     MMEmbeddingRes,
@@ -63,6 +64,7 @@ class MMProcessEngine:
         self._settings = settings = settings or model.config.settings or load_settings()
         self._mm_part = mm_part = model.mm_part
         self._data_type = model.config.data_type
+        self._on_device = mm_part.device_preprocessor
         self._row_bytes = getattr(mm_part.preprocessor, "row_bytes", 0)
         self._seal = seal
         self._is_whole = type(mm_part).mm_embedding is not MultiModalEmbeddingInterface.mm_embedding
@@ -165,7 +167,7 @@ class MMProcessEngine:
             if prepared.patches is not None:
                 self._admission.check_item(prepared.patches, self._limits.item)
             embedded, device_timings = await self._batcher.run(*prepared, key.patches.mm_type, config)
-        if isinstance(prepared.value, Patches):
+        if isinstance(prepared.value, Patches | DevicePatches):
             embedded = embedded._replace(seconds_per_grid=prepared.value.seconds_per_grid)
         elif isinstance(prepared.value, LogMel):
             embedded = embedded._replace(cut_s=prepared.value.cut_s)
@@ -289,6 +291,8 @@ class MMProcessEngine:
             worker_restarts=workers.restarts,
             fetched_bytes=self._fetcher.fetched_bytes,
             decoded_frames=self._decoded_frames,
+            device_decodes=self._on_device.decodes if self._on_device is not None else 0,
+            cpu_decodes=dict(self._on_device.cpu_decodes) if self._on_device is not None else {},
         )
 
     # --- the end

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from rtp_mm.types import Blob, MMPreprocessConfig, MMUrlType
 
 _log = logging.getLogger(__name__)
 
+DEVICE_DECODES = 4  # at once: each has a thread, a stream and a decoder's memory
 _LARGEST_MESSAGE = 1 << 30  # bytes that a gRPC call may bring
 
 
@@ -39,8 +40,8 @@ class WorkerStats(NamedTuple):
 
 
 class PreprocessWorkers:
-    """Processes for a `mm_part` with a `preprocessor`, which imports no torch; threads for any other, and for all where
-    USE_LOCAL_PREPROCESS=1.
+    """Processes for a `mm_part` with a `preprocessor`, which imports no torch; threads for any other, for all where
+    USE_LOCAL_PREPROCESS=1, and for what the device decodes.
 
     Rows that come from processes lie in shared memory, which is used again once they and all views of them are garbage:
     whoever copies them to a device asynchronously keeps them until the copy has ended.
@@ -53,10 +54,9 @@ class PreprocessWorkers:
         self._running, self._counting = 0, threading.Lock()  # threads at work
         self._processes: WorkerPool | None = None
         self._pinned: PinnedBytes | None = None
-        self._threads: ThreadPoolExecutor | None = None
-        if mm_part.preprocessor is None or settings.use_local_preprocess:
-            self._threads = ThreadPoolExecutor(self._count, thread_name_prefix="rtp_mm-preprocess")
-        else:
+        threads = self._count
+        if mm_part.preprocessor is not None and not settings.use_local_preprocess:
+            threads = DEVICE_DECODES
             self._processes = WorkerPool(
                 mm_part.preprocessor,
                 count=self._count,
@@ -67,6 +67,7 @@ class PreprocessWorkers:
             if mm_part._device.type == "cuda":
                 slab = self._processes.slab
                 self._pinned = PinnedBytes(slab.bytes[: slab.kept_bytes])
+        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="rtp_mm-preprocess")
 
     async def prepare(
         self,
@@ -104,18 +105,24 @@ class PreprocessWorkers:
     async def _prepare(
         self, blob: Blob, mm_type: MMUrlType, config: MMPreprocessConfig, shape: tuple[int, int] | None
     ) -> ForwardInput:
-        if self._processes is not None:
-            patches = await self._processes.run(blob, mm_type, config.options(), shape)
-            return ForwardInput(patches, self._mm_part.patches(patches))
-        return await asyncio.get_running_loop().run_in_executor(
-            self._threads, self._prepare_in_thread, blob, mm_type, config
-        )
+        if self._processes is None:
+            return await self._in_thread(self._mm_part.prepare, blob, mm_type, config)
+        on_device, options = self._mm_part.device_preprocessor, config.options()
+        if on_device is not None and on_device.may_take(blob, mm_type):
+            prepared = await self._in_thread(on_device, blob, mm_type, options)
+            if prepared.value is not None:
+                return prepared
+        patches = await self._processes.run(blob, mm_type, options, shape)
+        return ForwardInput(patches, self._mm_part.patches(patches))
 
-    def _prepare_in_thread(self, blob: Blob, mm_type: MMUrlType, config: MMPreprocessConfig) -> ForwardInput:
+    async def _in_thread(self, prepare: Callable[..., Any], *arguments: Any) -> ForwardInput:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, self._run, prepare, *arguments)
+
+    def _run(self, prepare: Callable[..., Any], *arguments: Any) -> ForwardInput:
         with self._counting:
             self._running += 1
         try:
-            value = self._mm_part.prepare(blob, mm_type, config)
+            value = prepare(*arguments)
             return ForwardInput(value, self._mm_part.patches(value))
         finally:
             with self._counting:
@@ -132,5 +139,4 @@ class PreprocessWorkers:
             self._pinned.close()
         if self._processes is not None:
             self._processes.close()
-        if self._threads is not None:
-            self._threads.shutdown(wait=False, cancel_futures=True)
+        self._threads.shutdown(wait=False, cancel_futures=True)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,6 +44,26 @@ class Clip(Protocol):
 
     def read(self, indices: Sequence[int]) -> Iterator[Frame]:
         """The frames at these ascending indices, in order of presentation. Raises `WrongFormatError`."""
+
+
+class ClipHeader(NamedTuple):
+    """What a clip is, known before it is decoded.
+
+    codec:        FFmpeg's name of the codec, not of a decoder.
+    pixel_format: FFmpeg's.
+    matrix:       from YCbCr to RGB, as ITU-T H.273 counts them; 2: it does not say.
+    width, height: pixels, before it is turned.
+    turn:         by so many times 90 degrees, counter-clockwise, it is shown.
+    is_indexed:   every packet is shown, and tells when.
+    """
+
+    codec: str
+    pixel_format: str
+    matrix: int
+    width: int
+    height: int
+    turn: int
+    is_indexed: bool
 
 
 OpenClip = AbstractContextManager[Clip]

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from rtp_mm.errors import NotSupportedError, WrongFormatError
-from rtp_mm.media.clip import Clip, ClipLimits, Frame
+from rtp_mm.media.clip import Clip, ClipHeader, ClipLimits, Frame
 from rtp_mm.media.limits import check_pixels
 from rtp_mm.media.nal import NalReader
 
@@ -54,6 +54,26 @@ def open_video(data: bytes, limits: ClipLimits) -> Iterator[Clip]:
     """Raises `WrongFormatError` for what is broken, over a limit or has no video, `NotSupportedError` for other
     containers and codecs, or without PyAV.
     """
+    with _stream_of(data) as (container, stream):
+        yield _Video(container, stream, limits)
+
+
+@contextmanager
+def open_video_header(data: bytes, limits: ClipLimits) -> Iterator[tuple[ClipHeader, Clip | None]]:
+    """The same for who decodes it elsewhere: at most one frame is decoded. No clip where only decoding all of it would
+    tell what it holds.
+    """
+    with _stream_of(data) as (container, stream):
+        try:
+            clip = _Video(container, stream, limits, may_decode_all=False)
+        except _NotIndexedError:
+            yield _header(stream, 0, is_indexed=False), None
+        else:
+            yield _header(stream, clip.turn, is_indexed=not clip.is_trimmed), clip
+
+
+@contextmanager
+def _stream_of(data: bytes) -> Iterator[tuple[InputContainer, VideoStream]]:
     try:
         import av
     except ImportError:
@@ -62,7 +82,7 @@ def open_video(data: bytes, limits: ClipLimits) -> Iterator[Clip]:
     options = {"format_whitelist": ",".join(CONTAINERS), "max_streams": str(MAX_STREAMS)}
     try:
         with av.open(io.BytesIO(data), "r", container_options=options, metadata_errors="replace") as container:
-            yield _Video(container, _video_stream(container), limits)
+            yield container, _video_stream(container)
     except av.FFmpegError as error:
         if error.errno == errno.ENOMEM:
             raise MemoryError from None
@@ -85,6 +105,19 @@ def _video_stream(container: InputContainer) -> VideoStream:
     return stream
 
 
+def _header(stream: VideoStream, turn: int, *, is_indexed: bool) -> ClipHeader:
+    context = stream.codec_context
+    return ClipHeader(
+        codec=context.codec.canonical_name,
+        pixel_format=context.pix_fmt or "",
+        matrix=int(context.colorspace),
+        width=context.width,
+        height=context.height,
+        turn=turn,
+        is_indexed=is_indexed,
+    )
+
+
 def _quarter_turns(frame: VideoFrame) -> int:
     return round(frame.rotation / 90) % 4
 
@@ -97,6 +130,10 @@ class _Run(NamedTuple):
     times: list[int]
 
 
+class _NotIndexedError(Exception):
+    """Its packets do not tell what a decoder shows."""
+
+
 class _Video:
     """Reads all packets once, without decoding: when each is shown, and where decoding may start. Then only the
     packets are decoded that the chosen frames need: from the last entry before a frame up to it, without those that no
@@ -106,7 +143,10 @@ class _Video:
     decoded, once to count and once to read.
     """
 
-    def __init__(self, container: InputContainer, stream: VideoStream, limits: ClipLimits) -> None:
+    def __init__(
+        self, container: InputContainer, stream: VideoStream, limits: ClipLimits, *, may_decode_all: bool = True
+    ) -> None:
+        """Raises `_NotIndexedError` where all would have to be decoded, and may not."""
         self._container, self._stream, self._limits = container, stream, limits
         self._context = stream.codec_context
         self._context.thread_type = "AUTO"
@@ -119,8 +159,11 @@ class _Video:
         for duration, unit in ((stream.duration, stream.time_base), (container.duration, Fraction(1, 1_000_000))):
             if duration is not None and unit is not None:
                 limits.check_seconds(float(duration * unit))
-        self._turn = 0  # by so many times 90 degrees, counter-clockwise
+        self.turn = 0  # by so many times 90 degrees, counter-clockwise
+        self.is_trimmed = False  # some packets are never shown
         self._is_indexed = self._index()
+        if not (self._is_indexed or may_decode_all):
+            raise _NotIndexedError
         self._shown = self._order() if self._is_indexed else self._count()
         self.frames = len(self._shown)
         if not self.frames:
@@ -128,7 +171,7 @@ class _Video:
         self.fps = self._rate()
         limits.check_seconds(float(self.frames / self.fps))
         size = (self._context.width, self._context.height)
-        self.width, self.height = size[::-1] if self._turn % 2 else size
+        self.width, self.height = size[::-1] if self.turn % 2 else size
 
     # --- what there is
 
@@ -137,6 +180,7 @@ class _Video:
         is_reliable = self._container.format.name.split(",")[0] in _TIMED or not self._context.has_b_frames
         for packet in self._packets():
             if packet.is_discard:
+                self.is_trimmed = True
                 continue
             if packet.is_keyframe and (self._nal is None or self._nal.is_entry(memoryview(packet))):
                 self._entries.append(len(self._times))
@@ -153,7 +197,7 @@ class _Video:
         """When each frame is shown, by the index. The first is decoded: a container's display matrix comes with it."""
         self._rewind()
         for frame in self._decode(islice(self._packets(), 1)):
-            self._turn = _quarter_turns(frame)
+            self.turn = _quarter_turns(frame)
         return sorted(self._times)
 
     def _count(self) -> list[int]:
@@ -162,7 +206,7 @@ class _Video:
         times = []
         for frame in self._decode(self._packets()):
             times.append(frame.pts or 0)
-            self._turn = _quarter_turns(frame)
+            self.turn = _quarter_turns(frame)
         return times
 
     def _rate(self) -> Fraction:
@@ -266,4 +310,4 @@ class _Video:
     def _pixels(self, frame: VideoFrame) -> Frame:
         check_pixels(frame.width, frame.height, self._limits.max_pixels)
         pixels: Any = frame.to_ndarray(format="rgb24")
-        return np.ascontiguousarray(np.rot90(pixels, self._turn)) if self._turn else pixels
+        return np.ascontiguousarray(np.rot90(pixels, self.turn)) if self.turn else pixels

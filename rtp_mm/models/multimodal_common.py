@@ -25,12 +25,14 @@ from rtp_mm.media.audio import decode_channels
 from rtp_mm.media.clip import ClipLimits
 from rtp_mm.media.fetch import Fetcher
 from rtp_mm.media.image import decode
+from rtp_mm.models.device_preprocessor import DevicePreprocessor
 from rtp_mm.models.gpt_init_model_parameters import GptInitModelParameters
 from rtp_mm.preprocess.video import chosen_frames
 from rtp_mm.preprocess.video_rule import VideoRule
 from rtp_mm.types import (
     LIBRARY_CALLER,
     Blob,
+    DevicePatches,
     MMPreprocessConfig,
     MMUrlType,
     MultimodalInput,
@@ -66,6 +68,7 @@ class MultiModalEmbeddingInterface:
     data_type = "bf16"
     settings: Settings | None = None  # the server's
     preprocessor: Preprocessor | None = None  # runs instead of `_mm_preprocess` where it is set
+    device_preprocessor: DevicePreprocessor | None = None  # is asked first where it is set
 
     def __init__(self, config: GptInitModelParameters | None = None) -> None:
         if config:
@@ -90,7 +93,13 @@ class MultiModalEmbeddingInterface:
         return as_embedding(self.mm_process(prepared, mm_type=mm_type, **kwargs))
 
     def prepare(self, blob: Blob, mm_type: MMUrlType, configs: MMPreprocessConfig) -> Any:
-        """The CPU-bound half: `preprocessor` where there is one, else `_mm_preprocess` with a stream of its own."""
+        """The half before the tower, by the device's decoders where they take the item; else by `preprocessor` where
+        there is one, or by `_mm_preprocess` with a stream of its own.
+        """
+        if (on_device := self.device_preprocessor) is not None and on_device.may_take(blob, mm_type):
+            patches = on_device(blob, mm_type, configs.options())
+            if patches is not None:
+                return patches
         if self.preprocessor is not None:
             return self.preprocessor(blob, mm_type, configs.options())
         data = BytesIO(blob.data) if isinstance(blob.data, bytes) else torch.from_numpy(blob.data.copy())
@@ -118,7 +127,7 @@ class MultiModalEmbeddingInterface:
 
     def patches(self, mm_input: Any) -> int | None:
         """The cost of a prepared input in a batch; `None`: it goes alone."""
-        return len(mm_input.rows) if isinstance(mm_input, Patches) else None
+        return len(mm_input.rows) if isinstance(mm_input, Patches | DevicePatches) else None
 
 
 class ImageEmbeddingInterface(MultiModalEmbeddingInterface):

@@ -15,13 +15,14 @@ from torch import Tensor
 
 from rtp_mm.config import Settings, load_settings
 from rtp_mm.errors import StartError
+from rtp_mm.models.device_preprocessor import DevicePreprocessor
 from rtp_mm.models.gpt_init_model_parameters import GptInitModelParameters
 from rtp_mm.models.multimodal_common import Embedding, MultiModalEmbeddingInterface
 from rtp_mm.models.multimodal_mixin import MultimodalMixin, TowerWeights
 from rtp_mm.models.registry import register_model
 from rtp_mm.preprocess.image_config import ImageProcessorConfig
 from rtp_mm.preprocess.media import MediaPreprocessor
-from rtp_mm.types import MMPreprocessConfig, MMUrlType, Patches
+from rtp_mm.types import DevicePatches, MMPreprocessConfig, MMUrlType, Patches
 from rtp_mm.vit.tower import TowerConfig, VisionTower
 from rtp_mm.vit.tower_base import TowerOptions
 
@@ -49,6 +50,7 @@ class Qwen2VLEmbedding(MultiModalEmbeddingInterface):
         self.processor.check(tower.patch_size, tower.spatial_merge_size, tower.temporal_patch_size)
         self.preprocessor = MediaPreprocessor.from_checkpoint(Path(config.ckpt_path), self.processor, settings)
         self.tower = VisionTower(tower, self._data_type, device, TowerOptions.of(settings))
+        self.device_preprocessor = DevicePreprocessor.for_device(self.preprocessor, device, settings)
         self._tokens_per_second = self._time_scale(config) if settings.mm_pos_t == "scaled" else None
 
     @property
@@ -60,16 +62,19 @@ class Qwen2VLEmbedding(MultiModalEmbeddingInterface):
         """What decides answers beside patches and tower: a part of every embedding's cache key."""
         return (self._tokens_per_second,)
 
-    def mm_process(self, mm_input: Patches, **kwargs: Any) -> Embedding:
+    def mm_process(self, mm_input: Patches | DevicePatches, **kwargs: Any) -> Embedding:
         [answer] = self._embed([mm_input])
         return answer
 
     def mm_process_batch(
-        self, mm_inputs: Sequence[Patches], mm_types: Sequence[MMUrlType], configs: Sequence[MMPreprocessConfig]
+        self,
+        mm_inputs: Sequence[Patches | DevicePatches],
+        mm_types: Sequence[MMUrlType],
+        configs: Sequence[MMPreprocessConfig],
     ) -> list[Tensor | Embedding]:
         return [*self._embed(mm_inputs)]
 
-    def _embed(self, items: Sequence[Patches]) -> list[Embedding]:
+    def _embed(self, items: Sequence[Patches | DevicePatches]) -> list[Embedding]:
         answers = self.tower(items)
         if self._tokens_per_second is None:
             return answers  # type: ignore[no-any-return]
@@ -87,7 +92,7 @@ class Qwen2VLEmbedding(MultiModalEmbeddingInterface):
         return float(scale)
 
 
-def _in_time(ids: Tensor, item: Patches, tokens_per_second: float) -> Tensor:
+def _in_time(ids: Tensor, item: Patches | DevicePatches, tokens_per_second: float) -> Tensor:
     """[tokens, 3] ids of a clip with t by the clock: floor(t * tokens_per_second * seconds_per_grid), in float32 as
     `get_rope_index` of transformers 5.23. A still stays as it is.
     """

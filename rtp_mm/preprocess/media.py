@@ -19,6 +19,11 @@ if TYPE_CHECKING:
     from rtp_mm.config import Settings
 
 
+def file_kind(data: bytes, asked: MMUrlType) -> MMUrlType:
+    """What a file is taken for: what the request says, else what the bytes tell."""
+    return (sniff(data) or MMUrlType.IMAGE) if asked is MMUrlType.DEFAULT else asked
+
+
 @dataclass(frozen=True, slots=True)
 class MediaPreprocessor:
     """Stills and clips. Picklable, for worker processes."""
@@ -64,7 +69,7 @@ class MediaPreprocessor:
                 raise NotSupportedError(f"this model takes images and videos, the tensor is {list(blob.data.shape)}")
             kind = MMUrlType.IMAGE if len(blob.data) == 1 else MMUrlType.VIDEO
         else:
-            kind = (sniff(blob.data) or MMUrlType.IMAGE) if mm_type is MMUrlType.DEFAULT else mm_type
+            kind = file_kind(blob.data, mm_type)
         if kind not in (MMUrlType.IMAGE, MMUrlType.VIDEO):
             raise NotSupportedError(f"this model takes images and videos, not {kind.name.lower()}")
         preprocess = self.image if kind is MMUrlType.IMAGE else self.video

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import astuple, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +15,7 @@ from rtp_mm.media.image import decode, decoders
 from rtp_mm.media.limits import check_pixels
 from rtp_mm.media.sniff import sniff
 from rtp_mm.preprocess.image_config import ImageProcessorConfig
-from rtp_mm.preprocess.resize_order import ResizeRule, installed_rule, resize_order
+from rtp_mm.preprocess.resize_order import Order, ResizeRule, installed_rule, resize_order
 from rtp_mm.preprocess.sizes import crop_pixels, smart_resize
 from rtp_mm.types import Blob, MMUrlType, Patches, PreprocessOptions, RowAllocator
 
@@ -25,6 +26,24 @@ if TYPE_CHECKING:
 def new_rows(shape: tuple[int, int]) -> NDArray[np.uint8]:
     """A `RowAllocator`: memory of the process's own."""
     return np.empty(shape, np.uint8)
+
+
+Pixels = TypeVar("Pixels")  # an array or a tensor
+
+
+class ResizePlan(NamedTuple):
+    """What becomes of decoded pixels: the part that is cut out, the size that it gets, the pass that goes first."""
+
+    rows: slice
+    columns: slice
+    height: int
+    width: int
+    order: Order
+
+    def cut(self, pixels: Pixels) -> Pixels:
+        """A view of [..., H, W, 3]."""
+        view: Pixels = pixels[..., self.rows, self.columns, :]  # type: ignore[index]
+        return view
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,12 +95,17 @@ class ImagePreprocessor:
 
         Raises `WrongFormatError` for a limit that it breaks.
         """
+        _, h, w = self.grid(self.plan(height, width, options))
+        return frames * h * w
+
+    def plan(self, height: int, width: int, options: PreprocessOptions) -> ResizePlan:
+        """For an image of that size. Raises `WrongFormatError` for a limit that it breaks."""
         check_pixels(width, height, self.max_image_pixels)
-        if options.crop is not None:
-            top, left, bottom, right = crop_pixels(height, width, options.crop)
-            height, width = bottom - top, right - left
-        height, width = self._target_size(height, width, options)
-        return frames * (height // self.patch_size) * (width // self.patch_size)
+        return plan_resize(height, width, options, self._target_size, self.resize_rule)
+
+    def grid(self, plan: ResizePlan) -> tuple[int, int, int]:
+        """(1, h, w) in patches."""
+        return 1, plan.height // self.patch_size, plan.width // self.patch_size
 
     def __call__(
         self, blob: Blob, mm_type: MMUrlType, options: PreprocessOptions, allocate: RowAllocator = new_rows
@@ -92,14 +116,12 @@ class ImagePreprocessor:
         for video and audio.
         """
         image = self._image(blob, mm_type)
-        if options.crop is not None:
-            top, left, bottom, right = crop_pixels(image.shape[0], image.shape[1], options.crop)
-            image = image[top:bottom, left:right]
-        height, width = self._target_size(image.shape[0], image.shape[1], options)
-        order = resize_order(image.shape[0], image.shape[1], height, width, self.resize_rule)
-        grid = (1, height // self.patch_size, width // self.patch_size)
+        plan = self.plan(image.shape[0], image.shape[1], options)
+        grid = self.grid(plan)
         rows = allocate((grid[1] * grid[2], self.row_bytes))
-        _core.resize_patchify(image, height, width, self.patch_size, self.merge_size, order=order, out=rows)
+        _core.resize_patchify(
+            plan.cut(image), plan.height, plan.width, self.patch_size, self.merge_size, order=plan.order, out=rows
+        )
         return Patches(rows, grid)
 
     def _image(self, blob: Blob, mm_type: MMUrlType) -> NDArray[np.uint8]:
@@ -136,3 +158,19 @@ class ImagePreprocessor:
         height, width = smart_resize(options.height or height, options.width or width, factor, min_pixels, max_pixels)
         check_pixels(width, height, self.max_image_pixels)
         return height, width
+
+
+def plan_resize(
+    height: int,
+    width: int,
+    options: PreprocessOptions,
+    target_size: Callable[[int, int, PreprocessOptions], tuple[int, int]],
+    rule: ResizeRule,
+) -> ResizePlan:
+    """`target_size`: (height, width) that pixels of a height and width get."""
+    top, left, bottom, right = 0, 0, height, width
+    if options.crop is not None:
+        top, left, bottom, right = crop_pixels(height, width, options.crop)
+    out_height, out_width = target_size(bottom - top, right - left, options)
+    order = resize_order(bottom - top, right - left, out_height, out_width, rule)
+    return ResizePlan(slice(top, bottom), slice(left, right), out_height, out_width, order)

@@ -18,9 +18,7 @@ from rtp_mm.media.limits import check_pixels
 from rtp_mm.media.sniff import sniff
 from rtp_mm.media.video import decoder, open_video
 from rtp_mm.preprocess.image_config import VIDEO_FILES, ImageProcessorConfig
-from rtp_mm.preprocess.patches import ImagePreprocessor, new_rows
-from rtp_mm.preprocess.resize_order import resize_order
-from rtp_mm.preprocess.sizes import crop_pixels
+from rtp_mm.preprocess.patches import ImagePreprocessor, ResizePlan, new_rows, plan_resize
 from rtp_mm.preprocess.video_rule import FPS, TOTAL_TOKENS, VideoRule
 from rtp_mm.types import Blob, MMUrlType, Patches, PreprocessOptions, RowAllocator
 
@@ -82,9 +80,35 @@ class VideoPreprocessor:
 
     def predict(self, frames: int, width: int, height: int, options: PreprocessOptions) -> int:
         """Patches of frames that were decoded elsewhere. Raises `WrongFormatError` for a limit that they break."""
-        height, width = self._target_size(height, width, frames, options)
-        t, h, w = self._grid(frames, height, width)
+        t, h, w = self.grid(frames, self.plan(height, width, frames, options))
         return t * h * w
+
+    def plan(self, height: int, width: int, frames: int, options: PreprocessOptions) -> ResizePlan:
+        """For each of so many frames of that size. Raises `WrongFormatError` for a limit that they break."""
+        check_pixels(width, height, self.image.max_image_pixels)
+
+        def target_size(height: int, width: int, options: PreprocessOptions) -> tuple[int, int]:
+            size = self.rule.frame_size(height, width, frames, options)
+            check_pixels(size[1], size[0], self.image.max_image_pixels)
+            return size
+
+        return plan_resize(height, width, options, target_size, self.image.resize_rule)
+
+    def grid(self, frames: int, plan: ResizePlan) -> tuple[int, int, int]:
+        """(t, h, w) in patches."""
+        patch, step = self.image.patch_size, self.rule.temporal_patch_size
+        return -(-frames // step), plan.height // patch, plan.width // patch
+
+    def checked_grid(self, frames: int, plan: ResizePlan) -> tuple[int, int, int]:
+        """The same. Raises `WrongFormatError` for more patches than the limit."""
+        t, h, w = grid = self.grid(frames, plan)
+        if t * h * w > self.max_patches:
+            raise WrongFormatError(
+                f"{t * h * w} patches of {frames} frames of {plan.width}x{plan.height}, over the limit of "
+                f"{self.max_patches} (MM_MAX_PATCHES_PER_ITEM); fewer frames (max_frames, fps) or smaller ones "
+                "(max_pixels) fit"
+            )
+        return grid
 
     def __call__(
         self, blob: Blob, mm_type: MMUrlType, options: PreprocessOptions, allocate: RowAllocator = new_rows
@@ -117,28 +141,23 @@ class VideoPreprocessor:
         """The last frame is repeated where it leaves a temporal patch unfilled."""
         patch, merge, step = self.image.patch_size, self.image.merge_size, self.rule.temporal_patch_size
         count = shape.number
-        height, width = self._target_size(shape.height, shape.width, count, options)
-        grid = t, h, w = self._grid(count, height, width)
-        if t * h * w > self.max_patches:
-            raise WrongFormatError(
-                f"{t * h * w} patches of {count} frames of {width}x{height}, over the limit of {self.max_patches} "
-                "(MM_MAX_PATCHES_PER_ITEM); fewer frames (max_frames, fps) or smaller ones (max_pixels) fit"
-            )
+        plan = self.plan(shape.height, shape.width, count, options)
+        grid = t, h, w = self.checked_grid(count, plan)
         rows = allocate((t * h * w, 3 * step * patch**2))  # from here on frames are decoded
         done = 0
         for frame in frames:
             slots = [done] if done + 1 < count else range(done, t * step)
-            pixels = _cropped(frame, options)
-            order = resize_order(pixels.shape[0], pixels.shape[1], height, width, self.image.resize_rule)
+            own = self._plan_frame(frame, plan, options)
+            pixels = own.cut(frame)
             for slot in slots:
                 pair = slot // step
                 _core.resize_patchify(
                     pixels,
-                    height,
-                    width,
+                    plan.height,
+                    plan.width,
                     patch,
                     merge,
-                    order=order,
+                    order=own.order,
                     temporal_patch_size=step,
                     slot=slot % step,
                     out=rows[pair * h * w : (pair + 1) * h * w],
@@ -148,18 +167,10 @@ class VideoPreprocessor:
             raise WrongFormatError(f"broken video: {done} of {count} frames came")
         return Patches(rows, grid, step / shape.fps)
 
-    def _grid(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
-        patch, step = self.image.patch_size, self.rule.temporal_patch_size
-        return -(-frames // step), height // patch, width // patch
-
-    def _target_size(self, height: int, width: int, frames: int, options: PreprocessOptions) -> tuple[int, int]:
-        check_pixels(width, height, self.image.max_image_pixels)
-        if options.crop is not None:
-            top, left, bottom, right = crop_pixels(height, width, options.crop)
-            height, width = bottom - top, right - left
-        height, width = self.rule.frame_size(height, width, frames, options)
-        check_pixels(width, height, self.image.max_image_pixels)
-        return height, width
+    def _plan_frame(self, frame: Frame, plan: ResizePlan, options: PreprocessOptions) -> ResizePlan:
+        """To the size of all, for a frame that may come in another than the clip's header says."""
+        size = plan.height, plan.width
+        return plan_resize(frame.shape[0], frame.shape[1], options, lambda *_: size, self.image.resize_rule)
 
 
 def chosen_frames(data: bytes, limits: ClipLimits, rule: VideoRule, options: PreprocessOptions) -> Iterator[Frame]:
@@ -176,10 +187,3 @@ def _open(data: bytes, limits: ClipLimits) -> AbstractContextManager[Clip]:
             raise NotSupportedError("a video is expected here, these bytes are audio")
         case _:
             return open_video(data, limits)
-
-
-def _cropped(frame: Frame, options: PreprocessOptions) -> Frame:
-    if options.crop is None:
-        return frame
-    top, left, bottom, right = crop_pixels(frame.shape[0], frame.shape[1], options.crop)
-    return frame[top:bottom, left:right]

@@ -37,10 +37,12 @@ _COUNTERS: tuple[tuple[str, str, Callable[[EngineStats], float]], ...] = (
     ("rtp_mm_forward_failures", "Forwards that failed", lambda s: s.forward_failures),
     ("rtp_mm_fetched_bytes", "Bytes of downloads and local files", lambda s: s.fetched_bytes),
     ("rtp_mm_decoded_frames", "Frames of videos decoded", lambda s: s.decoded_frames),
+    ("rtp_mm_device_decodes", "Items decoded on the device", lambda s: s.device_decodes),
 )
 _COUNTERS_BY: tuple[tuple[str, str, str, Callable[[EngineStats], Mapping[str, int]]], ...] = (
     ("rtp_mm_rejections", "Requests refused because the server was full", "reason", lambda s: s.rejections),
     ("rtp_mm_worker_restarts", "Preprocess workers replaced", "cause", lambda s: s.worker_restarts),
+    ("rtp_mm_cpu_decodes", "Items meant for the device, decoded on the CPU", "reason", lambda s: s.cpu_decodes),
 )
 _CACHE_GAUGES = (
     ("rtp_mm_cache_items", "Entries in a cache", "items"),

@@ -12,12 +12,13 @@ from typing import ClassVar, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rtp_mm import ops
 from rtp_mm.errors import StartError
-from rtp_mm.types import Patches
+from rtp_mm.types import DevicePatches, Patches
 from rtp_mm.vit.attention import VARLEN_ATTENTION, Segments
 from rtp_mm.vit.graphs import Batch
 from rtp_mm.vit.layers import Block, GatedMlp, LayerNorm, Mlp, PatchMerger, RMSNorm, SelfAttention
@@ -127,7 +128,7 @@ class VisionTower(Tower):
         self._pack()
 
     @torch.inference_mode()
-    def forward(self, items: Sequence[Patches]) -> list[tuple[Tensor, Tensor]]:
+    def forward(self, items: Sequence[Patches | DevicePatches]) -> list[tuple[Tensor, Tensor]]:
         """A (embedding [tokens, out_hidden_size], position ids [tokens, 3] int32) per item, in order, on the device.
 
         Embeddings have the tower's dtype; position ids are (t, h, w) in merged-token units, from 0 in each item.
@@ -166,7 +167,7 @@ class VisionTower(Tower):
         tokens: Tensor = self.merger(batch.x, delta)
         return tokens
 
-    def _embed_rows(self, rows: Sequence[np.ndarray], order: Tensor | None) -> Tensor:
+    def _embed_rows(self, rows: Sequence[NDArray[np.uint8] | Tensor], order: Tensor | None) -> Tensor:
         """Rows of stills, then of clips, to [N, hidden_size] float32 in the tower's row order."""
         embedded: list[Tensor] = []
         cell = self.config.spatial_merge_size**2
