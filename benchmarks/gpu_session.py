@@ -26,6 +26,7 @@ from rich.table import Table
 
 from benchmarks.gpu_checks import build, invariance, sanitizer, tests
 from benchmarks.gpu_common import Figures, Options, Unavailable
+from benchmarks.gpu_decode import decode
 from benchmarks.gpu_kernels import attention, linears, peaks, pointwise, tiles
 from benchmarks.gpu_towers import profile, service, tower
 from benchmarks.report import RESULTS, machine
@@ -35,7 +36,7 @@ STEPS: dict[str, Callable[[Options], Figures]] = {
     step.__name__: step
     for step in (
         *(build, tests, peaks, attention, pointwise, linears, tower, invariance),
-        *(service, profile, tiles, sanitizer),
+        *(decode, service, profile, tiles, sanitizer),
     )
 }
 
