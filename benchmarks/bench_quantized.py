@@ -2,7 +2,7 @@
 
     python -m benchmarks.bench_quantized [--family qwen2_5_vl --size 3b] [--checkpoint FOLDER]
 
-Errors are those of every second image of `bench_accuracy` against our own float32, which is within 2e-6 of Hugging
+Errors are those of every second image or clip of `bench_accuracy` against our own float32, which is within 2e-6 of Hugging
 Face's; beside them Hugging Face's in bf16, from that benchmark's committed result. Random weights.
 """
 
@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.bench_accuracy import images, relative_l2
+from benchmarks.bench_accuracy import SMALLEST, patches_of, relative_l2, sights
 from benchmarks.bench_tower import GRIDS
 from benchmarks.harness import interleave
 from benchmarks.readme import results
@@ -28,7 +28,7 @@ from benchmarks.report import write_result
 from rtp_mm.config import load_settings
 from rtp_mm.models.random_checkpoint import write_checkpoint
 from rtp_mm.models.registry import load_model
-from rtp_mm.types import Blob, MMUrlType, Patches, PreprocessOptions
+from rtp_mm.types import Patches
 
 WAYS: dict[str, dict[str, Any]] = {
     "float32": {"act_type": "fp32"},
@@ -38,31 +38,28 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 def embed(part: Any) -> list[Tensor]:
-    def one(data: bytes) -> Tensor:
-        patches = part.preprocessor(Blob(data, b"", ""), MMUrlType.IMAGE, PreprocessOptions())
-        return part.mm_process(patches)[0]  # type: ignore[no-any-return]
-
-    return [one(data) for *_, data in images()[::2]]
+    return [part.mm_process(patches_of(part.preprocessor, sight))[0] for sight in sights()[::2]]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--family", default="qwen2_5_vl", choices=("qwen2_vl", "qwen2_5_vl"))
-    parser.add_argument("--size", default="3b")
+    parser.add_argument("--family", default="qwen2_5_vl", choices=SMALLEST)
+    parser.add_argument("--size", help="the family's smallest published one if left out")
     parser.add_argument("--checkpoint", type=Path)
     parser.add_argument("--patches", type=int, nargs="+", default=[64, 256, 1024], choices=GRIDS)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
+    size = options.size or SMALLEST[options.family]
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = options.checkpoint or Path(folder)
         if options.checkpoint is None:
-            write_checkpoint(checkpoint, options.family, options.size)
+            write_checkpoint(checkpoint, options.family, size)
         parts: dict[str, Any] = {
             name: load_model(load_settings(checkpoint_path=checkpoint, **way)).mm_part for name, way in WAYS.items()
         }
     exact = embed(parts["float32"])
     errors = [relative_l2(a, b) for a, b in zip(embed(parts["bf16, int8"]), exact, strict=True)]
-    [(_, accuracy)] = results(f"accuracy_{options.family}_{options.size}")
+    [(_, accuracy)] = results(f"accuracy_{options.family}_{size}")
     peer = [row["hugging_face_bf16"] for row in accuracy["images"][::2]]
     milliseconds: dict[str, Any] = {}
     table = Table("patches", *WAYS, title="ms")
@@ -83,7 +80,7 @@ def main() -> None:
     }
     Console().print({key: f"{value:.3g}" for key, value in summary.items()})
     write_result(
-        f"int8_{options.family}_{options.size}",
+        f"int8_{options.family}_{size}",
         {"summary": summary, "errors": errors, "hugging_face_bf16": peer, "milliseconds": milliseconds},
     )
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -79,11 +79,17 @@ def full_lengths(grids: Sequence[Grid]) -> list[int]:
 
 def window_lengths(grids: Sequence[Grid], merge: int, window: int) -> list[int]:
     """Patches of each attention window, in `window_order`; windows at the right and lower edges are smaller."""
+    return [length for t, h, w in grids for length in t * _frame_window_lengths(h, w, merge, window)]
+
+
+@lru_cache(4096)
+def _frame_window_lengths(h: int, w: int, merge: int, window: int) -> tuple[int, ...]:
+    """Of a frame; images of a size, and a clip's frames, have the same."""
 
     def sides(patches: int) -> list[int]:
         return [min(window, patches // merge - start) * merge for start in range(0, patches // merge, window)]
 
-    return [rows * columns for t, h, w in grids for _ in range(t) for rows in sides(h) for columns in sides(w)]
+    return tuple(rows * columns for rows in sides(h) for columns in sides(w))
 
 
 class VisionTower(Tower):
