@@ -2,8 +2,8 @@
 
     python -m benchmarks.bench_quantized [--family qwen2_5_vl --size 3b] [--checkpoint FOLDER]
 
-Errors are those of every second image or clip of `bench_accuracy` against our own float32, which is within 2e-6 of Hugging
-Face's; beside them Hugging Face's in bf16, from that benchmark's committed result. Random weights.
+Errors are those of every second image or clip of `bench_accuracy` against our own float32, which is within 2e-6 of
+Hugging Face's; beside them Hugging Face's in bf16, from that benchmark's committed result. Random weights.
 """
 
 from __future__ import annotations
