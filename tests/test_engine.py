@@ -73,7 +73,7 @@ def test_the_cache_knows_the_options(engine: MMProcessEngine, photo_path: Path) 
 def test_the_cache_knows_how_the_tower_runs(tiny_qwen2_5_vl: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True)
     engines = [new_engine(tiny_qwen2_5_vl, mm_quantization=q) for q in ("none", "int8", "none")]
-    exact, int8, again = (engine._tower_key for engine in engines)
+    exact, int8, again = (engine._answers._tower_key for engine in engines)
     assert exact == again != int8
     for engine in engines:
         engine.close()
