@@ -146,7 +146,7 @@ def test_the_ready_line_names_what_serves_where() -> None:
     with process("--mm_bind_address", "127.0.0.1") as server:
         line = server.wait_for_log(" ready ")
         port = int(server.health_url.split(":")[2].split("/")[0])
-        assert f"http=127.0.0.1:{port} grpc=127.0.0.1:{port + 1} model=fake dtype=bf16 device=cpu quantization=none " in line
+        assert f"http=127.0.0.1:{port} grpc=127.0.0.1:{port + 1} model=fake dtype=bf16 device=cpu " in line
 
 
 def test_a_model_that_does_not_load_is_one_line_and_status_1() -> None:
