@@ -1,6 +1,6 @@
-"""Writes the README's measured tables from the committed results: `python -m benchmarks.readme`.
+"""Writes measured tables into the README and docs/ from the committed results: `python -m benchmarks.readme`.
 
-A table stands between `<!-- results: NAME -->` and `<!-- end -->`; a test holds that README and results agree.
+A table stands between `<!-- results: NAME -->` and `<!-- end -->`; a test holds that documents and results agree.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from typing import Any
 
 from benchmarks.report import RESULTS
 
-README = RESULTS.parent.parent / "README.md"
+ROOT = RESULTS.parent.parent
+DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+SIDES = ("ours", "Hugging Face")
 BLOCK = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -118,6 +120,63 @@ def audio() -> str:
     return markdown(["sound, s", "log-mel frames, ms", "Hugging Face", "tower, ms", "Hugging Face"], rows)
 
 
+def service() -> str:
+    rows = []
+    for scenario in ("tiny", "tower"):
+        [(_, result)] = results(f"service_{scenario}")
+        ours, peer = (result["capacity_per_second"][side] for side in SIDES)
+        cpu = [f"{result['cost'][side]['cpu_ms_per_image']:.0f}" for side in SIDES]
+        p99 = [
+            " / ".join(f"{result['levels'][level][side]['p99_ms']:,.0f}" for side in SIDES)
+            for level in ("0.3x", "0.6x", "0.9x")
+        ]
+        rows.append([scenario, f"{ours:.1f} / {peer:.1f}", f"{ours / peer:.1f}x", " / ".join(cpu), *p99])
+    load = [f"p99 at {share} of its capacity, ms" for share in ("0.3", "0.6", "0.9")]
+    return markdown(["tower", "images/s, ours / Hugging Face", "", "CPU ms an image", *load], rows)
+
+
+def cached() -> str:
+    [(_, result)] = results("cached")
+    rows = []
+    for row in result["rows"]:
+        calls = row["calls"]
+        for source in ("http", "data URL"):
+            ours, echo = calls[f"ours, {source}"], calls[f"echo, {source}"]
+            figures = [ours["server_median_ms"], ours["median_ms"], echo["median_ms"]]
+            ratio = f"{ours['median_ms'] / echo['median_ms']:.2f}x"
+            rows.append([f"{row['reply_bytes'] / 1e6:.1f} MB, {source}", *(f"{ms:.2f}" for ms in figures), ratio])
+    return markdown(["answer", "on the server, ms", "end to end, ms", "bare gRPC echo, ms", ""], rows)
+
+
+def int8() -> str:
+    rows = []
+    for name, result in results("int8_*"):
+        errors = [f"{result['summary'][key]:.1e}" for key in ("mean_int8", "mean_hugging_face_bf16")]
+        speeds = [ms["bf16"]["median"] / ms["bf16, int8"]["median"] for ms in result["milliseconds"].values()]
+        worst = f"{result['summary']['worst_ratio']:.2f}"
+        rows.append([f"`{name}`", *errors, worst, f"{min(speeds):.1f}x to {max(speeds):.1f}x"])
+    header = ["tower", "int8, mean error", "Hugging Face bf16, mean error", "worst ratio to it", "faster than float"]
+    return markdown(header, rows)
+
+
+def images() -> str:
+    [(_, result)] = results("media_images")
+    rows = []
+    for name, figures in result["formats"].items():
+        pillow, ours = (figures[side]["median"] for side in ("Pillow", "ours"))
+        rows.append([name, f"{figures['bytes'] / 1e3:,.0f}", f"{pillow:.1f}", f"{ours:.1f}", f"{pillow / ours:.1f}x"])
+    return markdown(["1024x768 as", "KB", "Pillow, ms", "ours, ms", ""], rows)
+
+
+def sounds() -> str:
+    [(_, result)] = results("media_sounds")
+    rows = []
+    for name, figures in result["formats"].items():
+        peer, ours = (figures[side]["median"] for side in ("PyAV and Hugging Face", "ours"))
+        rows.append([name, f"{figures['bytes'] / 1e6:.1f}", f"{peer:.0f}", f"{ours:.0f}", f"{peer / ours:.1f}x"])
+    return markdown(["30 s of stereo as", "MB", "PyAV and Hugging Face, ms", "ours, ms", ""], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "accuracy": accuracy,
     "load": load,
@@ -125,17 +184,24 @@ TABLES: dict[str, Callable[[], str]] = {
     "tower": tower,
     "video": video,
     "audio": audio,
+    "service": service,
+    "cached": cached,
+    "int8": int8,
+    "images": images,
+    "sounds": sounds,
 }
 
 
 def rendered(text: str) -> str:
-    """The README's text with every table as the results have it."""
+    """A document's text with every table as the results have it."""
     return BLOCK.sub(lambda block: f"{block[1]}\n{TABLES[block[2]]()}\n{block[3]}", text)
 
 
 def main() -> None:
-    README.write_text(rendered(README.read_text()))
-    print(f"wrote {', '.join(TABLES)} into {Path(README).name}")
+    for document in DOCUMENTS:
+        text = document.read_text()
+        document.write_text(rendered(text))
+        print(f"{document.name}: {', '.join(block[2] for block in BLOCK.finditer(text)) or 'no tables'}")
 
 
 if __name__ == "__main__":

@@ -36,6 +36,17 @@ def test_the_oldest_request_is_never_refused_and_the_next_becomes_it() -> None:
     assert admission.rejections == {"bytes": 1, "patches": 1}
 
 
+def test_a_download_begins_only_where_some_patches_still_fit() -> None:
+    admission = new_admission()
+    with admission.visiting(0, 0) as first, admission.visiting(0, 0) as second:
+        with admission.holding(first, Cost(96, 0)):
+            admission.check_room(second)
+        with admission.holding(first, Cost(97, 0)):
+            admission.check_room(first)
+            with pytest.raises(QueueFullError, match="MM_MAX_QUEUE_PATCHES"):
+                admission.check_room(second)
+
+
 def test_requests_are_counted_below_at_and_above_the_limit() -> None:
     admission = new_admission()
     with admission.visiting(0, 0), admission.visiting(0, 0), admission.visiting(0, 0):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,22 @@ async def test_patches_in_the_queue_are_limited(
             assert w.prepared == 1
             w.may_forward.set()
         await first
+
+
+async def test_nothing_is_downloaded_for_a_full_queue(tiny_qwen2_5_vl: Path, urls: list[str], source: Source) -> None:
+    """Unless somebody else downloads it anyway, or it is there already."""
+    url = source.answers_with("/image", body=base64.b64decode(urls[1].partition(",")[2]))
+    async with watched(tiny_qwen2_5_vl, mm_max_queue_patches=16) as w:
+        w.may_forward.clear()
+        first = w.ask(urls[0])
+        await until(lambda: len(w.forwards) == 1)
+        with pytest.raises(QueueFullError, match="MM_MAX_QUEUE_PATCHES"):
+            await w.ask(url)
+        assert not source.requests
+        w.may_forward.set()
+        await first
+        assert await w.ask(url)
+        assert len(source.requests) == 1
 
 
 async def test_an_idle_server_takes_one_request_however_large(tiny_qwen2_5_vl: Path, urls: list[str]) -> None:

@@ -17,6 +17,7 @@ from rtp_mm.errors import QueueFullError, WrongFormatError
 from rtp_mm.media.probe import probe
 from rtp_mm.types import Blob, MMUrlType, PreprocessOptions
 
+LEAST_ROOM = 1 / 32  # of the patches that may wait: where less is left, nothing is downloaded any more
 MIN_RETRY_AFTER_MS = 100  # before any forward has shown how long one takes
 
 
@@ -108,6 +109,13 @@ class Admission:
             self.patches -= cost.patches
             self._add(-cost.nbytes)
 
+    def check_room(self, visit: Visit) -> None:
+        """Before a download for `visit`, of which nobody knows yet how many patches it will be. Raises `QueueFullError`
+        where hardly any fit: it would be thrown away, and the work with it.
+        """
+        if self.patches > (1 - LEAST_ROOM) * self._max_patches and not self._is_oldest(visit):
+            raise self._patches_refusal()
+
     @contextmanager
     def metering(self, visit: Visit) -> Iterator[Callable[[int], None]]:
         """Something for `visit` that grows, as a download does: to be told its size so far. That raises
@@ -175,13 +183,16 @@ class Admission:
         if self._is_oldest(visit):
             return
         if cost.patches and self.patches + cost.patches > self._max_patches:
-            raise self._refusal("patches", f"{self.patches} patches are waiting or running (MM_MAX_QUEUE_PATCHES)")
+            raise self._patches_refusal()
         if cost.nbytes and self.nbytes + cost.nbytes > self._max_bytes:
             raise self._refusal("bytes", f"{self.nbytes >> 20} MiB are in flight (MM_MAX_BYTES_IN_FLIGHT_MB)")
 
     def _is_oldest(self, visit: Visit) -> bool:
         with self._lock:
             return next(iter(self._visits), visit) is visit
+
+    def _patches_refusal(self) -> QueueFullError:
+        return self._refusal("patches", f"{self.patches} patches are waiting or running (MM_MAX_QUEUE_PATCHES)")
 
     def _refusal(self, reason: str, text: str) -> QueueFullError:
         with self._lock:

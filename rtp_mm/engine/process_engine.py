@@ -142,7 +142,10 @@ class MMProcessEngine:
 
         if item.mm_type is MMUrlType.TENSOR or is_data_url(item):
             return await fetch()
-        return await self._fetches.join((item.url, SizeLimit.of(self._settings, item.mm_type)), fetch)
+        key = item.url, SizeLimit.of(self._settings, item.mm_type)
+        if key not in self._fetches:
+            self._admission.check_room(visit)
+        return await self._fetches.join(key, fetch)
 
     def _admit(self, key: PatchKey, blob: Blob, visit: Visit, *, is_under_way: bool) -> Cost:
         """What the item will take, read from its header before memory is spent. Raises `WrongFormatError` for an item
