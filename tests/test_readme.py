@@ -59,11 +59,15 @@ def test_every_option_that_is_named_is_one() -> None:
 
 
 def test_every_link_leads_somewhere() -> None:
-    for document in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+    for document in DOCUMENTS:
         for target in re.findall(r"\]\(([^)]+)\)", document.read_text()):
             path, _, anchor = target.partition("#")
-            text = (document.parent / path).read_text() if path else document.read_text()
-            headings = {
-                re.sub(r"[^a-z0-9 -]", "", h.lower()).replace(" ", "-") for h in re.findall(r"^#+ (.*)", text, re.M)
-            }
-            assert not anchor or anchor in headings, f"{document.name}: {target}"
+            linked = document.parent / path if path else document
+            assert linked.exists(), f"{document.name}: {target}"
+            assert not anchor or anchor in anchors(linked), f"{document.name}: {target}"
+
+
+def anchors(document: Path) -> set[str]:
+    """Of its headings."""
+    headings = re.findall(r"^#+ (.*)", document.read_text(), re.MULTILINE)
+    return {re.sub(r"[^a-z0-9 -]", "", heading.lower()).replace(" ", "-") for heading in headings}
