@@ -7,15 +7,14 @@ it. So does librosa, with which the models' makers read sound; FFmpeg's own defa
 from __future__ import annotations
 
 import importlib.metadata
-import io
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rtp_mm.errors import NotSupportedError, WrongFormatError
+from rtp_mm.media.container import opened
 
 if TYPE_CHECKING:
     import soxr
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
     from av.audio.stream import AudioStream
     from av.container import InputContainer
 
-# Demuxers by FFmpeg's names, video's among them. Never those that open other files or addresses (hls, dash, concat).
 CONTAINERS = (
     "wav", "w64", "aiff", "au", "caf", "flac", "mp3", "ogg", "aac", "ac3", "eac3", "amr", "wv",
     "mov", "mp4", "matroska", "webm", "asf", "avi", "flv", "mpegts", "mpeg",
@@ -34,7 +32,6 @@ CODECS = (
     "amrnb", "amrwb", "wmav1", "wmav2", "wmapro", "adpcm_ms", "adpcm_ima_wav", "gsm_ms", "speex", "libspeex",
 )  # fmt: skip
 CHUNK = 1 << 16  # samples of each channel that are converted and resampled at a time
-MAX_STREAMS = 64
 MAX_CHANNELS = 64
 RATES = range(1000, 768_001)  # Hz
 MAX_DAMAGED = 0.1  # of the packets; FFmpeg's own tools leave any number out
@@ -61,7 +58,7 @@ def decode_audio(data: bytes, *, rate: int, max_samples: int) -> Sound:
     Raises `WrongFormatError` for what is broken or holds no sound, `NotSupportedError` for other containers and codecs,
     or without PyAV.
     """
-    with _open(data) as container:
+    with opened(data, CONTAINERS, "sound") as container:
         stream = _stream(container)
         parts: list[NDArray[np.float32]] = []
         count = 0
@@ -85,7 +82,7 @@ def decode_channels(data: bytes, *, max_seconds: float) -> tuple[NDArray[np.floa
     """
     parts: list[NDArray[np.float32]] = []
     count = rate = 0
-    with _open(data) as container:
+    with opened(data, CONTAINERS, "sound") as container:
         for frame in _joined(_frames(container, _stream(container))):
             parts.append(_channels(frame))
             count, rate = count + parts[-1].shape[1], rate or frame.sample_rate
@@ -96,22 +93,6 @@ def decode_channels(data: bytes, *, max_seconds: float) -> tuple[NDArray[np.floa
     if not count:
         raise WrongFormatError("a sound without samples")
     return np.concatenate(parts, axis=1), rate
-
-
-@contextmanager
-def _open(data: bytes) -> Iterator[InputContainer]:
-    try:
-        import av
-        import soxr  # noqa: F401  # here, so that its absence is named at once
-    except ImportError:
-        raise NotSupportedError("sound needs PyAV and soxr on the server (pip install 'rtp_mm[media]')") from None
-
-    options = {"format_whitelist": ",".join(CONTAINERS), "max_streams": str(MAX_STREAMS)}
-    try:
-        with av.open(io.BytesIO(data), "r", container_options=options, metadata_errors="replace") as container:
-            yield container
-    except av.FFmpegError as error:
-        raise WrongFormatError(f"broken sound: {error.strerror or type(error).__name__}") from None
 
 
 def _stream(container: InputContainer) -> AudioStream:
@@ -168,7 +149,10 @@ def _rest(fifo: AudioFifo) -> Iterator[AudioFrame]:
 
 def _resampled(frames: Iterator[AudioFrame], rate: int) -> Iterator[NDArray[np.float32]]:
     """Mono samples at `rate`, as they come."""
-    import soxr
+    try:
+        import soxr
+    except ImportError:
+        raise NotSupportedError("sound needs soxr on the server (pip install 'rtp_mm[media]')") from None
 
     resampler: soxr.ResampleStream | None = None
     source_rate = rate

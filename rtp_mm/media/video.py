@@ -1,4 +1,4 @@
-"""Videos: chosen frames of a file, with FFmpeg (PyAV), which this file and `audio.py` import.
+"""Videos: chosen frames of a file, with FFmpeg (PyAV).
 
 Frame i is the i-th that a decoder gives which decodes the whole file. Pixels are libswscale's conversion to RGB as PyAV
 asks for it (bilinear chroma where the frame's layout has no direct conversion; the frame's own matrix and range). They
@@ -8,9 +8,7 @@ ignored.
 
 from __future__ import annotations
 
-import errno
 import importlib.metadata
-import io
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,6 +21,7 @@ import numpy as np
 
 from rtp_mm.errors import NotSupportedError, WrongFormatError
 from rtp_mm.media.clip import Clip, ClipHeader, ClipLimits, Frame
+from rtp_mm.media.container import opened
 from rtp_mm.media.limits import check_pixels
 from rtp_mm.media.nal import NalReader
 
@@ -32,12 +31,10 @@ if TYPE_CHECKING:
     from av.video.frame import VideoFrame
     from av.video.stream import VideoStream
 
-# Demuxers by FFmpeg's names. Never those that open other files or addresses (hls, dash, concat, image2).
 CONTAINERS = ("mov", "mp4", "matroska", "webm", "avi", "flv", "mpegts", "mpeg", "ogg", "asf")
 CODECS = ("h264", "hevc", "vp8", "vp9", "libdav1d", "av1", "mpeg4", "mjpeg", "mpeg1video", "mpeg2video", "theora",
           "h263", "msmpeg4v3", "wmv2", "vc1", "prores", "ffv1", "rawvideo", "png")  # fmt: skip
 _TIMED = ("mov", "matroska")  # demuxers whose packets all tell when they are shown
-MAX_STREAMS = 64
 MAX_PACKETS = 1 << 21  # 19 hours at 30 frames a second; an index of 40 MB
 
 
@@ -74,19 +71,8 @@ def open_video_header(data: bytes, limits: ClipLimits) -> Iterator[tuple[ClipHea
 
 @contextmanager
 def _stream_of(data: bytes) -> Iterator[tuple[InputContainer, VideoStream]]:
-    try:
-        import av
-    except ImportError:
-        raise NotSupportedError("videos need PyAV on the server (pip install 'rtp_mm[media]')") from None
-
-    options = {"format_whitelist": ",".join(CONTAINERS), "max_streams": str(MAX_STREAMS)}
-    try:
-        with av.open(io.BytesIO(data), "r", container_options=options, metadata_errors="replace") as container:
-            yield container, _video_stream(container)
-    except av.FFmpegError as error:
-        if error.errno == errno.ENOMEM:
-            raise MemoryError from None
-        raise WrongFormatError(f"broken video: {error.strerror or type(error).__name__}") from None
+    with opened(data, CONTAINERS, "video") as container:
+        yield container, _video_stream(container)
 
 
 def _video_stream(container: InputContainer) -> VideoStream:

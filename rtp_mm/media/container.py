@@ -1,0 +1,38 @@
+"""Files that FFmpeg (PyAV) opens: from memory, by demuxers that open nothing else, with its errors in our terms."""
+
+from __future__ import annotations
+
+import errno
+import io
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from rtp_mm.errors import NotSupportedError, WrongFormatError
+
+if TYPE_CHECKING:
+    from av.container import InputContainer
+
+MAX_STREAMS = 64
+
+
+@contextmanager
+def opened(data: bytes, demuxers: Sequence[str], kind: str) -> Iterator[InputContainer]:
+    """The container in `data`, and what is raised while it is read as `MMError`: "broken `kind`".
+
+    demuxers: by FFmpeg's names; never those that open other files or addresses (hls, dash, concat). Raises
+    `NotSupportedError` without PyAV, `WrongFormatError` for what is broken, `MemoryError`.
+    """
+    try:
+        import av
+    except ImportError:
+        raise NotSupportedError(f"{kind} needs PyAV on the server (pip install 'rtp_mm[media]')") from None
+
+    options = {"format_whitelist": ",".join(demuxers), "max_streams": str(MAX_STREAMS)}
+    try:
+        with av.open(io.BytesIO(data), "r", container_options=options, metadata_errors="replace") as container:
+            yield container
+    except av.FFmpegError as error:
+        if error.errno == errno.ENOMEM:
+            raise MemoryError from None
+        raise WrongFormatError(f"broken {kind}: {error.strerror or type(error).__name__}") from None
