@@ -247,7 +247,6 @@ def main() -> None:
     write_result(
         "preprocess",
         {
-            "command": "python -m benchmarks.bench_preprocess",
             "unit": "ms",
             "levels": _core.resize_levels(),
             "tables": tables,

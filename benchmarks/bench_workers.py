@@ -118,7 +118,7 @@ def main() -> None:
             table.add_row(photo, what, str(value), str(kinds["processes"][what]))
     Console().print(table)
     print("MiB of each worker, PSS without the slab and inboxes:", measured["pss_mib_of_each_worker"])
-    write_result("workers", {"command": "python -m benchmarks.bench_workers", **measured})
+    write_result("workers", measured)
 
 
 if __name__ == "__main__":

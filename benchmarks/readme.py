@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 from benchmarks.report import RESULTS
@@ -159,22 +160,15 @@ def int8() -> str:
     return markdown(header, rows)
 
 
-def images() -> str:
-    [(_, result)] = results("media_images")
+def media(name: str, what: str, peer: str) -> str:
+    """Files of every format, read by a peer and by us."""
+    [(_, result)] = results(name)
     rows = []
-    for name, figures in result["formats"].items():
-        pillow, ours = (figures[side]["median"] for side in ("Pillow", "ours"))
-        rows.append([name, f"{figures['bytes'] / 1e3:,.0f}", f"{pillow:.1f}", f"{ours:.1f}", f"{pillow / ours:.1f}x"])
-    return markdown(["1024x768 as", "KB", "Pillow, ms", "ours, ms", ""], rows)
-
-
-def sounds() -> str:
-    [(_, result)] = results("media_sounds")
-    rows = []
-    for name, figures in result["formats"].items():
-        peer, ours = (figures[side]["median"] for side in ("PyAV and Hugging Face", "ours"))
-        rows.append([name, f"{figures['bytes'] / 1e6:.1f}", f"{peer:.0f}", f"{ours:.0f}", f"{peer / ours:.1f}x"])
-    return markdown(["30 s of stereo as", "MB", "PyAV and Hugging Face, ms", "ours, ms", ""], rows)
+    for file_format, figures in result["formats"].items():
+        theirs, ours = (figures[side]["median"] for side in (peer, "ours"))
+        milliseconds = (f"{theirs:.1f}", f"{ours:.1f}", f"{theirs / ours:.1f}x")
+        rows.append([file_format, f"{figures['bytes'] / 1e3:,.0f}", *milliseconds])
+    return markdown([what, "KB", f"{peer}, ms", "ours, ms", ""], rows)
 
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -187,8 +181,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "service": service,
     "cached": cached,
     "int8": int8,
-    "images": images,
-    "sounds": sounds,
+    "images": partial(media, "media_images", "1024x768 as", "Pillow"),
+    "sounds": partial(media, "media_sounds", "30 s of stereo as", "PyAV and Hugging Face"),
 }
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import platform
+import shlex
+import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,11 +29,17 @@ def machine() -> dict[str, Any]:
     }
 
 
+def command() -> str:
+    """That made the figures."""
+    spec = sys.modules["__main__"].__spec__
+    return shlex.join(["python", "-m", spec.name if spec else sys.argv[0], *sys.argv[1:]])
+
+
 def write_result(name: str, result: dict[str, Any]) -> Path:
-    """`results/<name>.json`, with the machine beside the figures."""
+    """`results/<name>.json`, with the machine and the command beside the figures."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps({"machine": machine(), **result}, indent=2) + "\n")
+    path.write_text(json.dumps({"machine": machine(), "command": command(), **result}, indent=2) + "\n")
     print(f"wrote {path.relative_to(RESULTS.parent.parent)}")
     return path
 
