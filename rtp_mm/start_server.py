@@ -15,6 +15,8 @@ from rtp_mm.logs import setup_logs
 if TYPE_CHECKING:
     from rtp_mm.server.app import LoadEngine
 
+_SPINS = "2000"  # some 100 us, which is about what waking a thread takes
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0 after a drain, 1 with one line on stderr where the server cannot start."""
@@ -23,6 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
         _check(settings)
     except StartError as error:
         return _failed(error)
+    _share_cores()
     from rtp_mm.library import load_engine
 
     return run(settings, load_engine)
@@ -57,6 +60,13 @@ def _check(settings: Settings) -> None:
         raise StartError("CHECKPOINT_PATH is not set: the folder of a model in Hugging Face format")
     if not settings.checkpoint_path.expanduser().is_dir():
         raise StartError(f"CHECKPOINT_PATH={settings.checkpoint_path} is no folder")
+
+
+def _share_cores() -> None:
+    """Before torch is imported. Its OpenMP threads wait for each other without giving up their core, libgomp's by
+    default for 300,000 rounds, milliseconds of a core that the preprocess workers want just then."""
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)
 
 
 def _failed(error: StartError) -> int:

@@ -195,6 +195,21 @@ def test_starting_imports_no_torch_before_it_must() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
 
 
+@pytest.mark.parametrize("chosen", ["GOMP_SPINCOUNT", "OMP_WAIT_POLICY", None])
+def test_threads_that_wait_leave_their_core_unless_the_environment_says_how(
+    chosen: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.delenv(name)
+    if chosen:
+        monkeypatch.setenv(chosen, "set")
+    monkeypatch.setattr("rtp_mm.start_server.run", lambda settings, load_engine: 0)
+    assert main(["--checkpoint_path", str(tmp_path)]) == 0
+    expected = {"GOMP_SPINCOUNT": "set", "OMP_WAIT_POLICY": None, None: "2000"}
+    assert os.environ.get("GOMP_SPINCOUNT") == expected[chosen]
+
+
 def test_in_process_and_remote_give_the_same_bits(tiny_qwen2_5_vl: Path, photo_path: Path) -> None:
     port = free_start_port()
     environment = os.environ | {
