@@ -1,4 +1,6 @@
-"""The tower's CPU kernels against PyTorch's, at the shapes of Qwen2.5-VL, in GFLOP/s and parts of the machine's peak.
+"""The tower's CPU kernels against PyTorch's, at the shapes of Qwen2.5-VL 3B.
+
+Those that multiply in GFLOP/s and parts of the machine's peak, those that move memory in GB/s and parts of a copy's.
 
     python -m benchmarks.bench_kernels [--threads 1]
 
@@ -9,25 +11,32 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, astuple
 from functools import partial
 from itertools import accumulate
 from typing import Any
 
 import torch
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 from torch.nn import functional as F
+from transformers import vision_utils
+from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionConfig
+from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLVisionRotaryEmbedding
 
 from benchmarks.harness import interleave
 from benchmarks.peak import fma_peak
 from benchmarks.report import write_result
 from rtp_mm import ops
+from rtp_mm.models.qwen2_vl import PUBLISHED_PROCESSOR
 from rtp_mm.vit.attention import Segments, sdpa
-from rtp_mm.vit.rope import RotaryTable
+from rtp_mm.vit.patch_embed import PatchEmbed
+from rtp_mm.vit.rope import RotaryAngles, RotaryTable
 
 Contenders = dict[str, Callable[[], object]]
+Cases = dict[str, Callable[[], tuple[Contenders, float]]]  # and a run's operations, or bytes
 
 # name, K, N, activation
 LAYERS = [
@@ -40,7 +49,9 @@ LAYERS = [
 ]
 ROWS = (1768, 257, 64, 16, 1)
 SEGMENTS = {"windows": [64] * 27, "256": [256], "1768": [1768]}
-HEADS, HEAD_DIM = 16, 80
+WIDTH, HEADS, HEAD_DIM, PATCH, MERGE, WINDOW = 1280, 16, 80, 14, 2, 4
+# Images of about 64, 256 and 1768 patches.
+GRIDS = {"64": (1, 8, 8), "256": (1, 16, 16), "1768": (1, 34, 52)}
 PEERS = ("onednn, widened", "torch float32", "torch bf16")
 
 
@@ -74,13 +85,85 @@ def attention_contenders(lengths: list[int]) -> tuple[Contenders, float]:
     }, 4.0 * sum(length**2 for length in lengths) * HEADS * HEAD_DIM
 
 
-def cases() -> dict[str, Callable[[], tuple[Contenders, float]]]:
-    layers = {
+def patch_embed_contenders(rows: int, frames: int) -> tuple[Contenders, float]:
+    """From bytes, in window order; the peers get what Hugging Face's processor gives, normalised floats in which a
+    still image stands twice, and count only what ours multiplies."""
+    processor = PUBLISHED_PROCESSOR
+    module = PatchEmbed(WIDTH, 3, 2, PATCH)
+    published = module.proj.weight.data.normal_(std=1176**-0.5).flatten(1)
+    module.fold(processor.image_mean, processor.image_std, torch.float32)
+    patches = torch.randint(0, 256, (rows, 3 * frames * PATCH**2), dtype=torch.uint8)
+    groups = torch.randperm(rows // MERGE**2)
+    order = groups.int()
+    pixels, half_weight = torch.randn(rows, 1176), published.bfloat16()
+    half_pixels = pixels.bfloat16()
+    return {
+        "ours": lambda: module(patches, order),
+        "torch float32": lambda: in_windows(F.linear(pixels, published), groups),
+        "torch bf16": lambda: in_windows(F.linear(half_pixels, half_weight), groups),
+    }, 2.0 * patches.numel() * WIDTH
+
+
+def in_windows(rows: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """[N, D], its groups of N / len(order) rows in `order`."""
+    return rows.reshape(len(order), -1)[order].view(rows.shape)
+
+
+def rms_norm_contenders(rows: int) -> tuple[Contenders, float]:
+    x, weight = torch.randn(rows, WIDTH), torch.rand(WIDTH)
+    half_x, half_weight = x.bfloat16(), weight.bfloat16()
+    return {
+        "ours": lambda: ops.rms_norm(x, weight, 1e-6),
+        "torch float32": lambda: F.rms_norm(x, [WIDTH], weight, 1e-6),
+        "torch bf16": lambda: F.rms_norm(half_x, [WIDTH], half_weight, 1e-6),
+    }, 8.0 * x.numel()
+
+
+def positions_contenders(grid: tuple[int, int, int]) -> tuple[Contenders, float]:
+    """Everything about positions that a forward needs; the peer makes it by transformers' functions."""
+    angles = RotaryAngles(HEAD_DIM, torch.device("cpu")).up_to(max(grid))
+    rotary = Qwen2VLVisionRotaryEmbedding(Qwen2VLVisionConfig(embed_dim=WIDTH, num_heads=HEADS))
+    grid_thw = torch.tensor([grid])
+
+    def transformers() -> object:
+        ids = vision_utils.get_vision_position_ids(grid_thw, MERGE)
+        order, cu_windows = vision_utils.get_vision_window_index(grid_thw, MERGE, WINDOW * MERGE * PATCH, PATCH)
+        tables = [in_windows(table, order) for table in rotary(grid_thw, ids)]
+        return tables, cu_windows, vision_utils.get_vision_cu_seqlens(grid_thw), order.argsort()
+
+    tensors = [v for v in astuple(ops.vision_positions([grid], MERGE, WINDOW, angles)) if isinstance(v, torch.Tensor)]
+    return {
+        "ours": lambda: ops.vision_positions([grid], MERGE, WINDOW, angles),
+        "transformers": transformers,
+    }, float(sum(tensor.nbytes for tensor in tensors))
+
+
+def multiplying() -> Cases:
+    layers: Cases = {
         f"{name}, {rows} rows": partial(linear_contenders, rows, k, n, activation)
         for name, k, n, activation in LAYERS
         for rows in ROWS
     }
-    return layers | {f"attention, {name}": partial(attention_contenders, s) for name, s in SEGMENTS.items()}
+    patches: Cases = {
+        f"patch_embed, {kind}, {rows} rows": partial(patch_embed_contenders, rows, frames)
+        for kind, frames in (("still", 1), ("clip", 2))
+        for rows in (1768, 64)
+    }
+    attention: Cases = {f"attention, {name}": partial(attention_contenders, s) for name, s in SEGMENTS.items()}
+    return patches | layers | attention
+
+
+def moving() -> Cases:
+    norms: Cases = {f"rms_norm, {rows} rows": partial(rms_norm_contenders, rows) for rows in (1768, 64)}
+    positions: Cases = {f"vision_positions, {name}": partial(positions_contenders, g) for name, g in GRIDS.items()}
+    return norms | positions
+
+
+def copy_peak() -> tuple[Callable[[], object], float]:
+    """A contender for `interleave`, and the bytes that one run of it reads and writes: far more than a cache holds."""
+    source = torch.ones(64 << 20, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source), 2.0 * source.nbytes
 
 
 @torch.inference_mode()
@@ -92,22 +175,37 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     clock = time.thread_time if options.threads == 1 else time.perf_counter
-    peak, peak_operations = fma_peak()
-    results: dict[str, Any] = {}
-    table = Table("", "ours", "of peak", *PEERS, title="GFLOP/s")
-    for name, make in cases().items():
-        if options.only not in name:
-            continue
-        contenders, operations = make()
-        timings = interleave({"peak": peak, **contenders}, options.rounds, clock)
-        rates = {key: operations / timings[key].median * 1e-6 for key in contenders}
-        rates["peak"] = peak_operations / timings["peak"].best * 1e-6
-        results[name] = {"gflops": rates, "milliseconds": {key: asdict(timings[key]) for key in contenders}}
-        others = (f"{rates[key]:.0f}" if key in rates else "" for key in PEERS)
-        table.add_row(name, f"{rates['ours']:.0f}", f"{rates['ours'] / rates['peak']:.0%}", *others)
-    Console().print(table)
+    selected = [{k: v for k, v in cases.items() if options.only in k} for cases in (multiplying(), moving())]
+    results = {
+        "gflops": measure(selected[0], "GFLOP/s", PEERS, fma_peak(), options.rounds, clock),
+        "gigabytes": measure(selected[1], "GB/s", (*PEERS[1:], "transformers"), copy_peak(), options.rounds, clock),
+    }
     if not options.only:
-        write_result(f"kernels_{options.threads}_threads", {"cases": results})
+        write_result(f"kernels_{options.threads}_threads", results)
+
+
+def measure(
+    cases: Cases,
+    unit: str,
+    peers: Sequence[str],
+    roof: tuple[Callable[[], object], float],
+    rounds: int,
+    clock: Callable[[], float],
+) -> dict[str, Any]:
+    """Rates of every case in 1e9 of its unit a second, and its milliseconds; shown as a table."""
+    peak, peak_work = roof
+    results: dict[str, Any] = {}
+    table = Table("", "ours", "of peak", *peers, title=unit)
+    for name, make in track(cases.items(), unit):
+        contenders, work = make()
+        timings = interleave({"peak": peak, **contenders}, rounds, clock)
+        rates = {key: work / timings[key].median * 1e-6 for key in contenders}
+        rates["peak"] = peak_work / timings["peak"].best * 1e-6
+        results[name] = {"rates": rates, "milliseconds": {key: asdict(timings[key]) for key in contenders}}
+        others = (f"{rates[key]:.3g}" if key in rates else "" for key in peers)
+        table.add_row(name, f"{rates['ours']:.3g}", f"{rates['ours'] / rates['peak']:.0%}", *others)
+    Console().print(table)
+    return results
 
 
 if __name__ == "__main__":
