@@ -18,11 +18,18 @@ from scripted_worker import script
 from waiting import until
 from worker_pools import IMAGE, MEMORY_MB, NO_OPTIONS, is_gone, run, text, until_slab_is_free
 
-from rtp_mm.engine import worker_pool
+from rtp_mm.engine import worker_pool, worker_talk
 from rtp_mm.engine.worker_pool import WorkerPool
 from rtp_mm.engine.worker_process import WorkerDiedError
 from rtp_mm.errors import NotSupportedError, ProcessError, WrongFormatError
-from rtp_mm.types import Blob, MMUrlType, PreprocessOptions
+from rtp_mm.types import Blob, MMUrlType, Patches, PreprocessOptions
+
+
+def patches(answer: dict[str, Any]) -> Patches:
+    """What becomes of an answer about 4 rows."""
+    prepared = worker_talk.prepared_by({"decoded_frames": 0, **answer}, (4, 12))(np.zeros((4, 12), np.uint8))
+    assert isinstance(prepared, Patches)
+    return prepared
 
 
 async def test_rows_are_those_of_this_process(pair: WorkerPool, photos: dict[str, NDArray[np.uint8]]) -> None:
@@ -70,24 +77,24 @@ async def test_errors_keep_their_class_and_others_their_secrets(
 
 @pytest.mark.parametrize("shape", [None, 4, [], [4], [4, 12, 1], [-4, -12], [0, 12], [4, "12"], [4.0, 12]], ids=repr)
 def test_shapes_that_are_none_are_a_workers_end(shape: Any) -> None:
-    assert worker_pool._shape({"shape": [4, 12]}) == (4, 12)
+    assert worker_talk.rows_shape({"shape": [4, 12]}) == (4, 12)
     with pytest.raises(WorkerDiedError):
-        worker_pool._shape({"shape": shape})
+        worker_talk.rows_shape({"shape": shape})
 
 
 @pytest.mark.parametrize("grid", [None, [4], [1, 2, 3], [-1, -2, 2], [1, 2.0, 2], [1, 4], [1, "2", 2]], ids=repr)
 def test_grids_that_do_not_fit_are_a_workers_end(grid: Any) -> None:
-    assert worker_pool._grid({"grid": [1, 2, 2]}, (4, 12)) == (1, 2, 2)
+    assert patches({"grid": [1, 2, 2]}).grid_thw == (1, 2, 2)
     with pytest.raises(WorkerDiedError):
-        worker_pool._grid({"grid": grid}, (4, 12))
+        patches({"grid": grid})
 
 
 @pytest.mark.parametrize("seconds", [0.0, -1.0, 1, "1", float("nan"), float("inf"), [1.0]], ids=repr)
 def test_a_clips_timing_is_a_positive_number_or_none(seconds: object) -> None:
-    assert worker_pool._seconds({"seconds_per_grid": 0.5}) == 0.5
-    assert worker_pool._seconds({}) is None
+    assert patches({"grid": [1, 2, 2], "seconds_per_grid": 0.5}).seconds_per_grid == 0.5
+    assert patches({"grid": [1, 2, 2]}).seconds_per_grid is None
     with pytest.raises(WorkerDiedError):
-        worker_pool._seconds({"seconds_per_grid": seconds})
+        patches({"grid": [1, 2, 2], "seconds_per_grid": seconds})
 
 
 async def test_rows_over_the_slab_and_files_over_the_inbox_are_refused(pool: WorkerPool) -> None:

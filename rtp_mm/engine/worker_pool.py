@@ -11,21 +11,19 @@ import logging
 import math
 import pickle
 from collections import Counter, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-import numpy as np
-from numpy.typing import NDArray
-
+from rtp_mm.engine import worker_talk
 from rtp_mm.engine.slab import Slab, Slot
 from rtp_mm.engine.worker_process import WorkerDiedError, WorkerProcess
-from rtp_mm.errors import DrainingError, MMError, NotSupportedError, ProcessError, StartError, WrongFormatError
+from rtp_mm.errors import DrainingError, MMError, ProcessError, StartError, WrongFormatError
 from rtp_mm.logs import log_event
-from rtp_mm.preprocess.worker import Place, Setup, Task
-from rtp_mm.types import Blob, LogMel, MMUrlType, Patches, Prepared, PreprocessOptions
+from rtp_mm.preprocess.worker import Place, Setup
+from rtp_mm.types import Blob, MMUrlType, Prepared, PreprocessOptions
 
 _log = logging.getLogger(__name__)
 
@@ -35,7 +33,6 @@ _GRACE_S = 1.0  # for work that nobody waits for any more: about what a new work
 _AHEAD_BYTES = 8 << 20  # more rows wait for their room until they are needed; their images may yet be given up
 _INLINE_BYTES = 1 << 20  # a longer copy, of 0.3 ms and more, leaves the event loop
 _FIRST_RETRY_S, _LAST_RETRY_S = 0.1, 1.0  # between starts of workers that do not start
-_ERRORS = {cls.__name__: cls for cls in (WrongFormatError, NotSupportedError, ProcessError)}  # what a worker may raise
 
 
 @dataclass(slots=True, eq=False)
@@ -193,21 +190,21 @@ class WorkerPool:
 
     async def _patches(self, worker: WorkerProcess, job: _Job) -> Prepared:
         """One conversation. Every figure of the worker's is checked before anything is read or written by it."""
-        content = _as_bytes(job.blob.data)
+        content = worker_talk.content(job.blob)
         if content.size > _INLINE_BYTES:
             await self._in_thread(worker.fill, content)
         else:
             worker.fill(content)
         place = self._place_ahead(job)
-        worker.tell(_task(job, place))
+        worker.tell(worker_talk.task(job.blob, job.mm_type, job.options, place))
         job.is_begun = True
-        answer = _checked(await worker.answer(), job)
+        answer = worker_talk.checked(await worker.answer(), job.blob.source)
         if place is None or "shape" in answer:
-            place = await self._asked_place(worker, job, _shape(answer))
-            answer = _checked(await worker.answer(), job)
+            place = await self._asked_place(worker, job, worker_talk.rows_shape(answer))
+            answer = worker_talk.checked(await worker.answer(), job.blob.source)
         worker.clear(content.size)
-        make = _prepared(answer, place.shape)
-        return make(self.slab.rows(job.slots.pop(), place.shape, self._take_back))
+        prepared = worker_talk.prepared_by(answer, place.shape)
+        return prepared(self.slab.rows(job.slots.pop(), place.shape, self._take_back))
 
     def _place_ahead(self, job: _Job) -> Place | None:
         """For rows as foreseen, if they are few and there is room that nobody waits for."""
@@ -325,67 +322,3 @@ def _discard(start: Future[WorkerProcess]) -> None:
     if not start.cancelled() and start.exception() is None:
         start.result().kill()
         start.result().end()
-
-
-def _as_bytes(data: bytes | NDArray[Any]) -> NDArray[np.uint8]:
-    if isinstance(data, bytes):
-        return np.frombuffer(data, np.uint8)
-    return data.reshape(-1).view(np.uint8)
-
-
-def _task(job: _Job, place: Place | None) -> Task:
-    data = job.blob.data
-    dtype, shape = (None, ()) if isinstance(data, bytes) else (data.dtype.str, data.shape)
-    return Task(job.mm_type, job.options, job.blob.content_hash, job.blob.source, job.blob.nbytes, dtype, shape, place)
-
-
-def _checked(answer: Mapping[str, Any], job: _Job) -> Mapping[str, Any]:
-    """The answer; raises the error that it may be instead."""
-    if "bug" in answer:
-        stack = answer.get("stack")
-        log_event(_log, "preprocessing failed", logging.ERROR, source=job.blob.source, stack=stack)
-        raise ProcessError(f"preprocessing failed with {answer['bug']}")
-    if "error" in answer:
-        raise _ERRORS.get(answer["error"], ProcessError)(answer.get("text"))
-    return answer
-
-
-def _shape(answer: Mapping[str, Any]) -> tuple[int, int]:
-    match answer.get("shape"):
-        case [int(count), int(columns)] if count > 0 and columns > 0:
-            return count, columns
-    raise WorkerDiedError
-
-
-def _prepared(answer: Mapping[str, Any], shape: tuple[int, int]) -> Callable[[NDArray[np.uint8]], Prepared]:
-    """What to make of the rows, all figures checked."""
-    if "cut_s" not in answer:
-        grid, seconds, decoded = _grid(answer, shape), _seconds(answer), _count(answer, "decoded_frames")
-        return lambda rows: Patches(rows, grid, seconds, decoded)
-    cut_s = answer["cut_s"]
-    if shape[1] % 4 or not (cut_s is None or (isinstance(cut_s, float) and 0 < cut_s < math.inf)):
-        raise WorkerDiedError
-    return lambda rows: LogMel(rows.view(np.float32), cut_s)
-
-
-def _grid(answer: Mapping[str, Any], shape: tuple[int, int]) -> tuple[int, int, int]:
-    match answer.get("grid"):
-        case [int(t), int(h), int(w)] if min(t, h, w) > 0 and t * h * w == shape[0]:
-            return t, h, w
-    raise WorkerDiedError
-
-
-def _seconds(answer: Mapping[str, Any]) -> float | None:
-    match answer.get("seconds_per_grid"):
-        case None:
-            return None
-        case float(seconds) if 0 < seconds < math.inf:
-            return seconds
-    raise WorkerDiedError
-
-
-def _count(answer: Mapping[str, Any], name: str) -> int:
-    match answer.get(name):
-        case int(count) if count >= 0:
-            return count
-    raise WorkerDiedError

@@ -1,0 +1,92 @@
+"""What is said to a preprocess worker, and what of its answers is believed: nothing that was not checked.
+
+Functions that read an answer raise `WorkerDiedError` for one that makes no sense: a worker that says such things is
+treated as dead.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rtp_mm.engine.worker_process import WorkerDiedError
+from rtp_mm.errors import NotSupportedError, ProcessError, WrongFormatError
+from rtp_mm.logs import log_event
+from rtp_mm.preprocess.worker import Place, Task
+from rtp_mm.types import Blob, LogMel, MMUrlType, Patches, Prepared, PreprocessOptions
+
+Answer = Mapping[str, Any]
+
+_log = logging.getLogger(__name__)
+
+_ERRORS = {cls.__name__: cls for cls in (WrongFormatError, NotSupportedError, ProcessError)}  # what a worker may raise
+
+
+def content(blob: Blob) -> NDArray[np.uint8]:
+    """[blob.nbytes], a view of its bytes."""
+    if isinstance(blob.data, bytes):
+        return np.frombuffer(blob.data, np.uint8)
+    return blob.data.reshape(-1).view(np.uint8)
+
+
+def task(blob: Blob, mm_type: MMUrlType, options: PreprocessOptions, place: Place | None) -> Task:
+    """All that a worker hears of an item, but for its bytes. `place` for its rows, where they are foreseen."""
+    dtype, shape = (None, ()) if isinstance(blob.data, bytes) else (blob.data.dtype.str, blob.data.shape)
+    return Task(mm_type, options, blob.content_hash, blob.source, blob.nbytes, dtype, shape, place)
+
+
+def checked(answer: Answer, source: str) -> Answer:
+    """The answer about the item from `source`; raises the `MMError` that it may be instead."""
+    if "bug" in answer:
+        log_event(_log, "preprocessing failed", logging.ERROR, source=source, stack=answer.get("stack"))
+        raise ProcessError(f"preprocessing failed with {answer['bug']}")
+    if "error" in answer:
+        raise _ERRORS.get(answer["error"], ProcessError)(answer.get("text"))
+    return answer
+
+
+def rows_shape(answer: Answer) -> tuple[int, int]:
+    """Of the rows that the worker asks room for."""
+    match answer.get("shape"):
+        case [int(count), int(columns)] if count > 0 and columns > 0:
+            return count, columns
+    raise WorkerDiedError
+
+
+def prepared_by(answer: Answer, shape: tuple[int, int]) -> Callable[[NDArray[np.uint8]], Prepared]:
+    """What to make of the rows of that shape."""
+    if "cut_s" not in answer:
+        grid, seconds, decoded = _grid(answer, shape), _seconds(answer), _count(answer, "decoded_frames")
+        return lambda rows: Patches(rows, grid, seconds, decoded)
+    cut_s = answer["cut_s"]
+    if shape[1] % 4 or not (cut_s is None or (isinstance(cut_s, float) and 0 < cut_s < math.inf)):
+        raise WorkerDiedError
+    return lambda rows: LogMel(rows.view(np.float32), cut_s)
+
+
+def _grid(answer: Answer, shape: tuple[int, int]) -> tuple[int, int, int]:
+    match answer.get("grid"):
+        case [int(t), int(h), int(w)] if min(t, h, w) > 0 and t * h * w == shape[0]:
+            return t, h, w
+    raise WorkerDiedError
+
+
+def _seconds(answer: Answer) -> float | None:
+    match answer.get("seconds_per_grid"):
+        case None:
+            return None
+        case float(seconds) if 0 < seconds < math.inf:
+            return seconds
+    raise WorkerDiedError
+
+
+def _count(answer: Answer, name: str) -> int:
+    match answer.get(name):
+        case int(count) if count >= 0:
+            return count
+    raise WorkerDiedError
