@@ -63,10 +63,13 @@ def encode(
     group: int = 10,
     rotation: int = 0,
     with_sound: bool = False,
+    muxer: Mapping[str, str] | None = None,
 ) -> bytes:
-    """A file of these frames. `times`: when each is shown, in units of 1 / `rate`; a variable frame rate."""
+    """A file of these frames. `times`: when each is shown, in units of 1 / `rate`; a variable frame rate. `muxer`: the
+    container's options.
+    """
     file = io.BytesIO()
-    with av.open(file, "w", format=container) as out:
+    with av.open(file, "w", format=container, options=dict(muxer or {})) as out:
         stream: Any = out.add_stream(codec, rate=rate, options=dict(options or {}))
         stream.height, stream.width = frames[0].shape[:2]
         stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"

@@ -1,6 +1,7 @@
 """Videos: chosen frames of a file, with FFmpeg (PyAV).
 
-Frame i is the i-th that a decoder gives which decodes the whole file. Pixels are libswscale's conversion to RGB as PyAV
+Frame i is the i-th that a decoder gives which decodes the whole file; what the container's edit list hides is none.
+Pixels are libswscale's conversion to RGB as PyAV
 asks for it (bilinear chroma where the frame's layout has no direct conversion; the frame's own matrix and range). They
 are turned as the container's display matrix says, as decord and torchcodec (0.11) do; the sample aspect ratio is
 ignored.
@@ -123,10 +124,11 @@ class _NotIndexedError(Exception):
 class _Video:
     """Reads all packets once, without decoding: when each is shown, and where decoding may start. Then only the
     packets are decoded that the chosen frames need: from the last entry before a frame up to it, without those that no
-    other frame refers to.
+    other frame refers to. An edit list may hide packets before the first frame that is shown, and after the last:
+    these are decoded where others refer to them.
 
-    Where packets do not tell what is shown and when (AVI with reordered frames, broken starts), the whole file is
-    decoded, once to count and once to read.
+    Where packets do not tell what is shown and when (AVI with reordered frames, broken starts, a cut in the middle),
+    the whole file is decoded, once to count and once to read.
     """
 
     def __init__(
@@ -137,8 +139,9 @@ class _Video:
         self._context = stream.codec_context
         self._context.thread_type = "AUTO"
         self._nal = NalReader.of(self._context.name, self._context.extradata)
-        self._times = array("q")  # of each packet that shows a frame, in the order of decoding
-        self._entries: list[int] = []  # of these, where decoding may start
+        self._start = 0  # no packet is earlier
+        self._times = array("q")  # of each packet, in the order of decoding
+        self._entries: list[int] = []  # places of the packets where decoding may start
         self._seek_times: list[int | None] = []  # of each entry, by the demuxer's index
         self.decoded = 0
         check_pixels(self._context.width, self._context.height, limits.max_pixels)
@@ -150,7 +153,10 @@ class _Video:
         self._is_indexed = self._index()
         if not (self._is_indexed or may_decode_all):
             raise _NotIndexedError
-        self._shown = self._order() if self._is_indexed else self._count()
+        if self._is_indexed:
+            self._find_turn()
+        else:
+            self._shown = self._count()
         self.frames = len(self._shown)
         if not self.frames:
             raise WrongFormatError("a video without frames")
@@ -163,28 +169,35 @@ class _Video:
 
     def _index(self) -> bool:
         """Fills the index; False where it does not tell what a decoder shows."""
+        shown = array("q")
         is_reliable = self._container.format.name.split(",")[0] in _TIMED or not self._context.has_b_frames
         for packet in self._packets():
-            if packet.is_discard:
-                self.is_trimmed = True
-                continue
+            if not self._times:
+                self._start = min(time for time in (0, packet.pts, packet.dts) if time is not None)
             if packet.is_keyframe and (self._nal is None or self._nal.is_entry(memoryview(packet))):
                 self._entries.append(len(self._times))
                 self._seek_times.append(packet.pts if packet.dts is None else packet.dts)
             is_reliable = is_reliable and packet.pts is not None
             self._times.append(packet.pts or 0)
+            if not packet.is_discard:
+                shown.append(packet.pts or 0)
             if len(self._times) > MAX_PACKETS:
                 raise WrongFormatError(f"a video of more than {MAX_PACKETS} frames")
-        if not self._times or self._entries[:1] != [0] or len(set(self._times)) < len(self._times):
+        self.is_trimmed = len(shown) < len(self._times)
+        self._shown = sorted(shown)
+        times = set(self._times)
+        if not shown or self._entries[:1] != [0] or len(times) < len(self._times):
             return False
-        return is_reliable and self._times[0] == min(self._times) and self._context.field_order in (0, 1)
+        first, last = self._shown[0], self._shown[-1]
+        is_cut = any(first < time < last for time in times.difference(shown))
+        return is_reliable and not is_cut and self._times[0] <= first and self._context.field_order in (0, 1)
 
-    def _order(self) -> list[int]:
-        """When each frame is shown, by the index. The first is decoded: a container's display matrix comes with it."""
+    def _find_turn(self) -> None:
+        """By the first packet: a container's display matrix comes with its frame, even where that is hidden."""
         self._rewind()
-        for frame in self._decode(islice(self._packets(), 1)):
-            self.turn = _quarter_turns(frame)
-        return sorted(self._times)
+        for packet in islice(self._packets(), 1):
+            for frame in self._decode(iter([type(packet)(bytes(packet))])):  # a copy is not marked as hidden
+                self.turn = _quarter_turns(frame)
 
     def _count(self) -> list[int]:
         """When each frame is shown, of all that a decoder gives."""
@@ -254,7 +267,7 @@ class _Video:
         """Packets from `entry` to `last`, without those that serve nothing."""
         first, is_under_way = self._entries[entry], False
         for packet in self._seek(entry, places):
-            place = None if packet.is_discard or packet.pts is None else places.get(packet.pts)
+            place = None if packet.pts is None else places.get(packet.pts)
             if place is None or place < first:
                 if is_under_way:
                     yield packet  # is shown never, but others may refer to it
@@ -271,7 +284,7 @@ class _Video:
             self._container.seek(time, stream=self._stream)
             packets = self._packets()
             first = next(packets, None)
-            if first and first.pts is not None and places.get(first.pts, self.frames) <= self._entries[entry]:
+            if first and first.pts is not None and places.get(first.pts, len(places)) <= self._entries[entry]:
                 yield first
                 yield from packets
                 return
@@ -279,8 +292,7 @@ class _Video:
         yield from self._packets()
 
     def _rewind(self) -> None:
-        start = self._times[0] if self._times else 0
-        self._container.seek(min(0, start), stream=self._stream)
+        self._container.seek(self._start, stream=self._stream)
 
     def _packets(self) -> Iterator[Packet[Any]]:
         """Of the stream, but for the empty one that ends it."""
