@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from benchmarks.harness import interleave
-from benchmarks.peers.hf_audio import HuggingFaceAudio
 from benchmarks.report import write_result
+from rtp_mm.cli.hugging_face_audio import HuggingFaceAudioPeer
 from rtp_mm.config import load_settings
 from rtp_mm.models.multimodal_common import ACT_DTYPES
 from rtp_mm.models.registry import load_model
@@ -38,8 +38,9 @@ def relative_l2(ours: torch.Tensor, reference: torch.Tensor) -> float:
 
 def measure(checkpoint: Path, act_type: str, rounds: int) -> list[dict[str, Any]]:
     part: Any = load_model(load_settings(checkpoint_path=checkpoint, act_type=act_type, device="cpu")).mm_part
-    peer = HuggingFaceAudio(checkpoint, ACT_DTYPES[act_type])
-    exact = peer if act_type == "fp32" else HuggingFaceAudio(checkpoint)
+    device = torch.device("cpu")
+    peer = HuggingFaceAudioPeer(checkpoint, ACT_DTYPES[act_type], device)
+    exact = peer if act_type == "fp32" else HuggingFaceAudioPeer(checkpoint, torch.float32, device)
     rows = []
     for seconds in SECONDS:
         samples = noise(seconds)
@@ -51,10 +52,10 @@ def measure(checkpoint: Path, act_type: str, rounds: int) -> list[dict[str, Any]
         prepared, features = prepare(), peer.features(samples)
         frames = interleave({"ours": prepare, "peer": lambda s=samples: peer.features(s)}, rounds)
         tower = interleave(
-            {"ours": lambda p=prepared: part.mm_process(p), "peer": lambda f=features: peer.forward(*f)}, rounds
+            {"ours": lambda p=prepared: part.mm_process(p), "peer": lambda f=features: peer.forward(f)}, rounds
         )
         reference = exact.embed(samples)
-        errors = {"ours": part.mm_process(prepared), "peer": peer.forward(*features)}
+        errors = {"ours": part.mm_process(prepared), "peer": peer.forward(features)}
         rows.append(
             {
                 "seconds": seconds,

@@ -12,7 +12,7 @@ from huggingface import relative_l2
 from running_server import RunningServer, running_server
 from sounds import encode, speech
 
-from benchmarks.peers.hf_audio import HuggingFaceAudio
+from rtp_mm.cli.hugging_face_audio import HuggingFaceAudioPeer
 from rtp_mm.errors import NotSupportedError, WrongFormatError
 from rtp_mm.server.client import RemoteEngine
 from rtp_mm.types import MMUrlType
@@ -40,7 +40,8 @@ def test_sounds_over_the_wire_equal_hugging_face(engine: RemoteEngine, tiny_qwen
     types = [MMUrlType.AUDIO, MMUrlType.DEFAULT, MMUrlType.DEFAULT, MMUrlType.TENSOR]
     tensors = [None, None, None, torch.from_numpy(samples)]
     result = engine.submit([str(path), str(path), str(film), ""], types, tensors)
-    assert relative_l2(result.embeddings[0], HuggingFaceAudio(tiny_qwen2_audio).embed(samples)) <= 1e-5
+    peer = HuggingFaceAudioPeer(tiny_qwen2_audio, torch.float32, torch.device("cpu"))
+    assert relative_l2(result.embeddings[0], peer.embed(samples)) <= 1e-5
     for embedding in result.embeddings[1:]:
         assert torch.equal(embedding, result.embeddings[0])
     assert result.position_ids is None

@@ -14,13 +14,14 @@ from huggingface import relative_l2
 from sounds import speech
 from towers import Load, check_batching_is_invisible, loader
 
-from benchmarks.peers.hf_audio import HuggingFaceAudio
+from rtp_mm.cli.hugging_face_audio import HuggingFaceAudioPeer
 from rtp_mm.config import load_settings
 from rtp_mm.errors import ProcessError, StartError
 from rtp_mm.models.random_checkpoint import checkpoint_tensors, model_config, write_checkpoint
 from rtp_mm.models.registry import load_model
 from rtp_mm.types import Blob, LogMel, MMUrlType, PreprocessOptions
 
+CPU = torch.device("cpu")
 # 1, 1, 1, 2, 3 and 5 tokens, odd and even steps, then seconds, and the edges of 30 s.
 LENGTHS = [321, 640, 961, 1281, 2000, 3333, 16001, 479999]
 
@@ -32,8 +33,8 @@ def model(request: pytest.FixtureRequest, tiny_qwen2_audio: Path) -> Load:
 
 
 @pytest.fixture(scope="module")
-def peer(tiny_qwen2_audio: Path) -> HuggingFaceAudio:
-    return HuggingFaceAudio(tiny_qwen2_audio)
+def peer(tiny_qwen2_audio: Path) -> HuggingFaceAudioPeer:
+    return HuggingFaceAudioPeer(tiny_qwen2_audio, torch.float32, CPU)
 
 
 def prepare(part: Any, length: int, seed: int = 0) -> LogMel:
@@ -42,7 +43,7 @@ def prepare(part: Any, length: int, seed: int = 0) -> LogMel:
     return prepared
 
 
-def test_float32_equals_hugging_face(model: Load, peer: HuggingFaceAudio) -> None:
+def test_float32_equals_hugging_face(model: Load, peer: HuggingFaceAudioPeer) -> None:
     part = model()
     errors = [relative_l2(part.mm_process(prepare(part, n)), peer.embed(speech(n))) for n in LENGTHS]
     assert max(errors) <= 1e-5, errors
@@ -59,9 +60,9 @@ def test_tokens_follow_the_published_rule(model: Load) -> None:
 
 
 def test_bf16_is_at_least_as_close_to_float32_as_hugging_face_bf16(
-    model: Load, peer: HuggingFaceAudio, tiny_qwen2_audio: Path
+    model: Load, peer: HuggingFaceAudioPeer, tiny_qwen2_audio: Path
 ) -> None:
-    peer_bf16 = HuggingFaceAudio(tiny_qwen2_audio, torch.bfloat16)
+    peer_bf16 = HuggingFaceAudioPeer(tiny_qwen2_audio, torch.bfloat16, CPU)
     part = model("bf16")
     ours, theirs = [], []
     for seed, length in enumerate([*LENGTHS[:7], 12345]):
@@ -72,7 +73,7 @@ def test_bf16_is_at_least_as_close_to_float32_as_hugging_face_bf16(
     assert all(o <= 1.1 * t for o, t in zip(ours, theirs, strict=True))
 
 
-def test_fp16_keeps_its_own_precision(model: Load, peer: HuggingFaceAudio) -> None:
+def test_fp16_keeps_its_own_precision(model: Load, peer: HuggingFaceAudioPeer) -> None:
     part = model("fp16")
     embedding = part.mm_process(prepare(part, 50000))
     assert embedding.dtype == torch.float16

@@ -17,13 +17,18 @@ from fake_engine import serving
 from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import load_file
+from sounds import encode as encode_sound
+from sounds import sine, speech
 
 import rtp_mm
 from rtp_mm.cli import app, main
 from rtp_mm.cli.compare import Comparison, Run, Task, compare, table
 from rtp_mm.cli.look import CAPTION, SCALE, draw, rebuild
 from rtp_mm.cli.options import markdown_table
+from rtp_mm.cli.spectrogram import AXIS, BAND, CUT_MARK
 from rtp_mm.cli.status import quantile
+from rtp_mm.models.qwen2_audio import PUBLISHED_RULE
+from rtp_mm.preprocess.log_mel import mel_filters
 from rtp_mm.types import MMEmbeddingRes, Patches
 
 
@@ -146,6 +151,43 @@ def test_bf16_is_no_further_from_float32_than_hugging_face(tiny_checkpoint: Path
     assert table(comparison, task).row_count == 5
 
 
+@pytest.fixture(scope="module")
+def sound_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """1.3 s of stereo at 44.1 kHz, which both sides mix and resample."""
+    path = tmp_path_factory.mktemp("sounds") / "speech.wav"
+    path.write_bytes(encode_sound(np.stack([speech(57330), speech(57330, 1)]), 44100))
+    return path
+
+
+def test_sounds_are_compared_with_hugging_face(tiny_qwen2_audio: Path, sound_path: Path) -> None:
+    exact = compare(Task(str(sound_path), tiny_qwen2_audio, act_type="fp32", device="cpu"))
+    assert exact.relative_error(exact.ours) < 1e-5
+    assert exact.token_cosines().min() > 1 - 1e-6
+    rounded = compare(Task(str(sound_path), tiny_qwen2_audio, device="cpu"))
+    assert 0 < rounded.relative_error(rounded.ours) <= rounded.relative_error(rounded.peer)
+
+
+def test_a_comparison_of_the_wrong_kind_is_one_line(
+    tiny_qwen2_audio: Path,
+    tiny_qwen2_5_vl: Path,
+    photo_path: Path,
+    sound_path: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    for file, checkpoint, reason in [
+        (photo_path, tiny_qwen2_audio, "broken sound"),
+        (sound_path, tiny_qwen2_5_vl, "an image is expected here, these bytes are audio"),
+        (sound_path, tmp_path, "no comparison for llama; there is one for qwen2_vl, qwen2_5_vl, qwen2_audio"),
+        (sound_path, tmp_path / "none", "config.json is missing"),
+    ]:
+        assert main(["compare", str(file), "--checkpoint", str(checkpoint), "--device", "cpu"]) == 1
+        message = capsys.readouterr().err
+        assert reason in message
+        assert message.strip().count("\n") == 0
+
+
 def test_comparison_finds_one_wrong_token() -> None:
     right = torch.eye(4)
     wrong = right.clone()
@@ -198,6 +240,34 @@ def test_look_shows_a_clips_frames_with_their_times(
     wrong = np.asarray(Image.fromarray(frames[-1]).convert("L").resize((width, height - CAPTION))).astype(int)
     assert np.abs(first - expected).mean() < 5 < np.abs(first - wrong).mean()
     assert sheet[height - CAPTION : height, :width].max() > 200, "a caption"
+
+
+def test_look_shows_a_sounds_spectrogram(
+    tiny_qwen2_audio: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A tone of 440 Hz is a bright line in the band that holds it."""
+    sound, out = tmp_path / "tone.wav", tmp_path / "look.png"
+    sound.write_bytes(encode_sound(sine(2.0), 16000))
+    assert main(["look", str(sound), "--checkpoint", str(tiny_qwen2_audio), "--out", str(out)]) == 0
+    assert "2.00 s, 200 frames of 128 mel bands, 50 tokens" in capsys.readouterr().out
+    seen = np.asarray(Image.open(out)).astype(int)
+    assert seen.shape == (BAND * 128 + AXIS, 200, 3)
+    loudest = 127 - seen[: BAND * 128, 100].sum(axis=-1).argmax() // BAND
+    edges = mel_filters(PUBLISHED_RULE)[:, loudest].nonzero()[0][[0, -1]] * 40  # Hz of the FFT's bins
+    assert edges[0] <= 440 <= edges[1]
+
+
+def test_look_marks_where_a_sound_was_cut(tiny_qwen2_audio: Path, tmp_path: Path, capsys: Any) -> None:
+    pictures = []
+    for seconds in (30, 31):
+        sound, out = tmp_path / "noise.wav", tmp_path / "look.png"
+        sound.write_bytes(encode_sound(speech(16000 * seconds), 16000))
+        assert main(["look", str(sound), "--checkpoint", str(tiny_qwen2_audio), "--out", str(out)]) == 0
+        assert ("cut at 30 s" in capsys.readouterr().out) == (seconds > 30)
+        pictures.append(np.asarray(Image.open(out)))
+    whole, cut = pictures
+    assert whole.shape == cut.shape
+    assert tuple(cut[10, -1]) == CUT_MARK != tuple(whole[10, -1])
 
 
 def test_draw_marks_windows_only_where_there_are_any() -> None:

@@ -123,7 +123,7 @@ def compare(
     act_type: Dtype = ActType.bf16,
     device: Device = "auto",
 ) -> None:
-    """Ours against Hugging Face on the same checkpoint and image: agreement, error against float32, times."""
+    """Ours against Hugging Face on the same checkpoint and image or sound: agreement, error against float32, times."""
     from rtp_mm.cli.compare import Task, run
 
     run(Task(url, checkpoint, min_pixels, max_pixels, repeat, act_type.value, device))
@@ -138,7 +138,7 @@ def look(
     max_pixels: MaxPixels = None,
 ) -> None:
     """Save what the tower sees: an image rebuilt from its patch rows, with patches, tokens and windows drawn in; of a
-    video the chosen frames with their times.
+    video the chosen frames with their times; of a sound its log-mel spectrogram.
     """
     from rtp_mm.cli.look import run
 

@@ -1,9 +1,8 @@
-"""`rtp-mm compare`: ours against Hugging Face on the same checkpoint and image."""
+"""`rtp-mm compare`: ours against Hugging Face on the same checkpoint and image or sound."""
 
 from __future__ import annotations
 
 import base64
-import io
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -11,21 +10,17 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from PIL import Image
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 import rtp_mm
-from rtp_mm.cli.hugging_face import HuggingFacePeer
+from rtp_mm.cli.hugging_face import Peer, peer_for
 from rtp_mm.cli.look import fetch
 from rtp_mm.config import load_settings
-from rtp_mm.errors import WrongFormatError
 from rtp_mm.models.multimodal_common import ACT_DTYPES
 from rtp_mm.models.registry import choose_device
 from rtp_mm.types import MMPreprocessConfig
-
-WARM_UP_SIDE = 56  # pixels; first calls cost allocations and thread pools that a server has behind it
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,21 +75,25 @@ def run(task: Task) -> None:
 
 
 def compare(task: Task, report: Callable[[str], None] = lambda step: None) -> Comparison:
-    """Each side warms up on a small image and then runs `task.repeat` times. Raises `StartError` and `MMError`."""
-    data = fetch(task.url, load_settings(checkpoint_path=task.checkpoint)).data
-    if not isinstance(data, bytes):
-        raise WrongFormatError("a comparison needs the file of an image")
+    """Each side warms up on a small file and then runs `task.repeat` times: first calls cost allocations and thread
+    pools that a server has behind it. Raises `StartError` and `MMError`.
+    """
+    settings = load_settings(checkpoint_path=task.checkpoint)
+    peer_type = peer_for(task.checkpoint)
+    data = fetch(task.url, settings, peer_type.mm_type).data
+    assert isinstance(data, bytes)
     report(f"ours, {task.act_type}")
-    ours = _ours(task, data)
+    ours = _ours(task, data, peer_type)
     report(f"Hugging Face, {task.act_type}")
-    peer = _peer(task, data)
+    peer = _peer(task, data, peer_type)
     if task.act_type == "fp32":
         return Comparison(ours, peer, reference=peer.embedding)
     report("Hugging Face, fp32: the reference")
-    return Comparison(ours, peer, reference=_peer(replace(task, act_type="fp32", repeat=1), data).embedding)
+    return Comparison(ours, peer, reference=_peer(replace(task, act_type="fp32", repeat=1), data, peer_type).embedding)
 
 
-def _ours(task: Task, data: bytes) -> Run:
+def _ours(task: Task, data: bytes, peer_type: type[Peer]) -> Run:
+    mm_types = [peer_type.mm_type]
     engine = rtp_mm.create_engine(
         vit_separation=0,
         checkpoint_path=task.checkpoint,
@@ -103,9 +102,9 @@ def _ours(task: Task, data: bytes) -> Run:
         mm_embedding_cache_mb=0,
     )
     try:
-        engine.submit([_data_url(_small_image())])
+        engine.submit([_data_url(peer_type.warm_up_file())], mm_types)
         config = MMPreprocessConfig(min_pixels=task.min_pixels or -1, max_pixels=task.max_pixels or -1)
-        results = [engine.submit([_data_url(data)], preprocess_configs=[config]) for _ in range(task.repeat)]
+        results = [engine.submit([_data_url(data)], mm_types, preprocess_configs=[config]) for _ in range(task.repeat)]
     finally:
         engine.close()
     return Run(
@@ -115,9 +114,9 @@ def _ours(task: Task, data: bytes) -> Run:
     )
 
 
-def _peer(task: Task, data: bytes) -> Run:
-    peer = HuggingFacePeer(task.checkpoint, ACT_DTYPES[task.act_type], choose_device(task.device))
-    peer.forward(peer.preprocess(_small_image()))
+def _peer(task: Task, data: bytes, peer_type: type[Peer]) -> Run:
+    peer = peer_type(task.checkpoint, ACT_DTYPES[task.act_type], choose_device(task.device))
+    peer.forward(peer.preprocess(peer_type.warm_up_file()))
     embeddings, preprocess_ms, forward_ms = [], [], []
     for _ in range(task.repeat):
         start = time.perf_counter()
@@ -127,12 +126,6 @@ def _peer(task: Task, data: bytes) -> Run:
         preprocess_ms.append(1e3 * (between - start))
         forward_ms.append(1e3 * (time.perf_counter() - between))
     return Run(embeddings[0], median(preprocess_ms), median(forward_ms))
-
-
-def _small_image() -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", (WARM_UP_SIDE, WARM_UP_SIDE)).save(file, "PNG")
-    return file.getvalue()
 
 
 def _data_url(data: bytes) -> str:

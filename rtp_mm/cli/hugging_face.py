@@ -1,19 +1,21 @@
-"""The peer that `compare` measures against: Hugging Face's PIL processor and its own vision tower.
+"""The peers that `compare` measures against: here Hugging Face's PIL processor and its own vision tower.
 
-The one file that imports transformers.
+This file and `hugging_face_audio.py` alone import transformers.
 """
 
 from __future__ import annotations
 
 import io
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from rtp_mm.errors import StartError
+from rtp_mm.models.gpt_init_model_parameters import read_json
+from rtp_mm.types import MMUrlType
 
 try:
     from transformers import AutoConfig
@@ -30,10 +32,41 @@ TOWERS: dict[str, Any] = {
     "qwen2_vl": Qwen2VisionTransformerPretrainedModel,
     "qwen2_5_vl": Qwen2_5_VisionTransformerPretrainedModel,
 }
+AUDIO_FAMILY = "qwen2_audio"
+WARM_UP_SIDE = 56  # pixels
+
+
+class Peer(Protocol):
+    """Hugging Face's answer to one file of `mm_type`. `warm_up_file` is a small one."""
+
+    mm_type: ClassVar[MMUrlType]
+
+    def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device) -> None: ...
+
+    @staticmethod
+    def warm_up_file() -> bytes: ...
+
+    def preprocess(self, data: bytes, min_pixels: int | None = None, max_pixels: int | None = None) -> Any: ...
+
+    def forward(self, inputs: Any) -> Tensor: ...
+
+
+def peer_for(folder: Path) -> type[Peer]:
+    """For a checkpoint's family. Raises `StartError` where there is none."""
+    family = read_json(folder / "config.json").get("model_type")
+    if family in TOWERS:
+        return HuggingFacePeer
+    if family == AUDIO_FAMILY:
+        from rtp_mm.cli.hugging_face_audio import HuggingFaceAudioPeer
+
+        return HuggingFaceAudioPeer
+    raise StartError(f"no comparison for {family}; there is one for {', '.join([*TOWERS, AUDIO_FAMILY])}")
 
 
 class HuggingFacePeer:
     """Processor and tower of a checkpoint; of its weights, the tower's alone are read."""
+
+    mm_type: ClassVar = MMUrlType.IMAGE
 
     def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
         """Raises `StartError` where the family is unknown or a tensor of the tower is missing."""
@@ -49,6 +82,13 @@ class HuggingFacePeer:
         if report["missing_keys"]:
             raise StartError(f"{folder} lacks {', '.join(sorted(report['missing_keys']))}")
         self.tower = self.tower.eval().to(device)
+
+    @staticmethod
+    def warm_up_file() -> bytes:
+        """A black square."""
+        file = io.BytesIO()
+        Image.new("RGB", (WARM_UP_SIDE, WARM_UP_SIDE)).save(file, "PNG")
+        return file.getvalue()
 
     def preprocess(self, data: bytes, min_pixels: int | None = None, max_pixels: int | None = None) -> Any:
         """An image file to `pixel_values` and `image_grid_thw`; a limit of `None` is the checkpoint's own."""
