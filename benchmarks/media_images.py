@@ -1,7 +1,8 @@
-"""Image files of every format to RGB pixels: Pillow's `convert("RGB")`, as most services decode, and ours.
+"""Image files of every format to RGB pixels: Pillow's `convert("RGB")`, as most services decode, and ours; beside them,
+where DALI is installed, its decoders for the CPU, for the files that our adapter gives them.
 
 All are one photograph. Ours runs as in a worker, with kept buffers; before anything is timed, its pixels are compared
-with Pillow's. Milliseconds of one thread.
+with Pillow's. Milliseconds of processor time: one thread's, and DALI has one.
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ from rich.table import Table
 
 from benchmarks.harness import interleave
 from benchmarks.report import write_result
+from rtp_mm.media import dali
+from rtp_mm.media.decode_backend import DeviceDecoder, DeviceDecoders, choose_for_image
 from rtp_mm.media.image import decode, keep_decode_buffers
+from rtp_mm.media.probe import probe
 
 WIDTH, HEIGHT = 1024, 768
 
@@ -57,26 +61,41 @@ def files() -> dict[str, bytes]:
     }
 
 
-def decoders(data: bytes) -> dict[str, Callable[[], Any]]:
+def decoders(data: bytes, dali_decoder: DeviceDecoder | None) -> dict[str, Callable[[], Any]]:
     """Ways from these bytes to [H, W, 3] pixels."""
-    return {
+    ways: dict[str, Callable[[], Any]] = {
         "Pillow": lambda: np.asarray(Image.open(io.BytesIO(data)).convert("RGB")),
         "ours": lambda: decode(data, max_pixels=10**9, allow_truncated=False, exif_transpose=False),
     }
+    if dali_decoder is not None:
+        takes = DeviceDecoders(dali.library(), dali.FORMATS, ())
+        if choose_for_image(probe(data), data, "gpu", takes, exif_transpose=False).is_on_device:
+            ways["DALI"] = lambda: np.from_dlpack(dali_decoder.image(data))
+    return ways
 
 
 def run(rounds: int) -> None:
     keep_decode_buffers()
-    results = {}
-    for name, data in track(files().items(), "images"):
-        ways = decoders(data)
-        if not np.array_equal(ways["ours"]()[..., :3], ways["Pillow"]()):
+    dali_decoder = dali.DaliDecoder(None) if dali.is_installed() else None
+    results: dict[str, dict[str, Any]] = {}
+    for name, data in track(files().items(), "images", auto_refresh=False):  # no thread of its own
+        ways = decoders(data, dali_decoder)
+        pillow = ways["Pillow"]()
+        if not np.array_equal(ways["ours"]()[..., :3], pillow):
             raise SystemExit(f"{name}: pixels differ from Pillow's")
-        timings = interleave(ways, rounds, time.thread_time)
-        results[name] = {"bytes": len(data), **{way: asdict(timing) for way, timing in timings.items()}}
+        results[name] = {"bytes": len(data)}
+        if "DALI" in ways:
+            results[name]["DALI_max_difference"] = int(np.abs(ways["DALI"]().astype(int) - pillow).max())
+        timings = interleave(ways, rounds, time.process_time)
+        results[name] |= {way: asdict(timing) for way, timing in timings.items()}
     table = Table("format", "KB", "Pillow, ms", "ours, ms", "faster by", title=f"{WIDTH}x{HEIGHT} to RGB pixels")
+    if dali_decoder is not None:
+        table.add_column("DALI, ms")
     for name, row in results.items():
-        pillow, ours = row["Pillow"]["median"], row["ours"]["median"]
-        table.add_row(name, f"{row['bytes'] / 1e3:.0f}", f"{pillow:.2f}", f"{ours:.2f}", f"{pillow / ours:.2f}x")
+        pillow_ms, ours_ms = row["Pillow"]["median"], row["ours"]["median"]
+        dali_ms = f"{row['DALI']['median']:.2f}" if "DALI" in row else ""
+        cells = (f"{row['bytes'] / 1e3:.0f}", f"{pillow_ms:.2f}", f"{ours_ms:.2f}", f"{pillow_ms / ours_ms:.2f}x")
+        table.add_row(name, *cells, *([dali_ms] if dali_decoder is not None else []))
     Console().print(table)
-    write_result("media_images", {"unit": "ms", "size": [WIDTH, HEIGHT], "formats": results})
+    library = dali.library() or None
+    write_result("media_images", {"unit": "ms", "size": [WIDTH, HEIGHT], "dali": library, "formats": results})

@@ -161,14 +161,16 @@ def int8() -> str:
 
 
 def media(name: str, what: str, peer: str) -> str:
-    """Files of every format, read by a peer and by us."""
+    """Files of every format, read by a peer and by us; by DALI, where it was there."""
     [(_, result)] = results(name)
+    has_dali = any("DALI" in figures for figures in result["formats"].values())
     rows = []
     for file_format, figures in result["formats"].items():
         theirs, ours = (figures[side]["median"] for side in (peer, "ours"))
         milliseconds = (f"{theirs:.1f}", f"{ours:.1f}", f"{theirs / ours:.1f}x")
-        rows.append([file_format, f"{figures['bytes'] / 1e3:,.0f}", *milliseconds])
-    return markdown([what, "KB", f"{peer}, ms", "ours, ms", ""], rows)
+        dali = [f"{figures['DALI']['median']:.1f}" if "DALI" in figures else ""] if has_dali else []
+        rows.append([file_format, f"{figures['bytes'] / 1e3:,.0f}", *milliseconds, *dali])
+    return markdown([what, "KB", f"{peer}, ms", "ours, ms", "", *(["DALI, ms"] if has_dali else [])], rows)
 
 
 TABLES: dict[str, Callable[[], str]] = {

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 import rtp_mm
-from benchmarks.readme import DOCUMENTS, rendered
+from benchmarks.readme import DOCUMENTS, media, rendered
 from rtp_mm import errors
 from rtp_mm.cli.options import markdown_table
 from rtp_mm.config import Settings
@@ -71,3 +71,17 @@ def anchors(document: Path) -> set[str]:
     """Of its headings."""
     headings = re.findall(r"^#+ (.*)", document.read_text(), re.MULTILINE)
     return {re.sub(r"[^a-z0-9 -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("has_dali", [True, False])
+def test_a_table_of_media_has_dali_only_where_it_was_there(
+    has_dali: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jpeg = {"bytes": 1000, "Pillow": {"median": 4.0}, "ours": {"median": 2.0}}
+    formats = {"JPEG": jpeg | ({"DALI": {"median": 3.0}} if has_dali else {}), "GIF": jpeg}
+    (tmp_path / "images.json").write_text(json.dumps({"formats": formats}))
+    monkeypatch.setattr("benchmarks.readme.RESULTS", tmp_path)
+    header, _, first, second = media("images", "photograph as", "Pillow").splitlines()
+    assert header == "| photograph as | KB | Pillow, ms | ours, ms |  |" + (" DALI, ms |" if has_dali else "")
+    assert first == "| JPEG | 1 | 4.0 | 2.0 | 2.0x |" + (" 3.0 |" if has_dali else "")
+    assert second == "| GIF | 1 | 4.0 | 2.0 | 2.0x |" + ("  |" if has_dali else "")
