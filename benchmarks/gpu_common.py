@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -20,7 +21,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 Options = argparse.Namespace
-Figures = dict[str, Any]
+Figures = Iterator[tuple[str, Any]]  # a step's, each as soon as it is known
 
 
 class Unavailable(Exception):
@@ -44,12 +45,14 @@ def dtype_of(options: Options) -> Any:
 
 
 def checkpoint(options: Options) -> Path:
-    """A folder with random weights of Qwen2.5-VL, written by the first step that needs it."""
+    """A folder with random weights of Qwen2.5-VL, written by the first step that needs it: whole or not at all."""
     from rtp_mm.models.random_checkpoint import write_checkpoint
 
     path: Path = options.folder / "checkpoint"
-    if not (path / "config.json").exists():
-        write_checkpoint(path, "qwen2_5_vl", options.size)
+    if not path.exists():
+        partial = options.folder / f"partial-{os.getpid()}"
+        write_checkpoint(partial, "qwen2_5_vl", options.size)
+        partial.rename(path)
     return path
 
 
@@ -110,3 +113,12 @@ def timed(function: Callable[[], object], device: Any, rounds: int = ROUNDS) -> 
         synchronize(device)
         times.append(time.perf_counter() - started)
     return median(times)
+
+
+def kernel_seconds(call: Callable[[], object], options: Options) -> float:
+    """Median seconds of a call's kernels, with nothing of its inputs in the cache; on a CPU those of the call."""
+    if not is_gpu(options):
+        return timed(call, options.device, rounds=3)
+    from triton.testing import do_bench
+
+    return float(do_bench(call, return_mode="median")) / 1e3

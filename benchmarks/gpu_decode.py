@@ -45,14 +45,15 @@ def decode(options: Options) -> Figures:
         assert on_device is not None
     else:
         on_device = DevicePreprocessor(host, device, "gpu", _cpu_table(), lambda _: dali.DaliDecoder(None))
-    found: Figures = {"takes": str(on_device.cache_key)}
+    yield "takes", str(on_device.cache_key)
     for name, (data, limits) in _files(gpu=is_gpu(options)).items():
         blob = Blob(data, b"", name)
-        found[name] = _compare(lambda p, b=blob, o=limits: p(b, MMUrlType.DEFAULT, o), host, on_device, options)
-    return found | {"decoded_on_device": on_device.decodes, "left_to_cpu": str(dict(on_device.cpu_decodes))}
+        yield name, _compare(lambda p, b=blob, o=limits: p(b, MMUrlType.DEFAULT, o), host, on_device, options)
+    yield "decoded_on_device", on_device.decodes
+    yield "left_to_cpu", str(dict(on_device.cpu_decodes))
 
 
-def _compare(call: Callable[[Any], Any], host: Any, on_device: Any, options: Options) -> Figures:
+def _compare(call: Callable[[Any], Any], host: Any, on_device: Any, options: Options) -> dict[str, Any]:
     """One file on both sides. Differences are of the rows, 0 to 255."""
     ours, expected = call(on_device), call(host)
     if ours is None:
@@ -81,7 +82,7 @@ def _rate(call: Callable[[], Any], threads: int) -> float:
         return count / (perf_counter() - began)
 
 
-def _copies(call: Callable[[], Any]) -> Figures:
+def _copies(call: Callable[[], Any]) -> dict[str, Any]:
     """Copies between host and device that one call makes: how often, microseconds. Pixels would be megabytes up."""
     import torch
     from torch.profiler import ProfilerActivity, profile

@@ -12,7 +12,7 @@ from benchmarks.gpu_common import (
     Unavailable,
     dtype_of,
     is_gpu,
-    timed,
+    kernel_seconds,
 )
 
 # name, K, N, activation; of Qwen2.5-VL
@@ -31,67 +31,68 @@ def peaks(options: Options) -> Figures:
     import torch
 
     size, side = (1 << 30, 8192) if is_gpu(options) else (1 << 20, 64)
-    block = torch.empty(size, dtype=torch.uint8, device=options.device)
+    block = torch.randint(0, 256, (size,), dtype=torch.uint8, device=options.device)
     target = torch.empty_like(block)
-    copy = timed(lambda: target.copy_(block), options.device)
+    copy = kernel_seconds(lambda: target.copy_(block), options)
+    yield "copy_gb_s", 2 * block.nbytes / copy / 1e9
     a, b = (torch.randn(side, side, device=options.device, dtype=torch.bfloat16) for _ in range(2))
-    product = timed(lambda: a @ b, options.device)
-    return {"copy_gb_s": 2 * block.nbytes / copy / 1e9, "bf16_tflop_s": 2 * side**3 / product / 1e12}
+    yield "bf16_tflop_s", 2 * side**3 / kernel_seconds(lambda: a @ b, options) / 1e12
 
 
 def attention(options: Options) -> Figures:
     """Every backend that can run here: milliseconds of the trial that MM_ATTENTION=fastest makes."""
     import torch
 
+    from rtp_mm.vit import attention as backends
     from rtp_mm.vit.attention import VARLEN_ATTENTION, is_usable, time_attention
 
+    if not is_gpu(options):  # Triton's interpreter turns a row in a millisecond
+        backends.TRIAL_FRAMES, backends.TRIAL_FRAME, backends.TRIAL_WINDOW, backends.TRIAL_ROUNDS = 1, 16, 4, 1
     device, dtype = torch.device(options.device), dtype_of(options)
     usable = {n: backend for n, backend in VARLEN_ATTENTION.items() if is_usable(n, dtype, device)}
-    return {f"{n}_ms": 1e3 * s for n, s in time_attention(usable, dtype, device, time.perf_counter).items()}
+    for name, seconds in time_attention(usable, dtype, device, time.perf_counter).items():
+        yield f"{name}_ms", 1e3 * seconds
 
 
 def pointwise(options: Options) -> Figures:
-    """The pointwise kernels at 16384 rows of Qwen2.5-VL: microseconds and GB/s moved."""
+    """The pointwise kernels at 65536 rows of Qwen2.5-VL: microseconds and GB/s moved."""
     import torch
 
     from rtp_mm import ops
 
-    rows, dim, heads, hidden = (16384, 1280, 16, 3424) if is_gpu(options) else (8, 64, 4, 176)
+    rows, dim, heads, hidden = (65536, 1280, 16, 3424) if is_gpu(options) else (8, 64, 4, 176)
     dtype, width = dtype_of(options), dtype_of(options).itemsize
     with torch.device(options.device):
-        x, delta, weight, bias = (
-            torch.zeros(rows, dim),
-            torch.zeros(rows, dim, dtype=dtype),
-            torch.ones(dim),
-            torch.zeros(dim),
-        )
-        qkv, turn = torch.zeros(rows, 3, heads, dim // heads, dtype=dtype), torch.zeros(rows, dim // heads // 2)
-        gate_up = torch.zeros(rows, 2 * hidden, dtype=dtype)
+        x, delta, weight, bias = torch.randn(rows, dim), torch.randn(rows, dim, dtype=dtype), *torch.randn(2, dim)
+        qkv, angle = torch.randn(rows, 3, heads, dim // heads, dtype=dtype), torch.randn(rows, dim // heads // 2)
+        gate_up = torch.randn(rows, 2 * hidden, dtype=dtype)
+        cos, sin = angle.cos(), angle.sin()
     element = rows * dim
     cases: dict[str, tuple[Callable[[], object], float]] = {
         "rms_norm": (lambda: ops.add_norm(x, None, weight, None, 1e-6, dtype), element * (4 + width)),
         "add, rms_norm": (lambda: ops.add_norm(x, delta, weight, None, 1e-6, dtype), element * (8 + 2 * width)),
         "layer_norm": (lambda: ops.add_norm(x, None, weight, bias, 1e-6, dtype), element * (4 + width)),
-        "rotate": (lambda: ops.rotate_qk_(qkv, turn, turn), element * 4 * width + rows * dim // heads * 4),
+        "rotate": (lambda: ops.rotate_qk_(qkv, cos, sin), element * 4 * width + rows * dim // heads * 4),
         "silu_gate": (lambda: ops.activate(gate_up, "silu_gate"), rows * hidden * 3 * width),
         "gelu": (lambda: ops.activate(gate_up, "gelu"), rows * hidden * 4 * width),
     }
-    seconds = {name: timed(call, options.device) for name, (call, _) in cases.items()}
-    return {name: {"us": 1e6 * s, "gb_s": cases[name][1] / s / 1e9} for name, s in seconds.items()}
+    for name, (call, moved) in cases.items():
+        seconds = kernel_seconds(call, options)
+        yield name, {"us": 1e6 * seconds, "gb_s": moved / seconds / 1e9}
 
 
 def linears(options: Options) -> Figures:
     """Our linear layers against cuBLAS with the same epilogue behind it: microseconds, and TFLOP/s of either."""
-    found = {}
     for name, k, n, activation in layers(options):
         for rows in ROWS if is_gpu(options) else (70,):
             contenders = linear_contenders(rows, k, n, activation, options)
             work = 2.0 * rows * k * n
-            seconds = {side: timed(call, options.device) for side, call in contenders.items()}
-            found[f"{name}, {rows} rows"] = {f"{side}_us": 1e6 * s for side, s in seconds.items()} | {
-                f"{side}_tflop_s": work / s / 1e12 for side, s in seconds.items()
-            }
-    return found
+            seconds = {side: kernel_seconds(call, options) for side, call in contenders.items()}
+            yield (
+                f"{name}, {rows} rows",
+                {f"{side}_us": 1e6 * s for side, s in seconds.items()}
+                | {f"{side}_tflop_s": work / s / 1e12 for side, s in seconds.items()},
+            )
 
 
 def tiles(options: Options) -> Figures:
@@ -106,11 +107,10 @@ def tiles(options: Options) -> Figures:
         for m, n, warps in ((64, 64, 4), (64, 128, 4), (128, 64, 4), (128, 128, 8), (128, 256, 8), (64, 256, 8))
         for stages in (3, 4)
     ]
-    found: Figures = {}
     chosen = linear_triton.choose_tile
     for name, k, n, activation in layers(options):
         for rows in (256, 16384) if is_gpu(options) else (70,):
-            figures: Figures = {}
+            figures: dict[str, Any] = {}
             torch.manual_seed(0)
             call = linear_contenders(rows, k, n, activation, options)["ours"]
             expected = call().clone()
@@ -122,13 +122,12 @@ def tiles(options: Options) -> Figures:
                         torch.manual_seed(0)
                         call = linear_contenders(rows, k, n, activation, options)["ours"]
                         same = torch.equal(call(), expected)
-                        figures[label] = {"us": 1e6 * timed(call, options.device, 5), "same_bits": same}
+                        figures[label] = {"us": 1e6 * kernel_seconds(call, options), "same_bits": same}
                     except Exception as error:  # noqa: BLE001 - too large a tile for this GPU is a finding
                         figures[label] = f"{type(error).__name__}: {str(error)[:80]}"
                     finally:
                         linear_triton.choose_tile = chosen
-            found[f"{name}, {rows} rows"] = figures
-    return found
+            yield f"{name}, {rows} rows", figures
 
 
 def layers(options: Options) -> Sequence[tuple[str, int, int, str]]:

@@ -1,17 +1,22 @@
-"""Everything there is to do on a GPU that is lent for minutes: build, check, measure, profile; one table, one JSON.
+"""Everything there is to do on a GPU that is lent for minutes: build, check, measure, profile; tables, and one JSON.
 
     python -m benchmarks.gpu_session             on a machine with a GPU, torch and nvcc
     TRITON_INTERPRET=1 python -m benchmarks.gpu_session --device cpu --size tiny      to try the script anywhere
 
-Every step runs even where another failed, its figures are printed and written (to --out) as soon as they are there; the
-exit status is that of the worst. Steps that a machine cannot do (no GPU, no compute-sanitizer) say so.
+Each step runs in a process of its own, so that neither a crash, nor a hang, nor a broken CUDA context takes another's
+figures along; every figure is written (to --out) as soon as it is there. What --minutes leave no time for is left out,
+and says so. Where results/gpu_session.json is there already, its other steps are kept: one file from several calls.
+The exit status is 1 where a step failed. Steps that a machine cannot do (no GPU, no DALI) say so.
 """
 
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
 import os
+import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -25,7 +30,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from benchmarks.gpu_checks import build, invariance, sanitizer, tests
-from benchmarks.gpu_common import Figures, Options, Unavailable
+from benchmarks.gpu_common import ROOT, Figures, Options, Unavailable
 from benchmarks.gpu_decode import decode
 from benchmarks.gpu_kernels import attention, linears, peaks, pointwise, tiles
 from benchmarks.gpu_towers import profile, service, tower
@@ -35,12 +40,64 @@ from benchmarks.report import RESULTS, machine
 STEPS: dict[str, Callable[[Options], Figures]] = {
     step.__name__: step
     for step in (
-        *(build, tests, peaks, attention, pointwise, linears, tower, invariance),
-        *(decode, service, profile, tiles, sanitizer),
+        *(build, peaks, attention, pointwise, linears, tower, invariance),
+        *(tests, service, profile, decode, tiles, sanitizer),
     )
 }
+STEP_LIMIT_S = 400  # no step may take what the others need
+LEAST_S = 10  # no step begins with less
+GRACE_S = 15  # from the moment at which a step should end to that at which it is killed
 
 console = Console(width=160)
+
+
+def run_step(name: str, options: Options) -> None:
+    """In a step's own process: its figures, a line of JSON each, to the file that waits for them."""
+    faulthandler.enable()
+    faulthandler.dump_traceback_later(max(1.0, options.until - time.time()) + GRACE_S / 2)
+    with (options.folder / f"{name}.jsonl").open("w") as lines:
+
+        def put(figure: str, value: Any) -> None:
+            lines.write(json.dumps([figure, value]) + "\n")
+            lines.flush()
+
+        try:
+            for figure, value in STEPS[name](options):
+                put(figure, value)
+                if time.time() > options.until:
+                    put("unfinished", "no time left")
+                    break
+        except Unavailable as reason:
+            put("not here", str(reason))
+        except Exception:  # noqa: BLE001 - is reported, and the other steps still run
+            put("failed", traceback.format_exc())
+    faulthandler.cancel_dump_traceback_later()
+
+
+def figures_of(name: str, options: Options) -> dict[str, Any]:
+    """What a step found, in a process of its own."""
+    left = options.until - time.time()
+    if left < LEAST_S:
+        return {"not here": "no time left"}
+    until = time.time() + min(left, STEP_LIMIT_S)
+    flags = ["--device", options.device, "--size", options.size, "--folder", options.folder, "--until", until]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.gpu_session", "--step", name, *map(str, flags)],
+        cwd=ROOT,
+        start_new_session=True,
+    )
+    try:
+        ended = f"status {process.wait(until + GRACE_S - time.time())}"
+    except subprocess.TimeoutExpired:
+        ended = "SIGKILL: it took too long"
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    file = options.folder / f"{name}.jsonl"
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    figures = dict(json.loads(line) for line in lines if line.endswith("\n"))
+    if process.returncode:
+        figures["failed"] = f"its process ended with {ended}"
+    return figures
 
 
 def shown(value: Any) -> str:
@@ -56,33 +113,42 @@ def show(name: str, figures: dict[str, Any]) -> None:
     console.print(table)
 
 
-def main() -> int:
+def parse() -> Options:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", help=f"steps, comma-separated: {', '.join(STEPS)}")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--size", default="3b", help="tiny, 3b or 7b")
+    parser.add_argument("--minutes", type=float, default=9.5, help="for all steps together")
     parser.add_argument(
         "--out", type=Path, default=Path(os.environ.get("OUT", RESULTS)), help="folder of gpu_session.json"
     )
-    options = parser.parse_args()
+    for internal, kind in (("--step", str), ("--folder", Path), ("--until", float)):
+        parser.add_argument(internal, type=kind, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> int:
+    options = parse()
+    if options.step:
+        run_step(options.step, options)
+        return 0
+    names = options.only.split(",") if options.only else [*STEPS]
+    if unknown := set(names) - STEPS.keys():
+        raise SystemExit(f"no such steps: {', '.join(sorted(unknown))}")
+    options.until = time.time() + 60 * options.minutes
     options.out.mkdir(parents=True, exist_ok=True)
-    file = options.out / ("gpu_session.json" if options.device != "cpu" else "gpu_session_try.json")
-    results: dict[str, dict[str, Any]] = {}
+    file = f"gpu_session{'' if options.device != 'cpu' else '_try'}.json"
+    known: dict[str, Any] = json.loads((RESULTS / file).read_text()) if (RESULTS / file).exists() else {}
+    results = known | {"machine": machine()}
     with tempfile.TemporaryDirectory() as folder:
         options.folder = Path(folder)
-        for name in options.only.split(",") if options.only else STEPS:
+        for name in names:
             started = time.perf_counter()
-            try:
-                figures = STEPS[name](options)
-            except Unavailable as reason:
-                figures = {"not here": str(reason)}
-            except Exception:  # noqa: BLE001 - the lease is short: the other steps still run
-                figures = {"failed": traceback.format_exc()}
-            results[name] = figures | {"step_seconds": time.perf_counter() - started}
+            results[name] = figures_of(name, options) | {"step_seconds": time.perf_counter() - started}
             show(name, results[name])
-            file.write_text(json.dumps({"machine": machine(), **results}, indent=2) + "\n")
-    console.print(f"wrote {file}")
-    return int(any("failed" in figures for figures in results.values()))
+            (options.out / file).write_text(json.dumps(results, indent=2) + "\n")
+    console.print(f"wrote {options.out / file}")
+    return int(any("failed" in results[name] for name in names))
 
 
 if __name__ == "__main__":

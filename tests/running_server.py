@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -56,8 +57,12 @@ class RunningServer:
 
 
 @contextmanager
-def running_server(checkpoint: Path, **options: object) -> Iterator[RunningServer]:
-    """Started with environment variables, ready when it comes back, gone afterwards."""
+def running_server(
+    checkpoint: Path, *, start_limit_s: float = START_LIMIT_S, **options: object
+) -> Iterator[RunningServer]:
+    """Started with environment variables, ready when it comes back, gone afterwards. Its log goes to a file: a full
+    pipe would stop it.
+    """
     port = free_port_pair()
     variables = {
         "START_PORT": port,
@@ -66,22 +71,22 @@ def running_server(checkpoint: Path, **options: object) -> Iterator[RunningServe
         "CHECKPOINT_PATH": checkpoint,
         **{name.upper(): value for name, value in options.items()},
     }
-    process = subprocess.Popen(
-        [sys.executable, "-m", "rtp_mm.start_server"],
-        env=os.environ | {name: str(value) for name, value in variables.items()},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    server = RunningServer(process, port)
-    try:
-        give_up = time.monotonic() + START_LIMIT_S
-        while server.health() != 200:
-            if process.poll() is not None or time.monotonic() > give_up:
-                process.kill()
-                raise RuntimeError(f"the server did not start: {process.communicate()[1]}")
-            time.sleep(0.05)
-        yield server
-    finally:
-        if process.poll() is None:
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "rtp_mm.start_server"],
+            env=os.environ | {name: str(value) for name, value in variables.items()},
+            stderr=log,
+            text=True,
+        )
+        server = RunningServer(process, port)
+        try:
+            give_up = time.monotonic() + start_limit_s
+            while server.health() != 200:
+                if process.poll() is not None or time.monotonic() > give_up:
+                    log.seek(0)
+                    raise RuntimeError(f"the server did not start: {log.read()}")
+                time.sleep(0.05)
+            yield server
+        finally:
             process.kill()
-        process.communicate()
+            process.wait()

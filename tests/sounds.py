@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 
-import av
 import numpy as np
 from numpy.typing import NDArray
 
@@ -43,6 +42,8 @@ def encode(
     channels: NDArray[np.float32], rate: int, container: str = "wav", codec: str = "pcm_s16le", video: bool = False
 ) -> bytes:
     """A file of [channels, S] or [S]; with `video`, beside ten black pictures."""
+    import av  # machines without it still have `sine` and `speech`
+
     channels = np.atleast_2d(channels)
     layout = {1: "mono", 2: "stereo", 6: "5.1"}[len(channels)]
     file = io.BytesIO()
