@@ -51,6 +51,11 @@ class Peer(Protocol):
     def forward(self, inputs: Any) -> Tensor: ...
 
 
+def exact_convolutions() -> Any:
+    """A context in which a float32 convolution on a GPU is one: by default cuDNN rounds its operands to TF32."""
+    return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+
+
 def peer_for(folder: Path) -> type[Peer]:
     """For a checkpoint's family. Raises `StartError` where there is none."""
     family = read_json(folder / "config.json").get("model_type")
@@ -103,6 +108,7 @@ class HuggingFacePeer:
     def forward(self, inputs: Any) -> Tensor:
         """[tokens, out_hidden] on the host."""
         device = self.tower.device
-        grid = inputs["image_grid_thw"].to(device)
-        embedding: Tensor = self.tower(inputs["pixel_values"].to(device), grid_thw=grid).pooler_output
+        values, grid = inputs["pixel_values"].to(device), inputs["image_grid_thw"].to(device)
+        with exact_convolutions():
+            embedding: Tensor = self.tower(values, grid_thw=grid).pooler_output
         return embedding.cpu()

@@ -15,6 +15,7 @@ from transformers import AutoConfig, WhisperFeatureExtractor
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.models.qwen2_audio.modeling_qwen2_audio import Qwen2AudioEncoder, Qwen2AudioMultiModalProjector
 
+from rtp_mm.cli.hugging_face import exact_convolutions
 from rtp_mm.errors import StartError
 from rtp_mm.media.audio import decode_audio
 from rtp_mm.types import MMUrlType
@@ -74,7 +75,8 @@ class HuggingFaceAudioPeer:
         attention = create_bidirectional_mask(
             config=self.encoder.config, inputs_embeds=embeds, attention_mask=is_valid.long()
         )
-        hidden = self.encoder(features, attention_mask=attention).last_hidden_state
+        with exact_convolutions():
+            hidden = self.encoder(features, attention_mask=attention).last_hidden_state
         embedding: Tensor = self.projector(hidden)[0, : int(tokens)]
         return embedding.cpu()
 
