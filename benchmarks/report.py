@@ -30,9 +30,10 @@ def machine() -> dict[str, Any]:
 
 
 def command() -> str:
-    """That made the figures."""
+    """That made the figures; of a path, which is this machine's affair, only the last part."""
     spec = sys.modules["__main__"].__spec__
-    return shlex.join(["python", "-m", spec.name if spec else sys.argv[0], *sys.argv[1:]])
+    arguments = [Path(argument).name if argument.startswith("/") else argument for argument in sys.argv[1:]]
+    return shlex.join(["python", "-m", spec.name if spec else Path(sys.argv[0]).name, *arguments])
 
 
 def write_result(name: str, result: dict[str, Any]) -> Path:
