@@ -90,7 +90,7 @@ def measure(name: str, tokens: int, loop: asyncio.AbstractEventLoop, folder: Pat
             "first answer: seal": lambda: seal(Embedded(embedding, position_ids)),
             "unsealed: write_result": lambda: write_result(result, "items"),
             "one copy": lambda: bytes(source),
-            "device to host, checked": lambda: to_host([part.answer], torch.bfloat16),
+            "device to host, checked": lambda: to_host([part.answer], torch.bfloat16).collect(),
         },
         ROUNDS,
     )

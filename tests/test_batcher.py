@@ -3,64 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import threading
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
 import torch
+from batching import Device, batching, outcomes, run
 from waiting import until
 
 from rtp_mm.engine.batcher import Batcher
-from rtp_mm.engine.caches import Embedded
 from rtp_mm.engine.forward import NonFiniteError, Outcome
-from rtp_mm.engine.waiting_line import Work
 from rtp_mm.errors import ProcessError, WrongFormatError
-from rtp_mm.types import MMPreprocessConfig, MMUrlType
-
-
-class Device:
-    """Answers an item with its own value; `fails` says what is wrong with a batch."""
-
-    def __init__(self, fails: Callable[[list[Any]], None] = lambda _: None) -> None:
-        self.fails = fails
-        self.batches: list[list[Any]] = []
-        self.freed = 0
-        self.is_gone = False
-        self.may_go_on = threading.Event()
-        self.may_go_on.set()
-
-    def __call__(self, batch: Sequence[Work]) -> list[Outcome]:
-        values = [work.value for work in batch]
-        self.batches.append(values)
-        assert self.may_go_on.wait(30)
-        self.fails(values)
-        return [NonFiniteError("NaN") if v == "nan" else Embedded(torch.tensor([[0.0]]), v) for v in values]
-
-    def enter_thread(self) -> None:
-        self.thread = threading.current_thread()
-
-    def free_memory(self) -> None:
-        self.freed += 1
-
-    def is_device_gone(self) -> bool:
-        return self.is_gone
-
-
-@asynccontextmanager
-async def batching(device: Device, max_patches: int = 100) -> AsyncIterator[Batcher]:
-    batcher = Batcher(device, max_patches)  # type: ignore[arg-type]
-    yield batcher
-    batcher.close()
-
-
-def run(batcher: Batcher, value: Any, patches: int | None = 10) -> asyncio.Task[Any]:
-    async def answer() -> Any:
-        embedded, _ = await batcher.run(value, patches, MMUrlType.IMAGE, MMPreprocessConfig())
-        return embedded.position_ids
-
-    return asyncio.create_task(answer())
 
 
 @asynccontextmanager
@@ -78,11 +32,6 @@ async def released(device: Device, batcher: Batcher, tasks: Sequence[asyncio.Tas
     await until(lambda: batcher.waiting == len(tasks))
     device.may_go_on.set()
     return await outcomes(tasks)
-
-
-async def outcomes(tasks: Sequence[asyncio.Task[Any]]) -> list[Any]:
-    found = await asyncio.gather(*tasks, return_exceptions=True)
-    return [str(outcome) if isinstance(outcome, ProcessError) else outcome for outcome in found]
 
 
 async def test_what_is_ready_when_the_device_is_free_goes_together() -> None:
@@ -138,9 +87,8 @@ async def test_nan_that_a_neighbour_made_is_mended() -> None:
     """A model that mixes its batch: "bad" poisons whoever goes with it."""
 
     class Mixing(Device):
-        def __call__(self, batch: Sequence[Work]) -> list[Outcome]:
-            found = super().__call__(batch)
-            return [NonFiniteError("NaN")] * len(batch) if "bad" in self.batches[-1] else found
+        def outcomes(self, values: list[Any]) -> list[Outcome]:
+            return [NonFiniteError("NaN")] * len(values) if "bad" in values else super().outcomes(values)
 
     device = Mixing()
     async with busy(device) as (batcher, _):

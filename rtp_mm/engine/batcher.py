@@ -1,4 +1,4 @@
-"""One device thread that never waits while there is work: a batch is whatever is ready when the device is free."""
+"""The device never waits while there is work: what is ready is launched behind the batch that runs."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 import logging
 import threading
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 
 from rtp_mm.engine.caches import Embedded
-from rtp_mm.engine.forward import Forward, NonFiniteError, Outcome
+from rtp_mm.engine.forward import Forward, Launched, NonFiniteError, Outcome
 from rtp_mm.engine.waiting_line import WaitingLine, Work
 from rtp_mm.errors import MMError, ProcessError
 from rtp_mm.types import MMPreprocessConfig, MMUrlType
@@ -27,20 +28,24 @@ _MEMORY = 0.8  # how much of its rate the past keeps at each forward
 class Batcher:
     """Packs prepared inputs of many requests into forwards of at most `max_patches`; answers on one event loop.
 
-    The device thread takes its next batch itself when a forward ends, however busy the event loop is. A forward that
-    fails is halved until what is bad stands alone: the good are answered, the bad fail. When the device itself is gone,
-    everything waiting fails, and all that comes.
+    One thread launches, another waits for the answers, in the same order. A batch is whatever is ready when there is
+    room in flight; it is taken there and then, however busy the event loop is, and kept until its forward has ended:
+    the device may still read its inputs. A forward that fails is halved until what is bad stands alone: the good are
+    answered, the bad fail. When the device itself is gone, everything waiting fails, and all that comes.
     """
 
     def __init__(self, forward: Forward, max_patches: int, clock: Callable[[], float] = time.perf_counter) -> None:
         self._forward = forward
         self._clock = clock
-        self._device_thread = ThreadPoolExecutor(1, "rtp_mm-device", forward.enter_thread)
+        self._device_thread = self._answer_thread = ThreadPoolExecutor(1, "rtp_mm-device", forward.enter_thread)
+        if forward.max_in_flight > 1:
+            self._answer_thread = ThreadPoolExecutor(1, "rtp_mm-answers", forward.enter_thread)
         self._lock = threading.Lock()  # over all below
         self._line = WaitingLine(max_patches)
         self._halves: list[list[Work]] = []  # of forwards that failed: they go next
-        self._running = 0  # patches in the forward of now
-        self._is_busy = False
+        self._in_flight = 0  # forwards launched, or about to be, and not answered yet
+        self._running = 0  # patches in them
+        self._last_end = clock()  # of a forward
         self._is_closed = False
         self.max_patches = max_patches
         self.is_device_gone = False
@@ -80,8 +85,7 @@ class Batcher:
         with self._lock:
             self._check_usable()
             self._line.add(work)
-            if not self._is_busy:
-                self._start_next()
+            self._launch_ready()
         try:
             return await work.answer, work.timings_ms
         finally:
@@ -89,14 +93,15 @@ class Batcher:
                 self._line.remove(work)
 
     def close(self) -> None:
-        """On the event loop. Nobody is left waiting; a forward that runs ends, and its thread with it."""
+        """On the event loop. Nobody is left waiting; forwards in flight end, and the threads with them."""
         with self._lock:
             self._is_closed = True
             left = self._everything()
         _answer([(work, ProcessError("the engine stopped")) for work in left])
         self._device_thread.shutdown(wait=False)
+        self._answer_thread.shutdown(wait=False)
 
-    # --- under the lock, on the event loop or the device thread
+    # --- under the lock, on the event loop or the answer thread
 
     def _check_usable(self) -> None:
         if self.is_device_gone:
@@ -104,17 +109,23 @@ class Batcher:
         if self._is_closed:
             raise ProcessError("the engine stopped")
 
-    def _start_next(self) -> None:
-        self._is_busy = False
-        while not self._is_closed and (self._halves or len(self._line)):
+    def _launch_ready(self) -> None:
+        """Behind what runs, as far as the device takes it."""
+        while self._can_launch() and (self._halves or len(self._line)):
             batch = self._halves.pop() if self._halves else self._line.take()
             batch = [work for work in batch if not work.answer.done()]  # the others' callers left
             if batch:
-                self._is_busy = True
-                self._running = sum(map(self._line.cost, batch))
-                step = self._device_thread.submit(self._forward, batch)
-                self._device_thread.submit(self._finish, batch, self._clock(), step)  # one thread: after the forward
-                return
+                self._in_flight += 1
+                self._running += self._cost(batch)
+                launch = self._device_thread.submit(self._launch, batch)
+                step = self._answer_thread.submit(_collected, launch)
+                self._answer_thread.submit(self._finish, batch, self._clock(), step)  # one thread: after it
+
+    def _can_launch(self) -> bool:
+        return self._in_flight < self._forward.max_in_flight and not self._is_closed
+
+    def _cost(self, batch: list[Work]) -> int:
+        return sum(map(self._line.cost, batch))
 
     def _everything(self) -> list[Work]:
         """Takes out all that waits."""
@@ -126,12 +137,21 @@ class Batcher:
 
     # --- on the device thread
 
-    def _finish(self, batch: list[Work], started: float, step: Future[list[Outcome]]) -> None:
-        """Answers a batch, or sorts what is to go again, and starts the next."""
-        error = step.exception()
-        seconds = self._clock() - started
-        if isinstance(error, torch.OutOfMemoryError):
+    def _launch(self, batch: list[Work]) -> Launched:
+        try:
+            return self._forward.launch(batch)
+        except torch.OutOfMemoryError as error:
+            traceback.clear_frames(error.__traceback__)  # of what they hold there
             self._forward.free_memory()
+            raise
+
+    # --- on the answer thread
+
+    def _finish(self, batch: list[Work], launched_at: float, step: Future[list[Outcome]]) -> None:
+        """Answers a batch, or sorts what is to go again, and has the next one launched."""
+        started, self._last_end = max(launched_at, self._last_end), self._clock()
+        seconds = self._last_end - started
+        error = step.exception()
         is_gone = error is not None and self._forward.is_device_gone()
         outcomes: Sequence[Outcome] = step.result() if error is None else [_as_mm_error(error)] * len(batch)
         with self._lock:
@@ -140,13 +160,14 @@ class Batcher:
                 self.is_device_gone = True
                 batch = batch + self._everything()
                 outcomes = [ProcessError(_GONE)] * len(batch)
-            suspects = set() if is_gone else _suspects(batch, outcomes, has_failed=error is not None)
+            is_over = is_gone or self._is_closed
+            suspects = set() if is_over else _suspects(batch, outcomes, has_failed=error is not None)
             if len(suspects) == len(batch):
                 middle = len(batch) // 2
                 self._halves += [batch[middle:], batch[:middle]]
             elif suspects:
                 self._halves.append([work for work in batch if work in suspects])
-            self._start_next()
+            self._launch_ready()
         answered = [(w, outcome) for w, outcome in zip(batch, outcomes, strict=True) if w not in suspects]
         for work, _ in answered:
             work.timings_ms = {"queue": (started - work.queued_at) * 1e3, "forward": seconds * 1e3}
@@ -156,15 +177,24 @@ class Batcher:
                 loop.call_soon_threadsafe(_answer, answered)
 
     def _count(self, batch: list[Work], seconds: float, *, has_failed: bool) -> None:
+        patches = self._cost(batch)
+        self._in_flight -= 1
+        self._running -= patches
         self.forwards += 1
         self.failures += has_failed
         self.items += len(batch)
-        self.patches += self._running
+        self.patches += patches
         self.step_latency_ms = seconds * 1e3
         if not has_failed:
-            rate = self._running / max(seconds, 1e-6)
+            rate = patches / max(seconds, 1e-6)
             self._rate = _MEMORY * self._rate + (1 - _MEMORY) * rate if self._rate else rate
-        self._running = 0
+
+
+def _collected(launch: Future[Launched]) -> list[Outcome]:
+    try:
+        return launch.result().collect()
+    finally:
+        del launch  # else an error's stack would hold it, and it the error, with all that a failed forward held
 
 
 def _suspects(batch: list[Work], outcomes: Sequence[Outcome], *, has_failed: bool) -> set[Work]:

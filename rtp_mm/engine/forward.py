@@ -1,8 +1,9 @@
-"""The model's forward as the batcher calls it, on the device thread: work in, answers in host memory out."""
+"""The model's forward as the batcher calls it: launched on the device thread, its answers collected in host memory."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,22 +15,49 @@ from rtp_mm.models.multimodal_common import Embedding, MultiModalEmbeddingInterf
 from rtp_mm.types import MMUrlType
 
 Outcome = Embedded | MMError
+# Forwards at once. A GPU finds the second one launched when the first ends; a third would only be taken before more
+# could join it. On a CPU a launch ends with its forward.
+IN_FLIGHT = {"cuda": 2, "cpu": 1}
 
 
 class NonFiniteError(ProcessError):
     """NaN or infinity: the item's own fault, or that of a neighbour in a model that mixes its batch."""
 
 
+class Launched(NamedTuple):
+    """Answers on their way to the host."""
+
+    answers: list[Embedded]
+    extremes: Tensor  # [items, 2] on the host
+    arrived: torch.cuda.Event | None  # `None`: they are there
+
+    def collect(self) -> list[Outcome]:
+        """Waits for them, on any thread. An outcome per item, in order: its answer, or what is wrong with it.
+
+        Raises what went wrong on the device.
+        """
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        are_finite = self.extremes.isfinite().all(1).tolist()
+        return [_checked(answer, is_finite) for answer, is_finite in zip(self.answers, are_finite, strict=True)]
+
+
 class Forward:
-    """One forward of many items. What becomes of those that fail is the batcher's business."""
+    """Forwards of many items, one behind another. What becomes of those that fail is the batcher's business."""
 
     def __init__(self, mm_part: MultiModalEmbeddingInterface, dtype: torch.dtype) -> None:
         self.device = mm_part._device
+        self.max_in_flight = IN_FLIGHT.get(self.device.type, 1)
         self._mm_part = mm_part
         self._dtype = dtype
 
-    def __call__(self, batch: Sequence[Work]) -> list[Outcome]:
-        """An outcome per item, in order: its answer, or what is wrong with it. Raises what the model raises."""
+    def launch(self, batch: Sequence[Work]) -> Launched:
+        """On the device thread. Raises what the model raises.
+
+        A device reads the batch's inputs when it comes to them: keep them until the answers are collected. What the
+        launch took of the device's memory is free again when it returns, for the next one on the same stream: two in
+        flight take no more than one.
+        """
         with torch.inference_mode():
             results = self._embed(batch)
             if len(results) != len(batch):
@@ -42,7 +70,7 @@ class Forward:
         )
 
     def enter_thread(self) -> None:
-        """On the thread that will call: a thread starts on the first device, and kernels run on the thread's."""
+        """On each thread that will call: a thread starts on the first device, and kernels run on the thread's."""
         if self.device.type == "cuda" and self.device.index is not None:
             torch.cuda.set_device(self.device)
 
@@ -52,11 +80,15 @@ class Forward:
             torch.cuda.empty_cache()
 
     def is_device_gone(self) -> bool:
-        """Whether the device answers no more: a CUDA error that stays fails every later call of the process."""
+        """Whether the device answers no more: a CUDA error that stays fails every later call of the process.
+
+        On any thread. Waits for the stream, so that nothing of a launch that failed reads its inputs any more; not for
+        the device, which must not be asked while the other thread captures a graph.
+        """
         if self.device.type != "cuda":
             return False
         try:
-            torch.cuda.synchronize(self.device)
+            torch.cuda.current_stream(self.device).synchronize()
         except RuntimeError:  # torch.AcceleratorError is one
             return True
         return False
@@ -73,22 +105,26 @@ class WholeForward(Forward):
         return self._mm_part.mm_embedding(work.value.url, work.mm_type, configs=work.config, **tensor)
 
 
-def to_host(results: Sequence[Embedding], dtype: torch.dtype) -> list[Outcome]:
+def to_host(results: Sequence[Embedding], dtype: torch.dtype) -> Launched:
     """Each answer in host memory of its own, so that keeping one does not keep its whole batch; see `_checked`.
 
-    From a device all copies are asynchronous, into pinned memory, with one wait at their end.
+    From a device all copies are asynchronous, into pinned memory.
     """
     embeddings = [embedding.reshape(-1, embedding.shape[-1]).to(dtype) for embedding, _ in results]
     extremes = torch.stack([_extremes(embedding) for embedding in embeddings])
     host_extremes = _own_host_copy(extremes)
-    copies = [
+    answers = [
         Embedded(_own_host_copy(embedding), None if ids is None else _own_host_copy(ids.reshape(-1, 3).int()))
         for embedding, (_, ids) in zip(embeddings, results, strict=True)
     ]
-    if extremes.is_cuda:
-        torch.cuda.current_stream(extremes.device).synchronize()
-    are_finite = host_extremes.isfinite().all(1).tolist()
-    return [_checked(copy, is_finite) for copy, is_finite in zip(copies, are_finite, strict=True)]
+    return Launched(answers, host_extremes, _end_of_stream(extremes.device) if extremes.is_cuda else None)
+
+
+def _end_of_stream(device: torch.device) -> torch.cuda.Event:
+    """Of what is enqueued so far. Who waits for it sleeps: a core that spins is one less for the workers."""
+    event = torch.cuda.Event(blocking=True)
+    event.record(torch.cuda.current_stream(device))
+    return event
 
 
 def _extremes(embedding: Tensor) -> Tensor:

@@ -21,7 +21,9 @@ CPU_ITEM_PATCHES = 65536
 CUDA_ITEM_PATCHES = 460800
 QUEUE_BATCHES = 32  # full batches that may wait
 _PROBE_SIDE = 16  # tokens
-_SHARE = 0.5  # of the free device memory, for one forward: the allocator's pieces and other programs have the rest
+# Of the free device memory, for one forward: the allocator's pieces and other programs have the rest. A second one in
+# flight takes no more (see `Forward.launch`).
+_SHARE = 0.5
 
 
 class DeviceLimits(NamedTuple):

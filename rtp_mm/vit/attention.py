@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from rtp_mm import ops
 from rtp_mm.errors import StartError
+from rtp_mm.vit.packing import to_device
 from rtp_mm.vit.rope import RotaryTable
 
 # qkv [N, 3, heads, head_dim], not rotated yet -> [N, heads, head_dim]; rows past the last segment are padding and give
@@ -62,7 +63,7 @@ class Segments:
             starts_by_length[length].append(start)
             start += length
         return [
-            (length, (torch.tensor(starts)[:, None] + torch.arange(length)).view(-1).to(self.cu.device))
+            (length, to_device((torch.tensor(starts)[:, None] + torch.arange(length)).view(-1), self.cu.device))
             for length, starts in starts_by_length.items()
         ]
 

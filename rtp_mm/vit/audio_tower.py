@@ -22,7 +22,7 @@ from rtp_mm.vit.attention import VARLEN_ATTENTION, Segments
 from rtp_mm.vit.graphs import Batch
 from rtp_mm.vit.layers import Block, LayerNorm, Mlp, SelfAttention
 from rtp_mm.vit.linear import Gemm, Linear, choose_gemm
-from rtp_mm.vit.packing import packed_rows
+from rtp_mm.vit.packing import packed_rows, to_device
 from rtp_mm.vit.rope import RotaryTable
 from rtp_mm.vit.tower_base import Tower, TowerOptions
 
@@ -110,14 +110,14 @@ class Layout(NamedTuple):
         def indices(parts: Sequence[np.ndarray], multiple: int) -> Tensor:
             """One after the other, and the first of all again as padding."""
             whole = np.concatenate(parts)
-            return torch.from_numpy(np.pad(whole, (0, -len(whole) % multiple))).to(device)
+            return to_device(torch.from_numpy(np.pad(whole, (0, -len(whole) % multiple))), device)
 
         return cls(
             indices(windows, 2 * row_multiple),
-            torch.from_numpy(firsts).to(device),
+            to_device(torch.from_numpy(firsts), device),
             indices([np.arange(count) for count in counts], row_multiple),
             indices(pairs, 2 * row_multiple),
-            torch.from_numpy(np.append(0, np.cumsum(counts)).astype(np.int32)).to(device),
+            to_device(torch.from_numpy(np.append(0, np.cumsum(counts)).astype(np.int32)), device),
         )
 
 

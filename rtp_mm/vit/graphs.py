@@ -120,7 +120,8 @@ class _Graph:
 class CudaGraphs:
     """`run` by graphs, captured when first needed; the longest unused go when all together hold over `max_bytes`.
 
-    `capture` records a function of no arguments. All calls must be on one stream.
+    `capture` records a function of no arguments. All calls must be on one stream: a batch enters a graph's buffers
+    there only after the one before it was computed and copied out, however early it is launched.
     """
 
     def __init__(
