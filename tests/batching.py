@@ -102,5 +102,6 @@ def run(batcher: Batcher, value: Any, patches: int | None = 10) -> asyncio.Task[
 
 
 async def outcomes(tasks: Sequence[asyncio.Task[Any]]) -> list[Any]:
-    found = await asyncio.gather(*tasks, return_exceptions=True)
+    async with asyncio.timeout(30):
+        found = await asyncio.gather(*tasks, return_exceptions=True)
     return [str(outcome) if isinstance(outcome, ProcessError) else outcome for outcome in found]

@@ -24,6 +24,10 @@ GONE = "the device is gone: restart the server"
 FAILED = "the forward failed with ZeroDivisionError"
 
 
+class Rows:
+    """Memory that the device reads or writes."""
+
+
 def fails_on_bad(values: list[Any]) -> None:
     if "bad" in values:
         raise ZeroDivisionError
@@ -114,29 +118,24 @@ async def test_a_launch_that_fails_is_halved_behind_what_runs() -> None:
     assert [batch for batch in gpu.batches if "bad" in batch] == [["a", "bad", "b", "c"], ["a", "bad"], ["bad"]]
 
 
-async def test_memory_that_a_launch_ran_out_of_is_free_before_the_next_launch() -> None:
-    class Rows:
-        pass
-
-    alive: list[weakref.ref[Rows]] = []
-    kept: list[object] = []
+async def test_what_a_launch_that_ran_out_of_memory_held_is_free_before_the_next() -> None:
+    held: list[object] = []
 
     class Small(Gpu):
         def launch(self, batch: Any) -> Answers:
             activations = Rows()
-            alive.append(weakref.ref(activations))
+            self.activations = weakref.ref(activations)
             return super().launch(batch)
 
         def free_memory(self) -> None:
-            super().free_memory()
-            kept.append(alive[-1]())
+            held.append(self.activations())
 
     def fails(values: list[Any]) -> None:
         raise torch.OutOfMemoryError
 
     async with batching(Small(fails)) as batcher:
         assert await outcomes([run(batcher, "first")]) == ["the forward failed with OutOfMemoryError"]
-    assert kept == [None]
+    assert held == [None]
 
 
 async def test_nan_goes_again_behind_what_runs_meanwhile() -> None:
@@ -228,10 +227,6 @@ async def test_a_forward_begins_when_the_one_before_it_has_ended() -> None:
     gpu.end()
     assert await third == {"queue": 0, "forward": 1000}
     batcher.close()
-
-
-class Rows:
-    """An input whose memory the device reads."""
 
 
 @pytest.mark.parametrize("error", [None, WrongFormatError])
