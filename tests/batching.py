@@ -30,8 +30,6 @@ class Device:
     what is wrong with a batch.
     """
 
-    max_in_flight = 1
-
     def __init__(self, fails: Callable[[list[Any]], None] = lambda _: None) -> None:
         self.fails = fails
         self.batches: list[list[Any]] = []
@@ -62,9 +60,7 @@ class Device:
 
 
 class Gpu(Device):
-    """Its launch returns at once; a forward that was launched ends with a call of `end`, one after another."""
-
-    max_in_flight = 2
+    """Its launch returns at once, or when it `may_go_on`; the forward ends with a call of `end`, one after another."""
 
     def __init__(self, fails: Callable[[list[Any]], None] = lambda _: None) -> None:
         super().__init__(fails)

@@ -68,18 +68,26 @@ async def test_there_are_never_three_and_what_waits_goes_together_when_one_ends(
     assert (batcher.forwards, batcher.items, batcher.patches, batcher._running) == (3, 5, 50, 0)
 
 
-async def test_a_cpu_takes_one_batch_at_a_time_on_one_thread() -> None:
-    cpu = Device()
-    cpu.may_go_on.clear()
-    async with batching(cpu) as batcher:
+@pytest.mark.parametrize("device", [Device, Gpu])
+async def test_what_comes_during_a_launch_goes_together_behind_it(device: type[Device]) -> None:
+    """On a CPU that is during a forward: batches are as full as with one in flight. And who leaves costs nothing."""
+    held = device()
+    held.may_go_on.clear()
+    async with batching(held) as batcher:
         tasks = [run(batcher, "first")]
-        await until(lambda: cpu.batches == [["first"]])
+        await until(lambda: held.batches == [["first"]])
         tasks += [run(batcher, i) for i in range(3)]
+        leaving = run(batcher, "leaving")
+        await until(lambda: batcher.waiting == 4)
+        leaving.cancel()
         await until(lambda: batcher.waiting == 3)
-        cpu.may_go_on.set()
+        held.may_go_on.set()
+        await until(lambda: len(held.batches) == 2)
+        if isinstance(held, Gpu):
+            assert held.collected == 0
+            held.end(2)
         assert await outcomes(tasks) == ["first", 0, 1, 2]
-    assert cpu.batches == [["first"], [0, 1, 2]]
-    assert len(cpu.threads) == 1
+    assert held.batches == [["first"], [0, 1, 2]]
 
 
 async def test_answers_come_in_the_order_of_the_batches() -> None:

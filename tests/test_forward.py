@@ -20,33 +20,28 @@ from rtp_mm.types import MMPreprocessConfig, MMUrlType
 class Part:
     """Answers an item with its own value."""
 
-    def __init__(self, device: str = "cpu") -> None:
-        self._device = torch.device(device)
+    _device = torch.device("cpu")
 
     def mm_process_batch(self, values: list[Any], types: Any, configs: Any) -> list[Any]:
         return [value for value in values if value is not None]
 
 
-def work(value: Any) -> Work:
-    return Work(value, 1, MMUrlType.IMAGE, MMPreprocessConfig(), SimpleNamespace())  # type: ignore[arg-type]
-
-
-def forward(part: Part) -> Forward:
-    return Forward(part, torch.float32)  # type: ignore[arg-type]
+def launch(*values: Any) -> Launched:
+    works = [
+        Work(value, 1, MMUrlType.IMAGE, MMPreprocessConfig(), SimpleNamespace())  # type: ignore[arg-type]
+        for value in values
+    ]
+    return Forward(Part(), torch.float32).launch(works)  # type: ignore[arg-type]
 
 
 def tokens(*values: float) -> Tensor:
     return torch.tensor(values)[:, None]
 
 
-def test_a_gpu_takes_two_forwards_at_once_and_a_cpu_one() -> None:
-    assert [forward(Part(device)).max_in_flight for device in ("cuda", "cuda:1", "cpu")] == [2, 2, 1]
-
-
 def test_each_item_gets_its_answer_or_what_is_wrong_with_it() -> None:
     ids = torch.zeros(2, 3)
     values = [tokens(1, 2), (tokens(3, 4), ids), tokens(5, math.nan), tokens(math.inf), (tokens(6), ids), tokens()]
-    kept, placed, nan, infinite, misplaced, empty = forward(Part()).launch([*map(work, values)]).collect()
+    kept, placed, nan, infinite, misplaced, empty = launch(*values).collect()
     assert isinstance(kept, Embedded)
     assert isinstance(placed, Embedded)
     assert isinstance(empty, Embedded)
@@ -61,7 +56,7 @@ def test_each_item_gets_its_answer_or_what_is_wrong_with_it() -> None:
 
 def test_a_model_that_loses_items_fails_its_launch() -> None:
     with pytest.raises(ProcessError, match="answered 2 items with 1 embeddings"):
-        forward(Part()).launch([work(tokens(1)), work(None)])
+        launch(tokens(1), None)
 
 
 def test_nothing_is_looked_at_before_it_has_arrived() -> None:

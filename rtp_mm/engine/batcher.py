@@ -21,6 +21,7 @@ from rtp_mm.errors import MMError, ProcessError
 from rtp_mm.types import MMPreprocessConfig, MMUrlType
 
 _log = logging.getLogger(__name__)
+IN_FLIGHT = 2  # the GPU finds one launched when the other ends; of a third the batch would be taken too early
 _GONE = "the device is gone: restart the server"
 _MEMORY = 0.8  # how much of its rate the past keeps at each forward
 
@@ -28,22 +29,23 @@ _MEMORY = 0.8  # how much of its rate the past keeps at each forward
 class Batcher:
     """Packs prepared inputs of many requests into forwards of at most `max_patches`; answers on one event loop.
 
-    One thread launches, another waits for the answers, in the same order. A batch is whatever is ready when there is
-    room in flight; it is taken there and then, however busy the event loop is, and kept until its forward has ended:
-    the device may still read its inputs. A forward that fails is halved until what is bad stands alone: the good are
-    answered, the bad fail. When the device itself is gone, everything waiting fails, and all that comes.
+    The device thread launches forwards; another waits for their answers, in the same order. A batch is taken when it
+    can be launched at once, however busy the event loop is: on a GPU behind the one that runs, on a CPU, where a launch
+    ends with its forward, after it. It is kept until its answers are there: the device may still read its inputs. A
+    forward that fails is halved until what is bad stands alone: the good are answered, the bad fail. When the device
+    itself is gone, everything waiting fails, and all that comes.
     """
 
     def __init__(self, forward: Forward, max_patches: int, clock: Callable[[], float] = time.perf_counter) -> None:
         self._forward = forward
         self._clock = clock
-        self._device_thread = self._answer_thread = ThreadPoolExecutor(1, "rtp_mm-device", forward.enter_thread)
-        if forward.max_in_flight > 1:
-            self._answer_thread = ThreadPoolExecutor(1, "rtp_mm-answers", forward.enter_thread)
+        self._device_thread = ThreadPoolExecutor(1, "rtp_mm-device", forward.enter_thread)
+        self._answer_thread = ThreadPoolExecutor(1, "rtp_mm-answers", forward.enter_thread)
         self._lock = threading.Lock()  # over all below
         self._line = WaitingLine(max_patches)
         self._halves: list[list[Work]] = []  # of forwards that failed: they go next
-        self._in_flight = 0  # forwards launched, or about to be, and not answered yet
+        self._launching: list[Work] | None = None  # the device thread's; where that fails, until it is sorted out
+        self._in_flight = 0  # forwards: that one, and those launched whose answers are awaited
         self._running = 0  # patches in them
         self._last_end = clock()  # of a forward
         self._is_closed = False
@@ -101,7 +103,7 @@ class Batcher:
         self._device_thread.shutdown(wait=False)
         self._answer_thread.shutdown(wait=False)
 
-    # --- under the lock, on the event loop or the answer thread
+    # --- under the lock, on the event loop or either thread
 
     def _check_usable(self) -> None:
         if self.is_device_gone:
@@ -110,11 +112,11 @@ class Batcher:
             raise ProcessError("the engine stopped")
 
     def _launch_ready(self) -> None:
-        """Behind what runs, as far as the device takes it."""
         while self._can_launch() and (self._halves or len(self._line)):
             batch = self._halves.pop() if self._halves else self._line.take()
             batch = [work for work in batch if not work.answer.done()]  # the others' callers left
             if batch:
+                self._launching = batch
                 self._in_flight += 1
                 self._running += self._cost(batch)
                 launch = self._device_thread.submit(self._launch, batch)
@@ -122,7 +124,7 @@ class Batcher:
                 self._answer_thread.submit(self._finish, batch, self._clock(), step)  # one thread: after it
 
     def _can_launch(self) -> bool:
-        return self._in_flight < self._forward.max_in_flight and not self._is_closed
+        return self._launching is None and self._in_flight < IN_FLIGHT and not self._is_closed
 
     def _cost(self, batch: list[Work]) -> int:
         return sum(map(self._line.cost, batch))
@@ -139,11 +141,15 @@ class Batcher:
 
     def _launch(self, batch: list[Work]) -> Launched:
         try:
-            return self._forward.launch(batch)
+            launched = self._forward.launch(batch)
         except torch.OutOfMemoryError as error:
             traceback.clear_frames(error.__traceback__)  # of what they hold there
             self._forward.free_memory()
             raise
+        with self._lock:
+            self._launching = None
+            self._launch_ready()
+        return launched
 
     # --- on the answer thread
 
@@ -178,6 +184,8 @@ class Batcher:
 
     def _count(self, batch: list[Work], seconds: float, *, has_failed: bool) -> None:
         patches = self._cost(batch)
+        if self._launching is batch:  # it failed
+            self._launching = None
         self._in_flight -= 1
         self._running -= patches
         self.forwards += 1

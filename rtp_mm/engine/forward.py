@@ -15,9 +15,6 @@ from rtp_mm.models.multimodal_common import Embedding, MultiModalEmbeddingInterf
 from rtp_mm.types import MMUrlType
 
 Outcome = Embedded | MMError
-# Forwards at once. A GPU finds the second one launched when the first ends; a third would only be taken before more
-# could join it. On a CPU a launch ends with its forward.
-IN_FLIGHT = {"cuda": 2, "cpu": 1}
 
 
 class NonFiniteError(ProcessError):
@@ -47,7 +44,6 @@ class Forward:
 
     def __init__(self, mm_part: MultiModalEmbeddingInterface, dtype: torch.dtype) -> None:
         self.device = mm_part._device
-        self.max_in_flight = IN_FLIGHT.get(self.device.type, 1)
         self._mm_part = mm_part
         self._dtype = dtype
 
