@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from conftest import require
 from torch import Tensor
 
+from rtp_mm.config import load_settings
 from rtp_mm.engine.caches import Embedded
 from rtp_mm.engine.forward import Forward, Launched, NonFiniteError, to_host
 from rtp_mm.engine.waiting_line import Work
 from rtp_mm.errors import ProcessError
-from rtp_mm.types import MMPreprocessConfig, MMUrlType
+from rtp_mm.models.multimodal_common import ACT_DTYPES
+from rtp_mm.models.registry import load_model
+from rtp_mm.types import MMPreprocessConfig, MMUrlType, Patches
 
 
 class Part:
@@ -26,12 +32,12 @@ class Part:
         return [value for value in values if value is not None]
 
 
+def work(value: Any) -> Work:
+    return Work(value, 1, MMUrlType.IMAGE, MMPreprocessConfig(), SimpleNamespace())  # type: ignore[arg-type]
+
+
 def launch(*values: Any) -> Launched:
-    works = [
-        Work(value, 1, MMUrlType.IMAGE, MMPreprocessConfig(), SimpleNamespace())  # type: ignore[arg-type]
-        for value in values
-    ]
-    return Forward(Part(), torch.float32).launch(works)  # type: ignore[arg-type]
+    return Forward(Part(), torch.float32).launch([*map(work, values)])  # type: ignore[arg-type]
 
 
 def tokens(*values: float) -> Tensor:
@@ -70,3 +76,23 @@ def test_nothing_is_looked_at_before_it_has_arrived() -> None:
     arriving.extremes.fill_(math.nan)
     [late] = Launched(arriving.answers, arriving.extremes, Event()).collect()  # type: ignore[arg-type]
     assert late is arriving.answers[0]
+
+
+@pytest.mark.parametrize("act_type", ["bf16", "fp32"])
+def test_a_launch_on_a_gpu_never_waits_for_it(tiny_qwen2_5_vl: Path, act_type: str) -> None:
+    """It would be for the forward before. Rows lie in any host memory; two are launched before one is collected."""
+    require("cuda")
+    settings = load_settings(checkpoint_path=tiny_qwen2_5_vl, act_type=act_type, device="cuda")
+    forward = Forward(load_model(settings).mm_part, ACT_DTYPES[act_type])
+    random = np.random.default_rng(0)
+    batches = [[work(Patches(random.integers(0, 256, (64, 588), np.uint8), (1, 8, 8)))] for _ in range(2)]
+    alone = [forward.launch(batch).collect() for batch in batches]  # compiles kernels, captures graphs
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        launched = [forward.launch(batch) for batch in batches]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for [first], [again] in zip(alone, [each.collect() for each in launched], strict=True):
+        assert isinstance(first, Embedded)
+        assert isinstance(again, Embedded)
+        assert torch.equal(first.embedding, again.embedding)
