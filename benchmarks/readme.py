@@ -136,6 +136,29 @@ def service() -> str:
     return markdown(["tower", "images/s, ours / Hugging Face", "", "CPU ms an image", *load], rows)
 
 
+def overload() -> str:
+    [(_, result)] = results("service_overload")
+    capacity = result["capacity_per_second"]["ours"]
+    rows = []
+    for level, servers in result["levels"].items():
+        figures = servers["ours"]
+        refused = figures["errors"].get("RESOURCE_EXHAUSTED", 0) / (figures["answers"] / figures["per_second"])
+        refusal = f"{figures['refused_p99_ms']:.0f}" if refused else ""
+        answers = f"{figures['per_second']:.1f}"
+        rows.append(
+            [
+                level,
+                answers,
+                f"{figures['per_second'] / capacity:.0%}",
+                f"{figures['p99_ms']:,.0f}",
+                f"{refused:.0f}",
+                refusal,
+            ]
+        )
+    header = ["arrivals", "answers/s", "of the capacity", "p99, ms", "refused/s", "p99 of a refusal, ms"]
+    return markdown(header, rows)
+
+
 def cached() -> str:
     [(_, result)] = results("cached")
     rows = []
@@ -181,6 +204,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "video": video,
     "audio": audio,
     "service": service,
+    "overload": overload,
     "cached": cached,
     "int8": int8,
     "images": partial(media, "media_images", "1024x768 as", "Pillow"),
