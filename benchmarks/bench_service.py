@@ -189,7 +189,7 @@ def write_tower(folder: Path, scenario: str) -> None:
     tensors = load_file(whole / "model.safetensors")
     kept = {name: t for name, t in tensors.items() if ".blocks." not in name or int(name.split(".")[2]) < depth}
     if scenario == "thin":
-        kept = {name: t[[slice(THIN.get(n, n)) for n in t.shape]].contiguous() for name, t in kept.items()}
+        kept = {name: t[tuple(slice(THIN.get(n, n)) for n in t.shape)].contiguous() for name, t in kept.items()}
     folder.mkdir()
     save_file(kept, folder / "model.safetensors")
     config = json.loads((whole / "config.json").read_text())
