@@ -9,13 +9,18 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 from benchmarks.gpu_common import (
+    FAILED,
     ROOT,
     VARIANTS,
     Figures,
     Options,
     Unavailable,
+    attempt,
     checkpoint,
     is_gpu,
     load_part,
@@ -25,6 +30,13 @@ from benchmarks.gpu_common import (
 
 LIMIT_S = 240  # of a command
 KERNEL_TESTS = ("tests/test_ops_positions.py", "tests/test_ops_patch_embed.py", "tests/test_ops_resize_patchify.py")
+# Every file with tests that need a GPU, and what their names have in common.
+GPU_TESTS = (
+    *KERNEL_TESTS,
+    *("tests/test_ops_triton.py", "tests/test_packing.py", "tests/test_slab.py"),
+    *("tests/test_tower.py", "tests/test_audio_tower.py", "tests/test_forward.py"),
+)
+GPU_TEST_NAMES = "cuda or gpu or spills"
 TRITON_TESTS = ("tests/triton_kernels.py", "tests/triton_linear.py")
 SANITIZERS = ("memcheck", "racecheck", "initcheck")
 # Without the project's own options, some of which need plugins that a lent machine does not have.
@@ -40,11 +52,10 @@ def build(options: Options) -> Figures:
 
 
 def tests(options: Options) -> Figures:
-    """Every CUDA and Triton kernel against its twin, the towers against Hugging Face, and graphs, on the GPU."""
+    """Every CUDA and Triton kernel against its twin, towers against Hugging Face, copies and launches, on a GPU."""
     need_cuda(options)
-    for file in (*KERNEL_TESTS, "tests/test_ops_triton.py", "tests/test_tower.py", "tests/test_audio_tower.py"):
-        command = (*PYTEST, "-k", "cuda or gpu or capability or spills", file)
-        yield file, end_of(options, *command, RTP_MM_REQUIRE="cuda,triton")
+    for file in GPU_TESTS:
+        yield file, end_of(options, *PYTEST, "-k", GPU_TEST_NAMES, file, RTP_MM_REQUIRE="cuda,triton")
 
 
 def sanitizer(options: Options) -> Figures:
@@ -61,13 +72,18 @@ def sanitizer(options: Options) -> Figures:
                 *("compute-sanitizer", "--tool", tool, "--error-exitcode", "1", "--target-processes", "all"),
                 *command,
                 PYTORCH_NO_CUDA_MEMORY_CACHING="1",  # else an access past a tensor stays inside torch's own block
-                PYTHONPATH=os.pathsep.join((str(ROOT), str(ROOT / "tests"))),
             )
             yield f"{target}, {tool}", outcome
 
 
 def invariance(options: Options) -> Figures:
     """Images alone, and in random company at every edge of a graph's bucket: how many changed a bit."""
+    for variant in ("ours", "ours, no graphs"):
+        yield variant, attempt(partial(changes, variant, options))
+
+
+def changes(variant: str, options: Options) -> dict[str, Any]:
+    """One variant's images; a changed one is a failure."""
     import random
 
     import torch
@@ -75,44 +91,52 @@ def invariance(options: Options) -> Figures:
     from rtp_mm.vit.graphs import SIZES
 
     edges = SIZES if is_gpu(options) else SIZES[:1]
-    folder = checkpoint(options)
-    for variant in ("ours", "ours, no graphs"):
-        part = load_part(folder, options, VARIANTS[variant])
-        shuffled = random.Random(0)
-        images = [random_image(h, w) for h, w in ((2, 2), (2, 4), (2, 6), (10, 2), (14, 2), (8, 8), (12, 18))]
-        alone = [part.mm_process(image)[0].clone() for image in images]
-        changed = tried = 0
-        for edge in edges:
-            for patches in (edge - 4, edge, edge + 4):
-                rest = patches - 8  # beside the images of 4 and 12 patches: a filler that makes up the edge
-                batch, expected = [images[0], images[2]], [alone[0], alone[2]]
-                if rest > 8:
-                    batch.append(random_image(2, (rest - 8) // 2))
-                order = shuffled.sample(range(len(batch)), len(batch))
-                together = part.mm_process_batch([batch[i] for i in order], [], [])
-                for place, i in enumerate(order):
-                    if i < len(expected):
-                        tried += 1
-                        changed += not torch.equal(together[place][0], expected[i])
-        for _ in range(50 if is_gpu(options) else 1):
-            order = shuffled.sample(range(len(images)), shuffled.randint(2, len(images)))
-            together = part.mm_process_batch([images[i] for i in order], [], [])
-            tried += len(order)
-            changed += sum(not torch.equal(e, alone[i]) for i, (e, _) in zip(order, together, strict=True))
-        yield variant, {"tried": tried, "changed": changed}
+    part = load_part(checkpoint(options), options, VARIANTS[variant])
+    shuffled = random.Random(0)
+    images = [random_image(h, w) for h, w in ((2, 2), (2, 4), (2, 6), (10, 2), (14, 2), (8, 8), (12, 18))]
+    alone = [part.mm_process(image)[0].clone() for image in images]
+    changed = tried = 0
+    for edge in edges:
+        for patches in (edge - 4, edge, edge + 4):
+            rest = patches - 8  # beside the images of 4 and 12 patches: a filler that makes up the edge
+            batch, expected = [images[0], images[2]], [alone[0], alone[2]]
+            if rest > 8:
+                batch.append(random_image(2, (rest - 8) // 2))
+            order = shuffled.sample(range(len(batch)), len(batch))
+            together = part.mm_process_batch([batch[i] for i in order], [], [])
+            for place, i in enumerate(order):
+                if i < len(expected):
+                    tried += 1
+                    changed += not torch.equal(together[place][0], expected[i])
+    for _ in range(50 if is_gpu(options) else 1):
+        order = shuffled.sample(range(len(images)), shuffled.randint(2, len(images)))
+        together = part.mm_process_batch([images[i] for i in order], [], [])
+        tried += len(order)
+        changed += sum(not torch.equal(e, alone[i]) for i, (e, _) in zip(order, together, strict=True))
+    found = {"tried": tried, "changed": changed}
+    return found | {FAILED: f"{changed} of {tried} images changed a bit"} if changed else found
+
+
+class CommandError(Exception):
+    """A command failed, or took too long; keeps how it ended and the end of what it said."""
+
+    def __init__(self, command: Sequence[str], ended: str, output: str) -> None:
+        self.ended, self.output = ended, output[-3000:]
+        super().__init__(f"{' '.join(command)}: {ended}\n{self.output}")
 
 
 def run(options: Options, *command: str, **environment: str) -> str:
-    """The output of a command; raises with the end of it where the command failed or took too long.
+    """The output of a command that imports this checkout, installed or not, and its tests; or raises `CommandError`.
 
-    Then it is killed with all that it started, before the step itself would be.
+    One that takes too long is killed with all that it started, before the step itself would be.
     """
     limit = max(1.0, min(LIMIT_S, options.until - time.time()))
+    paths = [str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
     with tempfile.TemporaryFile("w+", errors="replace") as output:
         process = subprocess.Popen(
             command,
             cwd=ROOT,
-            env=os.environ | environment,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)} | environment,
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -126,13 +150,17 @@ def run(options: Options, *command: str, **environment: str) -> str:
         output.seek(0)
         text = output.read()
     if process.returncode:
-        raise RuntimeError(f"{' '.join(command)}: {ended}\n{text[-3000:]}")
+        raise CommandError(command, ended, text)
     return text
 
 
-def end_of(options: Options, *command: str, **environment: str) -> str:
+def last_line(output: str) -> str:
+    return ["no output", *output.strip().splitlines()][-1]
+
+
+def end_of(options: Options, *command: str, **environment: str) -> str | dict[str, str]:
     """The last line of a command's output, or how it failed: the commands after it still run."""
     try:
-        return ["no output", *run(options, *command, **environment).strip().splitlines()][-1]
-    except RuntimeError as error:
-        return f"FAILED: {error}"
+        return last_line(run(options, *command, **environment))
+    except CommandError as error:
+        return {FAILED: f"{error.ended}: {last_line(error.output)}", "output": error.output}

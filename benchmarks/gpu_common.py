@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
@@ -12,6 +14,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 ROUNDS = 9
+FAILED = "failed"  # the key, at any depth of a step's figures, of what went wrong: then the session's status is 1
 # Ways to run our tower, by the settings that differ.
 VARIANTS: dict[str, dict[str, Any]] = {
     "ours": {},
@@ -26,6 +29,33 @@ Figures = Iterator[tuple[str, Any]]  # a step's, each as soon as it is known
 
 class Unavailable(Exception):
     """This machine cannot do the step; says why."""
+
+
+def failure(error: Exception) -> dict[str, str]:
+    """An error as a figure: its type and first line. All of it, which compilers make pages of, goes to stderr."""
+    traceback.print_exception(error, file=sys.stderr)
+    return {FAILED: ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])}
+
+
+def attempt(measure: Callable[[], Any]) -> Any:
+    """What it finds, or how it failed: what comes after it is measured still.
+
+    Not after an error of CUDA's that stays, an illegal address say: what is left then fails as well, and quickly, up
+    to the end of this process. Each step has one of its own.
+    """
+    try:
+        return measure()
+    except Exception as error:  # noqa: BLE001 - is the figure
+        return failure(error)
+
+
+def failures(figures: dict[str, Any], name: str = "") -> Iterator[str]:
+    """A line for each failure in a step's figures, after the names that lead to it."""
+    for key, value in figures.items():
+        if key == FAILED:
+            yield ": ".join([*filter(None, [name]), *value.strip().splitlines()[-1:]])
+        elif isinstance(value, dict):
+            yield from failures(value, ", ".join(filter(None, [name, key])))
 
 
 def is_gpu(options: Options) -> bool:

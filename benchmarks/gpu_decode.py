@@ -10,13 +10,14 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import numpy as np
 
-from benchmarks.gpu_common import Figures, Options, Unavailable, is_gpu, timed
+from benchmarks.gpu_common import Figures, Options, Unavailable, attempt, is_gpu, timed
 from rtp_mm.types import Blob, MMUrlType, PreprocessOptions
 
 AT_ONCE = 4  # as the engine: `DEVICE_DECODES`
@@ -48,9 +49,14 @@ def decode(options: Options) -> Figures:
     yield "takes", str(on_device.cache_key)
     for name, (data, limits) in _files(gpu=is_gpu(options)).items():
         blob = Blob(data, b"", name)
-        yield name, _compare(lambda p, b=blob, o=limits: p(b, MMUrlType.DEFAULT, o), host, on_device, options)
+        call = partial(_preprocess, blob, limits)
+        yield name, attempt(partial(_compare, call, host, on_device, options))
     yield "decoded_on_device", on_device.decodes
     yield "left_to_cpu", str(dict(on_device.cpu_decodes))
+
+
+def _preprocess(blob: Blob, limits: PreprocessOptions, preprocessor: Any) -> Any:
+    return preprocessor(blob, MMUrlType.DEFAULT, limits)
 
 
 def _compare(call: Callable[[Any], Any], host: Any, on_device: Any, options: Options) -> dict[str, Any]:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from benchmarks.gpu_common import (
     Figures,
     Options,
     Unavailable,
+    attempt,
     dtype_of,
+    failure,
     is_gpu,
     kernel_seconds,
 )
@@ -49,9 +52,13 @@ def attention(options: Options) -> Figures:
     if not is_gpu(options):  # Triton's interpreter turns a row in a millisecond
         backends.TRIAL_FRAMES, backends.TRIAL_FRAME, backends.TRIAL_WINDOW, backends.TRIAL_ROUNDS = 1, 16, 4, 1
     device, dtype = torch.device(options.device), dtype_of(options)
-    usable = {n: backend for n, backend in VARLEN_ATTENTION.items() if is_usable(n, dtype, device)}
-    for name, seconds in time_attention(usable, dtype, device, time.perf_counter).items():
-        yield f"{name}_ms", 1e3 * seconds
+
+    def milliseconds(name: str) -> float:
+        return 1e3 * time_attention({name: VARLEN_ATTENTION[name]}, dtype, device, time.perf_counter)[name]
+
+    for name in VARLEN_ATTENTION:
+        if is_usable(name, dtype, device):
+            yield f"{name}_ms", attempt(partial(milliseconds, name))
 
 
 def pointwise(options: Options) -> Figures:
@@ -76,28 +83,42 @@ def pointwise(options: Options) -> Figures:
         "silu_gate": (lambda: ops.activate(gate_up, "silu_gate"), rows * hidden * 3 * width),
         "gelu": (lambda: ops.activate(gate_up, "gelu"), rows * hidden * 4 * width),
     }
-    for name, (call, moved) in cases.items():
+
+    def figures(call: Callable[[], object], moved: float) -> dict[str, float]:
         seconds = kernel_seconds(call, options)
-        yield name, {"us": 1e6 * seconds, "gb_s": moved / seconds / 1e9}
+        return {"us": 1e6 * seconds, "gb_s": moved / seconds / 1e9}
+
+    for name, case in cases.items():
+        yield name, attempt(partial(figures, *case))
 
 
 def linears(options: Options) -> Figures:
     """Our linear layers against cuBLAS with the same epilogue behind it: microseconds, and TFLOP/s of either."""
     for name, k, n, activation in layers(options):
         for rows in ROWS if is_gpu(options) else (70,):
-            contenders = linear_contenders(rows, k, n, activation, options)
-            work = 2.0 * rows * k * n
-            seconds = {side: kernel_seconds(call, options) for side, call in contenders.items()}
-            yield (
-                f"{name}, {rows} rows",
-                {f"{side}_us": 1e6 * s for side, s in seconds.items()}
-                | {f"{side}_tflop_s": work / s / 1e12 for side, s in seconds.items()},
-            )
+            yield f"{name}, {rows} rows", attempt(partial(linear_figures, rows, k, n, activation, options))
+
+
+def linear_figures(rows: int, k: int, n: int, activation: str, options: Options) -> dict[str, Any]:
+    def figures(call: Callable[[], Any]) -> dict[str, float]:
+        seconds = kernel_seconds(call, options)
+        return {"us": 1e6 * seconds, "tflop_s": 2.0 * rows * k * n / seconds / 1e12}
+
+    contenders = linear_contenders(rows, k, n, activation, options)
+    return {side: attempt(partial(figures, call)) for side, call in contenders.items()}
 
 
 def tiles(options: Options) -> Figures:
     """Other tiles for each layer: microseconds, and whether a row has the bits that it has in the layer's own tile."""
+    for name, k, n, activation in layers(options):
+        for rows in (256, 16384) if is_gpu(options) else (70,):
+            yield f"{name}, {rows} rows", attempt(partial(tile_figures, rows, k, n, activation, options))
+
+
+def tile_figures(rows: int, k: int, n: int, activation: str, options: Options) -> dict[str, Any]:
+    """A layer's; that a tile is too large for this GPU is a finding, no failure."""
     import torch
+    from triton.runtime.errors import OutOfResources
 
     from rtp_mm.ops import linear_triton
     from rtp_mm.ops.linear_triton import Tile
@@ -108,26 +129,25 @@ def tiles(options: Options) -> Figures:
         for stages in (3, 4)
     ]
     chosen = linear_triton.choose_tile
-    for name, k, n, activation in layers(options):
-        for rows in (256, 16384) if is_gpu(options) else (70,):
-            figures: dict[str, Any] = {}
-            torch.manual_seed(0)
-            call = linear_contenders(rows, k, n, activation, options)["ours"]
-            expected = call().clone()
-            for tma in (True, False) if is_gpu(options) else (False,):
-                for tile in candidates if is_gpu(options) else candidates[:1]:
-                    label = f"{tile.m}x{tile.n}, {tile.stages} stages{', TMA' if tma else ''}"
-                    linear_triton.choose_tile = lambda *_, tile=tile, tma=tma: (tile, tma)  # type: ignore[assignment]
-                    try:
-                        torch.manual_seed(0)
-                        call = linear_contenders(rows, k, n, activation, options)["ours"]
-                        same = torch.equal(call(), expected)
-                        figures[label] = {"us": 1e6 * kernel_seconds(call, options), "same_bits": same}
-                    except Exception as error:  # noqa: BLE001 - too large a tile for this GPU is a finding
-                        figures[label] = f"{type(error).__name__}: {str(error)[:80]}"
-                    finally:
-                        linear_triton.choose_tile = chosen
-            yield f"{name}, {rows} rows", figures
+    figures: dict[str, Any] = {}
+    torch.manual_seed(0)
+    expected = linear_contenders(rows, k, n, activation, options)["ours"]().clone()
+    for tma in (True, False) if is_gpu(options) else (False,):
+        for tile in candidates if is_gpu(options) else candidates[:1]:
+            label = f"{tile.m}x{tile.n}, {tile.stages} stages{', TMA' if tma else ''}"
+            linear_triton.choose_tile = lambda *_, tile=tile, tma=tma: (tile, tma)  # type: ignore[assignment]
+            try:
+                torch.manual_seed(0)
+                call = linear_contenders(rows, k, n, activation, options)["ours"]
+                same = torch.equal(call(), expected)
+                figures[label] = {"us": 1e6 * kernel_seconds(call, options), "same_bits": same}
+            except OutOfResources as error:
+                figures[label] = str(error)
+            except Exception as error:  # noqa: BLE001 - is the figure
+                figures[label] = failure(error)
+            finally:
+                linear_triton.choose_tile = chosen
+    return figures
 
 
 def layers(options: Options) -> Sequence[tuple[str, int, int, str]]:

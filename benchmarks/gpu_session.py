@@ -6,7 +6,9 @@
 Each step runs in a process of its own, so that neither a crash, nor a hang, nor a broken CUDA context takes another's
 figures along; every figure is written (to --out) as soon as it is there. What --minutes leave no time for is left out,
 and says so. Where results/gpu_session.json is there already, its other steps are kept: one file from several calls.
-The exit status is 1 where a step failed. Steps that a machine cannot do (no GPU, no DALI) say so.
+Within a step, what fails is its own figure, and what comes after it is measured still (`gpu_common.attempt`).
+The exit status is 1 where anything failed: a step, a case or variant of one, a test, a sanitizer, an image's bits; the
+last table names these first. Steps that a machine cannot do (no GPU, no DALI) say so, which is no failure.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from benchmarks.gpu_checks import build, invariance, sanitizer, tests
-from benchmarks.gpu_common import ROOT, Figures, Options, Unavailable
+from benchmarks.gpu_common import FAILED, ROOT, Figures, Options, Unavailable, failures
 from benchmarks.gpu_decode import decode
 from benchmarks.gpu_kernels import attention, linears, peaks, pointwise, tiles
 from benchmarks.gpu_towers import profile, service, tower
@@ -70,8 +72,15 @@ def run_step(name: str, options: Options) -> None:
         except Unavailable as reason:
             put("not here", str(reason))
         except Exception:  # noqa: BLE001 - is reported, and the other steps still run
-            put("failed", traceback.format_exc())
+            put(FAILED, traceback.format_exc())
     faulthandler.cancel_dump_traceback_later()
+
+
+def read_figures(name: str, options: Options) -> dict[str, Any]:
+    """Those that a step has written whole."""
+    file = options.folder / f"{name}.jsonl"
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    return dict(json.loads(line) for line in lines if line.endswith("\n"))
 
 
 def figures_of(name: str, options: Options) -> dict[str, Any]:
@@ -92,11 +101,9 @@ def figures_of(name: str, options: Options) -> dict[str, Any]:
         ended = "SIGKILL: it took too long"
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    file = options.folder / f"{name}.jsonl"
-    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-    figures = dict(json.loads(line) for line in lines if line.endswith("\n"))
+    figures = read_figures(name, options)
     if process.returncode:
-        figures["failed"] = f"its process ended with {ended}"
+        figures[FAILED] = f"its process ended with {ended}"
     return figures
 
 
@@ -111,6 +118,20 @@ def show(name: str, figures: dict[str, Any]) -> None:
     for figure, value in figures.items():
         table.add_row(escape(figure), escape(shown(value)))
     console.print(table)
+
+
+def summarize(steps: dict[str, dict[str, Any]]) -> int:
+    """Prints what failed, then how each step ended; the session's exit status."""
+    failed = {name: found for name, figures in steps.items() if (found := [*failures(figures)])}
+    table = Table("step", "s", "outcome")
+    for name, lines in failed.items():
+        for line in lines:
+            table.add_row(name, "", escape(f"FAILED: {line}"))
+    for name, figures in steps.items():
+        outcome = next((f"{key}: {figures[key]}" for key in ("not here", "unfinished") if key in figures), "done")
+        table.add_row(name, f"{figures['step_seconds']:.0f}", "failed" if name in failed else escape(outcome))
+    console.print(table)
+    return int(bool(failed))
 
 
 def parse() -> Options:
@@ -148,7 +169,7 @@ def main() -> int:
             show(name, results[name])
             (options.out / file).write_text(json.dumps(results, indent=2) + "\n")
     console.print(f"wrote {options.out / file}")
-    return int(any("failed" in results[name] for name in names))
+    return summarize({name: results[name] for name in names})
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import tempfile
 import time
@@ -13,12 +14,15 @@ from statistics import median
 from typing import Any
 
 from benchmarks.gpu_common import (
+    FAILED,
     ROOT,
     ROUNDS,
     VARIANTS,
     Figures,
     Options,
+    attempt,
     checkpoint,
+    failure,
     is_gpu,
     load_part,
     random_batch,
@@ -37,42 +41,64 @@ def tower(options: Options) -> Figures:
     """Ours, in several ways, against Hugging Face SDPA on the same weights, rounds in turns; errors against float32."""
     import torch
 
-    from benchmarks.bench_tower import operations
     from rtp_mm.cli.hugging_face import HuggingFacePeer
 
-    device = torch.device(options.device)
     folder = checkpoint(options)
     parts: dict[str, Any] = {}
     for variant, settings in VARIANTS.items():
         try:
             parts[variant] = load_part(folder, options, settings)
         except Exception as error:  # noqa: BLE001 - the others are measured still
-            yield variant, f"{type(error).__name__}: {error}"
-    peer = HuggingFacePeer(folder, torch.bfloat16, device)
-    exact = HuggingFacePeer(folder, torch.float32, device)
+            yield variant, failure(error)
+    if not parts:
+        return
+    peer, exact = (HuggingFacePeer(folder, d, torch.device(options.device)) for d in (torch.bfloat16, torch.float32))
     for images, patches in BATCHES if is_gpu(options) else BATCHES[:1]:
-        items, peer_inputs = random_batch(images, patches)
-        values, grid = peer_inputs["pixel_values"].to(device), peer_inputs["image_grid_thw"].to(device)
-        with torch.inference_mode():
-            expected = exact.forward(peer_inputs).double()
-        calls: dict[str, Callable[[], Any]] = {
-            variant: partial(part.mm_process_batch, items, [], []) for variant, part in parts.items()
-        }
-        calls["Hugging Face"] = partial(peer_forward, peer.tower, values.to(torch.bfloat16), grid)
-        figures: dict[str, dict[str, float]] = {}
-        work = images * operations(parts["ours"].tower.config, *side_lengths(patches))
-        seconds: dict[str, list[float]] = {name: [] for name in calls}
-        for name, call in calls.items():
-            out = call()  # compiles, captures
-            embedding = out if name == "Hugging Face" else torch.cat([e for e, _ in out])
-            error = (embedding.cpu().double() - expected).norm() / expected.norm()
-            figures[name] = {"error": float(error)}
-        for _ in range(ROUNDS if is_gpu(options) else 2):
-            for name, call in calls.items():
-                seconds[name].append(timed(call, options.device, rounds=1))
-        for name, times in seconds.items():
-            figures[name] |= {"ms": 1e3 * median(times), "tflop_s": work / median(times) / 1e12}
+        figures = attempt(partial(batch_figures, parts, peer, exact, images, patches, options))
         yield f"{images} x {patches} patches", figures
+
+
+def batch_figures(
+    parts: dict[str, Any], peer: Any, exact: Any, images: int, patches: int, options: Options
+) -> dict[str, Any]:
+    """One batch through each; what fails at its first call, which compiles and captures, or later is left out then."""
+    import torch
+
+    from benchmarks.bench_tower import operations
+
+    items, peer_inputs = random_batch(images, patches)
+    values, grid = (peer_inputs[name].to(options.device) for name in ("pixel_values", "image_grid_thw"))
+    with torch.inference_mode():
+        expected = exact.forward(peer_inputs).double()
+    calls: dict[str, Callable[[], Any]] = {
+        variant: partial(part.mm_process_batch, items, [], []) for variant, part in parts.items()
+    }
+    calls["Hugging Face"] = partial(peer_forward, peer.tower, values.to(torch.bfloat16), grid)
+    figures: dict[str, Any] = {
+        name: attempt(lambda call=call: {"error": relative_error(call(), expected)}) for name, call in calls.items()
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(ROUNDS if is_gpu(options) else 2):
+        for name in [name for name in calls if FAILED not in figures[name]]:
+            try:
+                seconds[name].append(timed(calls[name], options.device, rounds=1))
+            except Exception as error:  # noqa: BLE001 - the others are measured still
+                figures[name] |= failure(error)
+    work = images * operations(next(iter(parts.values())).tower.config, *side_lengths(patches))
+    for name in [name for name in calls if FAILED not in figures[name]]:
+        figures[name] |= {"ms": 1e3 * median(seconds[name]), "tflop_s": work / median(seconds[name]) / 1e12}
+    return figures
+
+
+def relative_error(out: Any, expected: Any) -> float:
+    """Of a tower's answer. Raises where it is no number, which any comparison would let pass."""
+    import torch
+
+    embedding = out if isinstance(out, torch.Tensor) else torch.cat([embedding for embedding, _ in out])
+    error = float((embedding.cpu().double() - expected).norm() / expected.norm())
+    if not math.isfinite(error):
+        raise ArithmeticError(f"the error is {error}")
+    return error
 
 
 def peer_forward(tower: Any, values: Any, grid: Any) -> Any:
@@ -145,4 +171,5 @@ def service(options: Options) -> Figures:
             yield "images_per_s", len(latencies) / elapsed
             yield "p50_ms", 1e3 * median(latencies)
             yield "p99_ms", 1e3 * latencies[int(0.99 * (len(latencies) - 1))]
-            yield "exit_status", server.terminate()
+            status = server.terminate()
+            yield "exit_status", {FAILED: f"status {status} after SIGTERM"} if status else status

@@ -8,9 +8,6 @@ import pytest
 import reference
 import torch
 from conftest import require
-from transformers import vision_utils
-from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionConfig
-from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLVisionRotaryEmbedding
 
 from rtp_mm import ops
 from rtp_mm.ops import VisionPositions
@@ -58,6 +55,8 @@ def test_merge_sizes_beyond_two() -> None:
 
 @pytest.mark.parametrize("grids", BATCHES, ids=str)
 def test_equals_transformers(grids: list[tuple[int, int, int]]) -> None:
+    from transformers import vision_utils
+
     merge_size, window = 2, 4
     grid_thw = torch.tensor(grids)
     ours = ops.vision_positions(grids, merge_size, window, ANGLES)
@@ -79,6 +78,9 @@ def test_rows_past_the_patches_are_not_turned(window: int, padding: int) -> None
 @pytest.mark.parametrize("head_dim", [64, 72, 80])
 def test_angles_are_those_of_transformers(head_dim: int) -> None:
     """To the bit, also past the first table's end."""
+    from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionConfig
+    from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLVisionRotaryEmbedding
+
     grids = [(1, 6, 10), (1, 2, 2 * FIRST_POSITIONS)]
     angles = RotaryAngles(head_dim, torch.device("cpu"))
     assert angles.up_to(10) is angles.up_to(FIRST_POSITIONS)

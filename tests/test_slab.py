@@ -183,7 +183,7 @@ def cuda() -> None:
     require("cuda")
 
 
-def test_copies_from_registered_memory_are_asynchronous(cuda: None) -> None:
+def test_registered_memory_is_pinned_for_a_gpu(cuda: None) -> None:
     slab = Slab(1 << 20)
     pinned = PinnedBytes(slab.bytes[: slab.kept_bytes])
     assert pinned.is_pinned

@@ -1,0 +1,88 @@
+"""A GPU session's failures: each is a figure of its own, the next case still runs, and the exit status tells."""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import gpu_session
+from benchmarks.gpu_checks import GPU_TESTS, ROOT, end_of
+from benchmarks.gpu_common import attempt, failures
+
+OPTIONS = Namespace(device="cpu", size="tiny", only=None, until=float("inf"))
+
+
+def broken() -> None:
+    raise ValueError("at 12:4:\nand a page of source")
+
+
+def test_what_raises_is_a_figure_with_its_first_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert attempt(lambda: {"us": 3.0}) == {"us": 3.0}
+    assert attempt(broken) == {"failed": "ValueError: at 12:4:"}
+    assert "and a page of source" in capsys.readouterr().err
+
+
+def test_a_step_goes_on_after_a_case_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def step(_: Namespace) -> Any:
+        yield "bad", attempt(broken)
+        yield "good", 1
+        broken()
+
+    monkeypatch.setitem(gpu_session.STEPS, "peaks", step)
+    options = Namespace(**vars(OPTIONS) | {"folder": tmp_path, "until": time.time() + 60})
+    gpu_session.run_step("peaks", options)
+    figures = gpu_session.read_figures("peaks", options)
+    assert figures["good"] == 1
+    assert [*failures(figures)] == ["bad: ValueError: at 12:4:", "and a page of source"]
+
+
+def test_a_command_that_fails_is_told_from_its_output() -> None:
+    assert end_of(OPTIONS, sys.executable, "-c", "print('FAILED: no')") == "FAILED: no"
+    figure = end_of(OPTIONS, sys.executable, "-c", "print('first'); print('3 failed, 1 passed'); exit(1)")
+    assert figure == {"failed": "status 1: 3 failed, 1 passed", "output": "first\n3 failed, 1 passed\n"}
+
+
+def test_commands_find_this_checkout_its_tests_and_what_was_carried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", "/carried")
+    show = "import os; print(os.environ['PYTHONPATH'])"
+    assert end_of(OPTIONS, sys.executable, "-c", show) == f"{ROOT}:{ROOT / 'tests'}:/carried"
+
+
+@pytest.mark.parametrize(
+    ("figures", "status"),
+    [
+        ({"ours": {"us": 1.0}}, 0),
+        ({"not here": "no DALI"}, 0),
+        ({"unfinished": "no time left"}, 0),
+        ({"failed": "Traceback"}, 1),
+        ({"tests/test_packing.py": {"failed": "status 1: 1 failed", "output": ""}}, 1),
+        ({"ours": {"tried": 9, "changed": 1, "failed": "1 of 9 images changed a bit"}}, 1),
+        ({"16 x 1024 patches": {"ours, fp8": {"error": 0.1, "failed": "OutOfMemoryError"}}}, 1),
+    ],
+)
+def test_any_failure_is_named_first_and_makes_the_status_1(
+    figures: dict[str, Any], status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    found = {"peaks": {"copy_gb_s": 1.0}, "tiles": figures}
+    monkeypatch.setattr(gpu_session, "figures_of", lambda name, _: found[name])
+    monkeypatch.setattr(gpu_session, "show", lambda *_: None)
+    arguments = ["gpu_session", "--device", "cpu", "--only", "peaks,tiles", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    assert gpu_session.main() == status
+    rows = re.findall(r"│ (peaks|tiles) .*│ (.*?) *│", capsys.readouterr().out)
+    assert rows[0][1].startswith("FAILED") == bool(status)
+
+
+def test_every_file_that_needs_a_gpu_is_run_on_one() -> None:
+    need = {
+        f"tests/{file.name}"
+        for file in Path(__file__).parent.glob("test_*.py")
+        if re.search(r'^ +require\("cuda"\)|^from towers import.* loader', file.read_text(), re.MULTILINE)
+    }
+    assert need == set(GPU_TESTS)
