@@ -46,6 +46,9 @@ def tower(options: Options) -> Figures:
     folder = checkpoint(options)
     parts: dict[str, Any] = {}
     for variant, settings in VARIANTS.items():
+        if "mm_quantization" in settings and not is_gpu(options):
+            yield variant, {"not here": "needs a GPU"}
+            continue
         try:
             parts[variant] = load_part(folder, options, settings)
         except Exception as error:  # noqa: BLE001 - the others are measured still
