@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import require
+from torch import Tensor
 
 from rtp_mm.vit import packing
 from rtp_mm.vit.packing import packed_rows
@@ -50,6 +51,23 @@ def test_a_gpu_that_is_busy_is_not_waited_for(count: int) -> None:
         np.testing.assert_array_equal(moved[1].cpu().numpy(), rows)
         del moved
     assert is_busy
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+@pytest.mark.parametrize("registered", [0, 1, 11, 12, 13, 30, 35, 36])
+def test_a_copy_reads_one_kind_of_memory(
+    registered: int, dtype: torch.dtype, is_first: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CUDA refuses others. As in a slab, the registered part ends somewhere, maybe within a row."""
+    rows = torch.arange(36, dtype=dtype).reshape(3, 12)
+    end = rows.data_ptr() + registered * rows.itemsize
+    read: list[Tensor] = []
+    monkeypatch.setattr(Tensor, "is_pinned", lambda tensor: (tensor.data_ptr() < end) == is_first)
+    monkeypatch.setattr(packing, "_readable", lambda source, device: read.append(source) or source)
+    assert torch.equal(packed_rows([rows.numpy(), rows.numpy()], torch.device("cpu")), torch.cat([rows, rows]))
+    sizes = [registered, 36 - registered] if 0 < registered < 36 else [36]
+    assert [part.numel() for part in read] == 2 * sizes
 
 
 def test_on_a_cpu_nothing_is_copied_twice() -> None:

@@ -8,6 +8,7 @@ import mmap
 import os
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import require
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 
 from rtp_mm.engine.pinning import PinnedBytes
 from rtp_mm.engine.slab import SharedBytes, Slab, Slot
+from rtp_mm.vit.packing import packed_rows
 
 PAGE = mmap.PAGESIZE
 PAGES = 32
@@ -28,30 +30,38 @@ def resident_bytes(fd: int) -> int:
 class PageMap:
     """The slow twin: a flag for every page."""
 
-    def __init__(self) -> None:
+    def __init__(self, kept: int) -> None:
         self.is_taken = [False] * PAGES
+        self.kept = kept  # pages that keep their memory
 
-    def allocate(self, nbytes: int) -> int | None:
-        """The first page of the lowest gap that fits."""
+    def allocate(self, nbytes: int) -> tuple[int, bool] | None:
+        """The lowest place among the pages that are kept, else the highest of those above, else the highest there is;
+        and whether it was that.
+        """
         count = max(1, -(-nbytes // PAGE))
-        for start in range(PAGES - count + 1):
-            if not any(self.is_taken[start : start + count]):
-                self.is_taken[start : start + count] = [True] * count
-                return start
-        return None
+        places = [i for i in range(PAGES - count + 1) if not any(self.is_taken[i : i + count])]
+        below, above = [i for i in places if i + count <= self.kept], [i for i in places if i >= self.kept]
+        if not places:
+            return None
+        start = below[0] if below else (above or places)[-1]
+        self.is_taken[start : start + count] = [True] * count
+        return start, not (below or above)
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 12 * PAGE)), max_size=60))
 @settings(deadline=None, max_examples=100)
 def test_slots_are_those_of_a_map_of_pages_and_keep_their_bytes(steps: list[tuple[bool, int]]) -> None:
-    slab, twin = Slab(PAGES * PAGE), PageMap()
+    slab = Slab(PAGES * PAGE)
+    twin = PageMap(slab.kept_bytes // PAGE)
     held: list[tuple[Slot, int]] = []
     for number, (is_request, size) in enumerate(steps):
         if is_request:
-            slot, page = slab.allocate(size), twin.allocate(size)
-            assert (slot is None) == (page is None)
-            if slot is not None and page is not None:
+            slot, expected = slab.allocate(size), twin.allocate(size)
+            assert (slot is None) == (expected is None)  # whatever gap holds it, on one side or across
+            if slot is not None and expected is not None:
+                page, is_across = expected
                 assert slot.offset == page * PAGE
+                assert slab.is_across(slot) == is_across
                 assert slot.nbytes >= max(size, 1)
                 slab.bytes[slot.offset : slot.end] = number
                 held.append((slot, number))
@@ -66,6 +76,29 @@ def test_slots_are_those_of_a_map_of_pages_and_keep_their_bytes(steps: list[tupl
         assert (slab.bytes[slot.offset : slot.end] == mark).all()
         slab.free(slot)
     assert slab.allocate(PAGES * PAGE) == Slot(0, PAGES * PAGE)  # all gaps are one again
+    slab.close()
+
+
+@pytest.mark.parametrize(
+    ("pages", "places"),
+    [
+        ([3, 3, 1], [0, 29, 3]),  # 4 keep their memory: the second does not fit there, the third does
+        ([5, 4], [27, 0]),  # larger than that part: all of it lies in the other
+        ([28, 4], [4, 0]),
+        ([29], [3]),  # neither side holds it
+        ([32], [0]),
+        ([10, 10, 10, 2], [22, 12, 2, 0]),  # as many as fit into the whole, of any size
+        ([2, 27, 3], [0, 5, 2]),
+    ],
+)
+def test_what_is_left_stays_in_one_piece_around_the_boundary(pages: list[int], places: list[int]) -> None:
+    slab = Slab(PAGES * PAGE)
+    assert slab.kept_bytes == 4 * PAGE
+    slots = [slab.allocate(count * PAGE) for count in pages]
+    assert [slot and slot.offset // PAGE for slot in slots] == places
+    assert [slab.is_across(slot) for slot in slots if slot] == [
+        place < 4 < place + count for count, place in zip(pages, places, strict=True)
+    ]
     slab.close()
 
 
@@ -188,5 +221,27 @@ def test_registered_memory_is_pinned_for_a_gpu(cuda: None) -> None:
     pinned = PinnedBytes(slab.bytes[: slab.kept_bytes])
     assert pinned.is_pinned
     assert torch.from_numpy(slab.bytes[: slab.kept_bytes]).is_pinned()
+    pinned.close()
+    slab.close()
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+@pytest.mark.parametrize("first_page", [0, 3])
+def test_rows_across_the_end_of_registered_memory_reach_a_gpu(cuda: None, dtype: type, first_page: int) -> None:
+    """A single copy of theirs is refused; a row may lie on both sides too."""
+    slab = Slab(PAGES * PAGE)
+    pinned = PinnedBytes(slab.bytes[: slab.kept_bytes])
+    assert pinned.is_pinned
+    if first_page:
+        assert slab.allocate(first_page * PAGE)
+    slot = slab.allocate((PAGES - first_page) * PAGE)
+    assert slot is not None
+    assert slab.is_across(slot)
+    values = slab.bytes[slot.offset : slot.end].view(dtype)
+    values[:] = np.arange(len(values)) % 251
+    rows = values[: len(values) // 1176 * 1176].reshape(-1, 1176)
+    packed = packed_rows([rows[:1], rows, rows[-1:]], torch.device("cuda"))
+    np.testing.assert_array_equal(packed.cpu().numpy(), np.concatenate([rows[:1], rows, rows[-1:]]))
+    del rows, values
     pinned.close()
     slab.close()

@@ -58,10 +58,12 @@ class Slot(NamedTuple):
 
 
 class Slab(SharedBytes):
-    """Slots of shared memory, the lowest that fits first; for one thread.
+    """Slots of shared memory; for one thread.
 
     The first `kept_bytes` keep their pages and so stay fast, and may be registered with a device. What is freed above
-    goes back to the kernel at once, so that memory is flat after a burst.
+    goes back to the kernel at once, so that memory is flat after a burst. Slots fill the one part from below and the
+    other from above, so that what is left stays in one piece and no slot lies across the boundary while another place
+    would do: a copy of such a slot reads two kinds of memory, see `vit.packing`.
     """
 
     def __init__(self, nbytes: int) -> None:
@@ -76,11 +78,24 @@ class Slab(SharedBytes):
     def allocate(self, nbytes: int) -> Slot | None:
         """A slot of at least `nbytes`, or `None` where no gap holds it. Its bytes are whatever was there before."""
         nbytes = whole_pages(nbytes)
-        for i, gap in enumerate(self._gaps):
+        for gap in self._gaps:
+            if gap.offset + nbytes <= min(gap.end, self.kept_bytes):
+                return self._take(gap, gap.offset, nbytes)
+        for gap in reversed(self._gaps):
             if gap.nbytes >= nbytes:
-                self._gaps[i : i + 1] = [Slot(gap.offset + nbytes, gap.nbytes - nbytes)] if gap.nbytes > nbytes else []
-                return Slot(gap.offset, nbytes)
+                return self._take(gap, gap.end - nbytes, nbytes)
         return None
+
+    def is_across(self, slot: Slot) -> bool:
+        """Whether some of it keeps its pages and some does not."""
+        return slot.offset < self.kept_bytes < slot.end
+
+    def _take(self, gap: Slot, offset: int, nbytes: int) -> Slot:
+        slot = Slot(offset, nbytes)
+        rests = Slot(gap.offset, offset - gap.offset), Slot(slot.end, gap.end - slot.end)
+        i = self._gaps.index(gap)
+        self._gaps[i : i + 1] = [rest for rest in rests if rest.nbytes]
+        return slot
 
     def free(self, slot: Slot) -> None:
         """Makes a slot of `allocate` a gap again, merged with its neighbours. Raises `ValueError` for a gap."""

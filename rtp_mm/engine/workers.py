@@ -44,7 +44,8 @@ class PreprocessWorkers:
     USE_LOCAL_PREPROCESS=1, and for what the device decodes.
 
     Rows that come from processes lie in shared memory, which is used again once they and all views of them are garbage:
-    whoever copies them to a device asynchronously keeps them until the copy has ended.
+    whoever copies them to a device asynchronously keeps them until the copy has ended. Some may lie half in registered
+    memory: `vit.packing.packed_rows` copies these too.
     """
 
     def __init__(self, mm_part: MultiModalEmbeddingInterface, settings: Settings) -> None:

@@ -1,8 +1,9 @@
-"""From host memory to the device, never waiting for what it has to do before; many items' rows into one tensor."""
+"""From host memory to the device, without waiting for what it has to do before; many items' rows into one tensor."""
 
 from __future__ import annotations
 
 import warnings
+from bisect import bisect
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,19 +18,39 @@ def packed_rows(items: Sequence[NDArray[Any] | Tensor], device: torch.device) ->
     """[sum of n, C] on `device` from arrays [n, C] of one dtype, one after another: a copy each, from where it lies.
 
     To a GPU the copies are asynchronous, and from where an array lies if that memory is registered with it: keep the
-    arrays until its stream has come so far. Tensors are on the device, complete, from whatever stream.
+    arrays until its stream has come so far. What lies half in registered memory goes in two copies: CUDA refuses one
+    over both. Tensors are on the device, complete, from whatever stream.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # a worker's rows: only read here
         sources = [item if isinstance(item, Tensor) else torch.from_numpy(item) for item in items]
     packed = torch.empty((sum(map(len, items)), *items[0].shape[1:]), dtype=sources[0].dtype, device=device)
     for part, source in zip(packed.split([*map(len, items)]), sources, strict=True):
-        part.copy_(_readable(source, device), non_blocking=True)
+        _copy(source, part)
         if source.is_cuda:
             source.record_stream(
                 torch.cuda.current_stream(device)
             )  # another's memory is not given away before the copy
     return packed
+
+
+def _copy(source: Tensor, target: Tensor) -> None:
+    parts, places = (source,), (target,)
+    if cut := _cut(source):
+        sizes = [cut, source.numel() - cut]
+        parts, places = source.reshape(-1).split(sizes), target.view(-1).split(sizes)
+    for part, place in zip(parts, places, strict=True):
+        place.copy_(_readable(part, target.device), non_blocking=True)
+
+
+def _cut(source: Tensor) -> int:
+    """Elements before memory of another kind, registered or not, follows; 0 where all is of one. A pointer tells of its
+    own byte alone, so this asks in halves.
+    """
+    flat = source.reshape(-1)
+    if flat.is_cuda or not len(flat) or (kind := flat[:1].is_pinned()) == flat[-1:].is_pinned():
+        return 0
+    return bisect(range(len(flat)), False, key=lambda i: flat[i : i + 1].is_pinned() != kind)
 
 
 def to_device(host: Tensor, device: torch.device) -> Tensor:
