@@ -184,10 +184,13 @@ async def test_nobody_waits_for_a_batcher_that_is_closed_with_two_in_flight() ->
     async with two_in_flight(gpu) as (batcher, tasks):
         tasks.append(run(batcher, "waiting"))
         await until(lambda: batcher.waiting == 1)
-        batcher.close()
+        last_read = batcher.close()
         assert await outcomes(tasks[2:]) == ["the engine stopped"]
+        assert not last_read.done()
         gpu.end(2)
         assert await outcomes(tasks) == ["first", "second", "the engine stopped"]
+        assert last_read.exception(30) is None
+        assert batcher.close() is last_read
     await until(lambda: not any(thread.is_alive() for thread in gpu.threads))
     assert len(gpu.threads) == 2
 

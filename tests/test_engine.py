@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -232,6 +233,25 @@ def test_closing_ends_what_runs_and_refuses_what_comes(tiny_qwen2_5_vl: Path, da
         engine.submit(data_urls)
     with pytest.raises(DrainingError, match="closed"):
         asyncio.run(engine.embed([MultimodalInput(data_urls[0])]))
+
+
+def test_memory_stays_registered_until_the_last_forward_has_read_it(
+    tiny_qwen2_5_vl: Path, data_urls: list[str]
+) -> None:
+    """And a forward that hangs holds no close up."""
+    engine = new_engine(tiny_qwen2_5_vl, mm_preprocess_max_workers=1)
+    begun, release, unpinned = (threading.Event() for _ in range(3))
+    engine._workers._pinned = Mock(close=unpinned.set)
+    forward = engine._mm_part.mm_process_batch
+    engine._mm_part.mm_process_batch = lambda *args: (begun.set(), release.wait(30), forward(*args))[2]  # type: ignore[method-assign]
+    with concurrent.futures.ThreadPoolExecutor(1) as caller:
+        call = caller.submit(engine.submit, data_urls[:1])
+        assert begun.wait(30)
+        engine.close()
+        assert isinstance(call.exception(30), DrainingError)
+    assert not unpinned.is_set()
+    release.set()
+    assert unpinned.wait(30)
 
 
 def test_a_caller_who_writes_into_an_answer_does_not_change_the_cache(

@@ -41,14 +41,15 @@ class Batcher:
         self._clock = clock
         self._device_thread = ThreadPoolExecutor(1, "rtp_mm-device", forward.enter_thread)
         self._answer_thread = ThreadPoolExecutor(1, "rtp_mm-answers", forward.enter_thread)
+        self._last_end = clock()  # of a forward; the answer thread's
         self._lock = threading.Lock()  # over all below
         self._line = WaitingLine(max_patches)
         self._halves: list[list[Work]] = []  # of forwards that failed: they go next
         self._launching: list[Work] | None = None  # the device thread's; where that fails, until it is sorted out
         self._in_flight = 0  # forwards: that one, and those launched whose answers are awaited
         self._running = 0  # patches in them
-        self._last_end = clock()  # of a forward
         self._is_closed = False
+        self._last_read: Future[None] | None = None  # once closed
         self.max_patches = max_patches
         self.is_device_gone = False
         self.forwards = 0
@@ -80,7 +81,7 @@ class Batcher:
     ) -> tuple[Embedded, dict[str, float]]:
         """The embedding on the host, and milliseconds in the queue and in the forward. Raises `ProcessError`.
 
-        Work whose caller is cancelled before its forward begins is dropped at once.
+        Work whose caller is cancelled before it is launched is dropped at once.
         """
         loop = asyncio.get_running_loop()
         work = Work(value, patches, mm_type, config, loop.create_future(), self._clock())
@@ -94,14 +95,19 @@ class Batcher:
             with self._lock:
                 self._line.remove(work)
 
-    def close(self) -> None:
-        """On the event loop. Nobody is left waiting; forwards in flight end, and the threads with them."""
+    def close(self) -> Future[None]:
+        """On the event loop. Nobody is left waiting; forwards in flight end, and the threads with them. Done once the
+        device has read the last input: never, where it hangs. Idempotent.
+        """
         with self._lock:
             self._is_closed = True
             left = self._everything()
+            if self._last_read is None:
+                self._last_read = self._answer_thread.submit(_nothing)  # after all answers
         _answer([(work, ProcessError("the engine stopped")) for work in left])
         self._device_thread.shutdown(wait=False)
         self._answer_thread.shutdown(wait=False)
+        return self._last_read
 
     # --- under the lock, on the event loop or either thread
 
@@ -196,6 +202,10 @@ class Batcher:
         if not has_failed:
             rate = patches / max(seconds, 1e-6)
             self._rate = _MEMORY * self._rate + (1 - _MEMORY) * rate if self._rate else rate
+
+
+def _nothing() -> None:
+    pass
 
 
 def _collected(launch: Future[Launched]) -> list[Outcome]:

@@ -21,6 +21,7 @@ class PinnedBytes:
 
     def __init__(self, memory: NDArray[np.uint8]) -> None:
         self._runtime = torch.cuda.cudart()
+        self._memory = memory  # stays while it is registered
         self._address = memory.ctypes.data
         error = self._runtime.cudaHostRegister(self._address, memory.nbytes, 0)
         self.is_pinned = error == self._runtime.cudaError.success

@@ -314,8 +314,9 @@ class MMProcessEngine:
         await asyncio.gather(*requests, return_exceptions=True)
         await self._fetches.settle()
         await self._computations.settle()
+        last_read = self._batcher.close()
         self._workers.close()
-        self._batcher.close()
+        last_read.add_done_callback(lambda _: self._workers.unpin())  # a hung device holds no shutdown up
         await self._fetcher.close()
 
 

@@ -135,9 +135,14 @@ class PreprocessWorkers:
         return WorkerStats(self._count, self._running, {})
 
     def close(self) -> None:
-        """For the event loop; processes are gone when it returns, a thread goes on to the end of what it does."""
-        if self._pinned is not None:
-            self._pinned.close()
+        """For the event loop; processes are gone when it returns, a thread goes on to the end of what it does. Their
+        rows may still be read; see `unpin`.
+        """
         if self._processes is not None:
             self._processes.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def unpin(self) -> None:
+        """Once the device reads rows no more, on any thread: a copy from memory that is unregistered under it fails."""
+        if self._pinned is not None:
+            self._pinned.close()
