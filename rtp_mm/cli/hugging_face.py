@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rtp_mm.errors import StartError
 from rtp_mm.models.gpt_init_model_parameters import read_json
+from rtp_mm.models.qwen2_audio import FAMILY as AUDIO_FAMILY
 from rtp_mm.types import MMUrlType
 
 try:
@@ -32,7 +33,6 @@ TOWERS: dict[str, Any] = {
     "qwen2_vl": Qwen2VisionTransformerPretrainedModel,
     "qwen2_5_vl": Qwen2_5_VisionTransformerPretrainedModel,
 }
-AUDIO_FAMILY = "qwen2_audio"
 WARM_UP_SIDE = 56  # pixels
 
 

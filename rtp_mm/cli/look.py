@@ -19,6 +19,7 @@ from rtp_mm.cli.spectrogram import describe, draw_spectrogram
 from rtp_mm.config import Settings, load_settings
 from rtp_mm.media.fetch import Fetcher
 from rtp_mm.models.gpt_init_model_parameters import GptInitModelParameters, read_json
+from rtp_mm.models.qwen2_audio import FAMILY as AUDIO_FAMILY
 from rtp_mm.models.qwen2_audio import PUBLISHED_RULE
 from rtp_mm.models.qwen2_vl import PUBLISHED_PROCESSOR
 from rtp_mm.preprocess.audio import AudioPreprocessor
@@ -27,7 +28,6 @@ from rtp_mm.preprocess.image_config import ImageProcessorConfig
 from rtp_mm.preprocess.media import MediaPreprocessor
 from rtp_mm.types import LIBRARY_CALLER, Blob, MMUrlType, MultimodalInput, Patches, PreprocessOptions
 
-SOUND_FAMILY = "qwen2_audio"
 SCALE = 2  # of the picture, so that a line one pixel wide hides no pixel of the image
 PATCH_LINE = (255, 255, 255, 70)
 TOKEN_LINE = (255, 255, 255, 170)
@@ -39,7 +39,7 @@ CAPTION = 16  # pixels, the line beneath it
 def run(url: str, checkpoint: Path, out: Path, min_pixels: int | None, max_pixels: int | None) -> None:
     """Raises `StartError` and `MMError`."""
     settings = load_settings(checkpoint_path=checkpoint)
-    if read_json(checkpoint / "config.json").get("model_type") == SOUND_FAMILY:
+    if read_json(checkpoint / "config.json").get("model_type") == AUDIO_FAMILY:
         rule = mel_rule(checkpoint, PUBLISHED_RULE)
         sound = AudioPreprocessor(rule)(fetch(url, settings, MMUrlType.AUDIO), MMUrlType.AUDIO, PreprocessOptions())
         draw_spectrogram(sound, rule).save(out)

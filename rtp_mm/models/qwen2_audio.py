@@ -26,6 +26,7 @@ from rtp_mm.types import LogMel, MMPreprocessConfig, MMUrlType
 from rtp_mm.vit.audio_tower import AudioTower, AudioTowerConfig
 from rtp_mm.vit.tower_base import TowerOptions
 
+FAMILY = "qwen2_audio"
 # The published preprocessor_config.json.
 PUBLISHED_RULE = MelRule(bins=128, rate=16000, hop=160, window=400, seconds=30)
 
@@ -106,4 +107,4 @@ class Qwen2Audio(MultimodalMixin):
             raise StartError(f"the tower in {self.config.ckpt_path} makes NaN or infinite values of silence")
 
 
-register_model("qwen2_audio", Qwen2Audio, ["Qwen2AudioForConditionalGeneration"])
+register_model(FAMILY, Qwen2Audio, ["Qwen2AudioForConditionalGeneration"])

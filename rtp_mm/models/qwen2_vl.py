@@ -23,6 +23,7 @@ from rtp_mm.models.registry import register_model
 from rtp_mm.preprocess.image_config import ImageProcessorConfig
 from rtp_mm.preprocess.media import MediaPreprocessor
 from rtp_mm.types import DevicePatches, MMPreprocessConfig, MMUrlType, Patches
+from rtp_mm.vit.packing import to_device
 from rtp_mm.vit.tower import TowerConfig, VisionTower
 from rtp_mm.vit.tower_base import TowerOptions
 
@@ -100,7 +101,7 @@ def _in_time(ids: Tensor, item: Patches | DevicePatches, tokens_per_second: floa
         return ids
     interval = np.float32(tokens_per_second * item.seconds_per_grid)
     times = (np.arange(item.grid_thw[0], dtype=np.float32) * interval).astype(np.int32)
-    by_index = torch.from_numpy(times).to(ids.device, non_blocking=True)
+    by_index = to_device(torch.from_numpy(times), ids.device)
     return torch.cat((by_index[ids[:, :1].long()], ids[:, 1:]), dim=1)
 
 

@@ -68,7 +68,9 @@ def vision_positions(
     merged = [(t, h // merge_size, w // merge_size) for t, h, w in grids]
     tensors: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor] = (
         torch.ops.rtp_mm.vision_positions.default(
-            torch.tensor(grids, dtype=torch.int32).reshape(-1, 3).to(angles.device, non_blocking=True),
+            torch.tensor(grids, dtype=torch.int32, pin_memory=angles.is_cuda)
+            .reshape(-1, 3)
+            .to(angles.device, non_blocking=True),
             angles,
             sum(t * h * w for t, h, w in merged),
             sum(t * -(h // -window) * -(w // -window) for t, h, w in merged) if window else 0,

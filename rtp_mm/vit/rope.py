@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rtp_mm.vit.packing import to_device
+
 BASE = 10000.0
 FIRST_POSITIONS = 512  # 7168 pixels a side at 14 a patch; more are made when they come
 
@@ -39,4 +41,4 @@ class RotaryAngles:
         # On the CPU whatever the device is: both use the same bits.
         coordinates, pairs = (torch.arange(n, dtype=torch.float32, device="cpu") for n in (positions, self._quarter))
         angles = coordinates[:, None] * (1.0 / BASE ** (pairs / self._quarter))
-        return torch.stack((angles.cos(), angles.sin())).to(self._device, non_blocking=True)
+        return to_device(torch.stack((angles.cos(), angles.sin())), self._device)
