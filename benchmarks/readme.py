@@ -172,6 +172,22 @@ def cached() -> str:
     return markdown(["answer", "on the server, ms", "end to end, ms", "bare gRPC echo, ms", ""], rows)
 
 
+def kernels() -> str:
+    [(_, result)] = results("kernels_2_threads")
+    rows = []
+    for unit, key in (("GFLOP/s", "gflops"), ("GB/s", "gigabytes")):
+        for name, case in result[key].items():
+            if name.endswith((" 257 rows", " 16 rows", " 1 rows")):
+                continue
+            rates = case["rates"]
+            peers = [
+                f"{rates[peer]:.3g}" if peer in rates else ""
+                for peer in ("torch float32", "torch bf16", "transformers")
+            ]
+            rows.append([name, f"{rates['ours']:.3g} {unit}", f"{rates['ours'] / rates['peak']:.0%}", *peers])
+    return markdown(["kernel", "ours", "of the peak", "torch float32", "torch bf16", "transformers"], rows)
+
+
 def int8() -> str:
     rows = []
     for name, result in results("int8_*"):
@@ -206,6 +222,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "service": service,
     "overload": overload,
     "cached": cached,
+    "kernels": kernels,
     "int8": int8,
     "images": partial(media, "media_images", "1024x768 as", "Pillow"),
     "sounds": partial(media, "media_sounds", "30 s of stereo as", "PyAV and Hugging Face"),
