@@ -18,7 +18,7 @@ from scripted_worker import script
 from waiting import until
 from worker_pools import IMAGE, MEMORY_MB, NO_OPTIONS, is_gone, run, text, until_slab_is_free
 
-from rtp_mm.engine import worker_pool, worker_talk
+from rtp_mm.engine import worker_pool, worker_protocol
 from rtp_mm.engine.worker_pool import WorkerPool
 from rtp_mm.engine.worker_process import WorkerDiedError
 from rtp_mm.errors import NotSupportedError, ProcessError, WrongFormatError
@@ -27,7 +27,7 @@ from rtp_mm.types import Blob, MMUrlType, Patches, PreprocessOptions
 
 def patches(answer: dict[str, Any]) -> Patches:
     """What becomes of an answer about 4 rows."""
-    prepared = worker_talk.prepared_by({"decoded_frames": 0, **answer}, (4, 12))(np.zeros((4, 12), np.uint8))
+    prepared = worker_protocol.prepared_by({"decoded_frames": 0, **answer}, (4, 12))(np.zeros((4, 12), np.uint8))
     assert isinstance(prepared, Patches)
     return prepared
 
@@ -77,9 +77,9 @@ async def test_errors_keep_their_class_and_others_their_secrets(
 
 @pytest.mark.parametrize("shape", [None, 4, [], [4], [4, 12, 1], [-4, -12], [0, 12], [4, "12"], [4.0, 12]], ids=repr)
 def test_shapes_that_are_none_are_a_workers_end(shape: Any) -> None:
-    assert worker_talk.rows_shape({"shape": [4, 12]}) == (4, 12)
+    assert worker_protocol.rows_shape({"shape": [4, 12]}) == (4, 12)
     with pytest.raises(WorkerDiedError):
-        worker_talk.rows_shape({"shape": shape})
+        worker_protocol.rows_shape({"shape": shape})
 
 
 @pytest.mark.parametrize("grid", [None, [4], [1, 2, 3], [-1, -2, 2], [1, 2.0, 2], [1, 4], [1, "2", 2]], ids=repr)

@@ -17,7 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from rtp_mm.engine import worker_talk
+from rtp_mm.engine import worker_protocol
 from rtp_mm.engine.slab import Slab, Slot
 from rtp_mm.engine.worker_process import WorkerDiedError, WorkerProcess
 from rtp_mm.errors import DrainingError, MMError, ProcessError, StartError, WrongFormatError
@@ -190,20 +190,20 @@ class WorkerPool:
 
     async def _patches(self, worker: WorkerProcess, job: _Job) -> Prepared:
         """One conversation. Every figure of the worker's is checked before anything is read or written by it."""
-        content = worker_talk.content(job.blob)
+        content = worker_protocol.content(job.blob)
         if content.size > _INLINE_BYTES:
             await self._in_thread(worker.fill, content)
         else:
             worker.fill(content)
         place = self._place_ahead(job)
-        worker.tell(worker_talk.task(job.blob, job.mm_type, job.options, place))
+        worker.tell(worker_protocol.task(job.blob, job.mm_type, job.options, place))
         job.is_begun = True
-        answer = worker_talk.checked(await worker.answer(), job.blob.source)
+        answer = worker_protocol.checked(await worker.answer(), job.blob.source)
         if place is None or "shape" in answer:
-            place = await self._asked_place(worker, job, worker_talk.rows_shape(answer))
-            answer = worker_talk.checked(await worker.answer(), job.blob.source)
+            place = await self._asked_place(worker, job, worker_protocol.rows_shape(answer))
+            answer = worker_protocol.checked(await worker.answer(), job.blob.source)
         worker.clear(content.size)
-        prepared = worker_talk.prepared_by(answer, place.shape)
+        prepared = worker_protocol.prepared_by(answer, place.shape)
         return prepared(self.slab.rows(job.slots.pop(), place.shape, self._take_back))
 
     def _place_ahead(self, job: _Job) -> Place | None:

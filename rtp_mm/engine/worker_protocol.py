@@ -1,4 +1,4 @@
-"""What is said to a preprocess worker, and what of its answers is believed: nothing that was not checked.
+"""The protocol with a preprocess worker: what it is told, and what of its answers is believed: only what was checked.
 
 Functions that read an answer raise `WorkerDiedError` for one that makes no sense: a worker that says such things is
 treated as dead.
