@@ -30,6 +30,8 @@ class Device:
     what is wrong with a batch.
     """
 
+    lanes = 1
+
     def __init__(self, fails: Callable[[list[Any]], None] = lambda _: None) -> None:
         self.fails = fails
         self.batches: list[list[Any]] = []

@@ -65,7 +65,7 @@ async def test_there_are_never_three_and_what_waits_goes_together_when_one_ends(
         gpu.end(2)
         assert await outcomes(tasks) == ["first", "second", 0, 1, 2]
     assert gpu.batches == [["first"], ["second"], [0, 1, 2]]
-    assert (batcher.forwards, batcher.items, batcher.patches, batcher._running) == (3, 5, 50, 0)
+    assert (batcher.forwards, batcher.items, batcher.patches) == (3, 5, 50)
 
 
 @pytest.mark.parametrize("device", [Device, Gpu])
@@ -308,5 +308,5 @@ async def test_everybody_gets_his_own_answer_however_launches_and_ends_fall() ->
                 await asyncio.sleep(0)
         named = {"bad": FAILED, "nan": "NaN"}
         assert await outcomes(tasks) == [named.get(value, value) for value in values]
-        assert (batcher._in_flight, batcher._running, batcher.waiting) == (0, 0, 0)
+        assert ([(lane.in_flight, lane.patches) for lane in batcher._lanes], batcher.waiting) == ([(0, 0)], 0)
     assert most == 2

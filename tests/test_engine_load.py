@@ -119,6 +119,18 @@ async def test_a_deadline_takes_waiting_work_out_of_the_queue(tiny_qwen2_5_vl: P
         assert w.forwards == [1]
 
 
+async def test_a_cpu_forwards_two_requests_at_once(
+    tiny_qwen2_5_vl: Path, urls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    async with watched(tiny_qwen2_5_vl, lanes=2) as w:
+        w.may_forward.clear()
+        both = [w.ask(url) for url in urls[:2]]
+        await until(lambda: w.forwards == [1, 1])
+        w.may_forward.set()
+        assert not same(await asyncio.gather(*both))
+
+
 async def test_access_is_checked_for_each_caller_before_joining(tiny_qwen2_5_vl: Path, photo_path: Path) -> None:
     async with watched(tiny_qwen2_5_vl) as w:
         w.may_forward.clear()

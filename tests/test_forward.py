@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,6 +30,7 @@ class Part:
     """Answers an item with its own value."""
 
     _device = torch.device("cpu")
+    is_reentrant = False
 
     def mm_process_batch(self, values: list[Any], types: Any, configs: Any) -> list[Any]:
         return [value for value in values if value is not None]
@@ -63,6 +67,55 @@ def test_each_item_gets_its_answer_or_what_is_wrong_with_it() -> None:
 def test_a_model_that_loses_items_fails_its_launch() -> None:
     with pytest.raises(ProcessError, match="answered 2 items with 1 embeddings"):
         launch(tokens(1), None)
+
+
+class Meeting(Part):
+    """Two forwards that are there at the same time; what torch's threads are to each."""
+
+    is_reentrant = True
+
+    def __init__(self) -> None:
+        self.second_is_here, self.first_may_end = threading.Event(), threading.Event()
+        self.threads: dict[str, int] = {}
+
+    def mm_process_batch(self, values: list[Any], types: Any, configs: Any) -> list[Any]:
+        [name] = values
+        self.threads[name] = torch.get_num_threads()
+        if name == "first":
+            self.second_is_here.set()
+            assert self.first_may_end.wait(30)
+        return [tokens(1)]
+
+
+@pytest.fixture
+def four_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("four_threads")
+def test_a_forward_beside_another_has_half_of_the_threads() -> None:
+    """On their own threads: the caller's are left as they are."""
+    part = Meeting()
+    forward = Forward(part, torch.float32)  # type: ignore[arg-type]
+    assert forward.lanes == 2
+    with ThreadPoolExecutor(2) as lanes:
+        first = lanes.submit(forward.launch, [work("first")])
+        assert part.second_is_here.wait(30)
+        lanes.submit(forward.launch, [work("second")]).result(30)
+        part.first_may_end.set()
+        first.result(30)
+        lanes.submit(forward.launch, [work("third")]).result(30)
+        assert lanes.submit(torch.get_num_threads).result(30) == 4
+    assert part.threads == {"first": 4, "second": 2, "third": 4}
+    assert torch.get_num_threads() == 4
+
+
+@pytest.mark.usefixtures("four_threads")
+def test_a_model_that_does_not_allow_it_runs_in_one_lane_with_all_threads() -> None:
+    assert Forward(Part(), torch.float32).lanes == 1  # type: ignore[arg-type]
 
 
 def test_nothing_is_looked_at_before_it_has_arrived() -> None:

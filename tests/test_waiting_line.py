@@ -83,6 +83,16 @@ def test_a_batch_keeps_to_its_budget_and_what_is_larger_goes_alone(loop: asyncio
     assert batches == [[40, 60], [1], [250], [None], [100], [0], [None]]
 
 
+def test_takers_leave_one_another_a_share(loop: asyncio.AbstractEventLoop) -> None:
+    line = WaitingLine(100, takers=2)
+    works = [work(loop, 30, 0) for _ in range(7)]
+    for each in works:
+        line.add(each)
+    taken = [line.take() for _ in range(5)]
+    assert [len(batch) for batch in taken] == [3, 2, 1, 1, 0]  # the budget's, then half of what waits, at least one
+    assert [each for batch in taken for each in batch] == works
+
+
 def test_what_is_taken_out_is_gone(loop: asyncio.AbstractEventLoop) -> None:
     line = WaitingLine(100, patience_s=0)
     same_place = [work(loop, 10, at=1) for _ in range(3)]

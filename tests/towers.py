@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -31,12 +32,26 @@ def loader(folder: Path, device: str) -> Load:
 
 
 def check_batching_is_invisible(part: Any, items: Sequence[Any]) -> None:
-    """An item has the same bits alone, among others, and wherever it stands among them."""
+    """An item has the same bits alone, among others, and wherever it stands among them; also while another thread runs
+    its own batch, where that is allowed, and whatever number of torch's threads either has.
+    """
     alone = [as_embedding(part.mm_process(item)) for item in items]
-    shuffled = random.Random(0)
-    for _ in range(4):
+
+    def check(seed: int, threads: int) -> None:
+        torch.set_num_threads(threads)
+        shuffled = random.Random(seed)
         order = shuffled.sample(range(len(items)), shuffled.randint(2, len(items)))
         together = map(as_embedding, part.mm_process_batch([items[i] for i in order], [], []))
         for i, (embedding, position_ids) in zip(order, together, strict=True):
-            assert torch.equal(embedding, alone[i][0]), f"item {i} in {order}"
+            assert torch.equal(embedding, alone[i][0]), f"item {i} in {order}, {threads} threads"
             assert position_ids is alone[i][1] or torch.equal(position_ids, alone[i][1])
+
+    threads = torch.get_num_threads()
+    try:
+        for seed in range(4):
+            check(seed, threads)
+        if part.is_reentrant:
+            with ThreadPoolExecutor(2) as lanes:
+                assert len([*lanes.map(check, range(8), [1, 2, 3, 1] * 2)]) == 8
+    finally:
+        torch.set_num_threads(threads)

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,12 +58,13 @@ class Watched:
 
 
 @asynccontextmanager
-async def watched(folder: Path, **options: Any) -> AsyncIterator[Watched]:
-    """Checks, too, that nothing of it is left in the end."""
+async def watched(folder: Path, *, lanes: int = 1, **options: Any) -> AsyncIterator[Watched]:
+    """While a forward is held in its one lane, the next waits. Checks, too, that nothing of it is left in the end."""
     before = asyncio.all_tasks()
     options = {"checkpoint_path": folder, "device": "cpu", "act_type": "fp32"} | options
     settings = load_settings(mm_allow_private_network=True, mm_fetch_retries=0, **options)
-    watched = Watched(MMProcessEngine(load_model(settings), settings, asyncio.get_running_loop()))
+    with patch("rtp_mm.engine.forward.LANES", lanes):
+        watched = Watched(MMProcessEngine(load_model(settings), settings, asyncio.get_running_loop()))
     try:
         yield watched
         stats = watched.engine.stats()

@@ -1,4 +1,4 @@
-"""The device never waits while there is work: what is ready is launched behind the batch that runs."""
+"""The device never waits while there is work: what is ready is launched behind, or beside, the batch that runs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from typing import Any
 
@@ -21,35 +21,46 @@ from rtp_mm.errors import MMError, ProcessError
 from rtp_mm.types import MMPreprocessConfig, MMUrlType
 
 _log = logging.getLogger(__name__)
-IN_FLIGHT = 2  # the GPU finds one launched when the other ends; of a third the batch would be taken too early
+IN_FLIGHT = 2  # of a lane: the GPU finds one launched when the other ends; a third's batch would be taken too early
 _GONE = "the device is gone: restart the server"
 _MEMORY = 0.8  # how much of its rate the past keeps at each forward
+
+
+class _Lane:
+    """Forwards one behind another: a thread launches them, another waits for their answers, in the same order."""
+
+    def __init__(self, forward: Forward) -> None:
+        self.device_thread = ThreadPoolExecutor(1, "rtp_mm-device", forward.enter_thread)
+        self.answer_thread = ThreadPoolExecutor(1, "rtp_mm-answers", forward.enter_thread)
+        self.launching: list[Work] | None = None  # where the launch fails, until that is sorted out
+        self.in_flight = 0  # forwards: that one, and those launched whose answers are awaited
+        self.patches = 0  # in them
+        self.last_end = float("-inf")  # of a forward; the answer thread's
+
+    @property
+    def can_launch(self) -> bool:
+        return self.launching is None and self.in_flight < IN_FLIGHT
 
 
 class Batcher:
     """Packs prepared inputs of many requests into forwards of at most `max_patches`; answers on one event loop.
 
-    The device thread launches forwards; another waits for their answers, in the same order. A batch is taken when it
-    can be launched at once, however busy the event loop is: on a GPU behind the one that runs, on a CPU, where a launch
-    ends with its forward, after it. It is kept until its answers are there: the device may still read its inputs. A
-    forward that fails is halved until what is bad stands alone: the good are answered, the bad fail. When the device
-    itself is gone, everything waiting fails, and all that comes.
+    A batch is taken when it can be launched at once, however busy the event loop is: on a GPU behind the one that runs;
+    on a CPU, where a launch ends with its forward, in a lane that is free (see `Forward.lanes`). It is kept until its
+    answers are there: the device may still read its inputs. A forward that fails is halved until what is bad stands
+    alone: the good are answered, the bad fail. When the device itself is gone, everything waiting fails, and all that
+    comes.
     """
 
     def __init__(self, forward: Forward, max_patches: int, clock: Callable[[], float] = time.perf_counter) -> None:
         self._forward = forward
         self._clock = clock
-        self._device_thread = ThreadPoolExecutor(1, "rtp_mm-device", forward.enter_thread)
-        self._answer_thread = ThreadPoolExecutor(1, "rtp_mm-answers", forward.enter_thread)
-        self._last_end = clock()  # of a forward; the answer thread's
         self._lock = threading.Lock()  # over all below
-        self._line = WaitingLine(max_patches)
+        self._lanes = [_Lane(forward) for _ in range(forward.lanes)]
+        self._line = WaitingLine(max_patches, takers=forward.lanes)
         self._halves: list[list[Work]] = []  # of forwards that failed: they go next
-        self._launching: list[Work] | None = None  # the device thread's; where that fails, until it is sorted out
-        self._in_flight = 0  # forwards: that one, and those launched whose answers are awaited
-        self._running = 0  # patches in them
         self._is_closed = False
-        self._last_read: Future[None] | None = None  # once closed
+        self._last_read: Future[Any] | None = None  # once closed
         self.max_patches = max_patches
         self.is_device_gone = False
         self.forwards = 0
@@ -57,7 +68,8 @@ class Batcher:
         self.items = 0  # in all forwards
         self.patches = 0
         self.step_latency_ms = 0.0  # of the last forward
-        self._rate = 0.0  # patches a second, of late; 0 before the first forward
+        self._last_end = float("-inf")  # of any forward
+        self._mean_patches = self._mean_seconds = 0.0  # of a forward, of late
 
     @property
     def waiting(self) -> int:
@@ -69,12 +81,13 @@ class Batcher:
 
     def seconds_for(self, patches: int) -> float:
         """How long the device takes for so many, judged by its last forwards; 0 before the first."""
-        return patches / self._rate if self._rate else 0.0
+        return patches * self._mean_seconds / self._mean_patches if self._mean_patches else 0.0
 
     def seconds_before(self, patches: int) -> float:
         """How long an item of `patches` that came now would wait; see `seconds_for`."""
         with self._lock:
-            return self.seconds_for(self._running + self._line.patches_before(patches, self._clock()))
+            running = len(self._lanes) * min(lane.patches for lane in self._lanes)  # until the first of them is free
+            return self.seconds_for(running + self._line.patches_before(patches, self._clock()))
 
     async def run(
         self, value: Any, patches: int | None, mm_type: MMUrlType, config: MMPreprocessConfig
@@ -95,7 +108,7 @@ class Batcher:
             with self._lock:
                 self._line.remove(work)
 
-    def close(self) -> Future[None]:
+    def close(self) -> Future[Any]:
         """On the event loop. Nobody is left waiting; forwards in flight end, and the threads with them. Done once the
         device has read the last input: never, where it hangs. Idempotent.
         """
@@ -103,13 +116,16 @@ class Batcher:
             self._is_closed = True
             left = self._everything()
             if self._last_read is None:
-                self._last_read = self._answer_thread.submit(_nothing)  # after all answers
+                first, *others = self._lanes
+                answered = [lane.answer_thread.submit(_nothing) for lane in others]  # after all its answers
+                self._last_read = first.answer_thread.submit(wait, answered)
         _answer([(work, ProcessError("the engine stopped")) for work in left])
-        self._device_thread.shutdown(wait=False)
-        self._answer_thread.shutdown(wait=False)
+        for lane in self._lanes:
+            lane.device_thread.shutdown(wait=False)
+            lane.answer_thread.shutdown(wait=False)
         return self._last_read
 
-    # --- under the lock, on the event loop or either thread
+    # --- under the lock, on the event loop or a lane's thread
 
     def _check_usable(self) -> None:
         if self.is_device_gone:
@@ -118,19 +134,21 @@ class Batcher:
             raise ProcessError("the engine stopped")
 
     def _launch_ready(self) -> None:
-        while self._can_launch() and (self._halves or len(self._line)):
+        while (self._halves or len(self._line)) and (lane := self._next_lane()) is not None:
             batch = self._halves.pop() if self._halves else self._line.take()
             batch = [work for work in batch if not work.answer.done()]  # the others' callers left
             if batch:
-                self._launching = batch
-                self._in_flight += 1
-                self._running += self._cost(batch)
-                launch = self._device_thread.submit(self._launch, batch)
-                step = self._answer_thread.submit(_collected, launch)
-                self._answer_thread.submit(self._finish, batch, self._clock(), step)  # one thread: after it
+                lane.launching = batch
+                lane.in_flight += 1
+                lane.patches += self._cost(batch)
+                launch = lane.device_thread.submit(self._launch, lane, batch)
+                step = lane.answer_thread.submit(_collected, launch)
+                lane.answer_thread.submit(self._finish, lane, batch, self._clock(), step)  # one thread: after it
 
-    def _can_launch(self) -> bool:
-        return self._launching is None and self._in_flight < IN_FLIGHT and not self._is_closed
+    def _next_lane(self) -> _Lane | None:
+        """The emptiest of those that can launch."""
+        free = [] if self._is_closed else [lane for lane in self._lanes if lane.can_launch]
+        return min(free, key=lambda lane: lane.in_flight, default=None)
 
     def _cost(self, batch: list[Work]) -> int:
         return sum(map(self._line.cost, batch))
@@ -143,9 +161,9 @@ class Batcher:
             everything += batch
         return everything
 
-    # --- on the device thread
+    # --- on a device thread
 
-    def _launch(self, batch: list[Work]) -> Launched:
+    def _launch(self, lane: _Lane, batch: list[Work]) -> Launched:
         try:
             launched = self._forward.launch(batch)
         except torch.OutOfMemoryError as error:
@@ -153,21 +171,21 @@ class Batcher:
             self._forward.free_memory()
             raise
         with self._lock:
-            self._launching = None
+            lane.launching = None
             self._launch_ready()
         return launched
 
-    # --- on the answer thread
+    # --- on an answer thread
 
-    def _finish(self, batch: list[Work], launched_at: float, step: Future[list[Outcome]]) -> None:
+    def _finish(self, lane: _Lane, batch: list[Work], launched_at: float, step: Future[list[Outcome]]) -> None:
         """Answers a batch, or sorts what is to go again, and has the next one launched."""
-        started, self._last_end = max(launched_at, self._last_end), self._clock()
-        seconds = self._last_end - started
+        started, lane.last_end = max(launched_at, lane.last_end), self._clock()
+        seconds = lane.last_end - started
         error = step.exception()
         is_gone = error is not None and self._forward.is_device_gone()
         outcomes: Sequence[Outcome] = step.result() if error is None else [_as_mm_error(error)] * len(batch)
         with self._lock:
-            self._count(batch, seconds, has_failed=error is not None)
+            self._count(lane, batch, launched_at, seconds, has_failed=error is not None)
             if is_gone:
                 self.is_device_gone = True
                 batch = batch + self._everything()
@@ -188,20 +206,23 @@ class Batcher:
             with suppress(RuntimeError):  # the loop is closed: nobody waits any more
                 loop.call_soon_threadsafe(_answer, answered)
 
-    def _count(self, batch: list[Work], seconds: float, *, has_failed: bool) -> None:
+    def _count(self, lane: _Lane, batch: list[Work], launched_at: float, seconds: float, *, has_failed: bool) -> None:
         patches = self._cost(batch)
-        if self._launching is batch:  # it failed
-            self._launching = None
-        self._in_flight -= 1
-        self._running -= patches
+        if lane.launching is batch:  # it failed
+            lane.launching = None
+        lane.in_flight -= 1
+        lane.patches -= patches
         self.forwards += 1
         self.failures += has_failed
         self.items += len(batch)
         self.patches += patches
         self.step_latency_ms = seconds * 1e3
+        # What the device gave all lanes: the seconds since any of them got an answer, so that none count twice.
+        since, self._last_end = max(launched_at, self._last_end), max(lane.last_end, self._last_end)
         if not has_failed:
-            rate = patches / max(seconds, 1e-6)
-            self._rate = _MEMORY * self._rate + (1 - _MEMORY) * rate if self._rate else rate
+            weight = 1 - _MEMORY if self._mean_patches else 1.0
+            self._mean_patches += weight * (patches - self._mean_patches)
+            self._mean_seconds += weight * (max(lane.last_end - since, 0.0) - self._mean_seconds)
 
 
 def _nothing() -> None:

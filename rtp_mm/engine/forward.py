@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -14,6 +16,7 @@ from rtp_mm.errors import MMError, ProcessError
 from rtp_mm.models.multimodal_common import Embedding, MultiModalEmbeddingInterface, as_embedding
 from rtp_mm.types import MMUrlType
 
+LANES = 2  # of a CPU: one computes what the threads of the other wait for, each other or a core
 Outcome = Embedded | MMError
 
 
@@ -40,21 +43,30 @@ class Launched(NamedTuple):
 
 
 class Forward:
-    """Forwards of many items, one behind another. What becomes of those that fail is the batcher's business."""
+    """Forwards of many items. What becomes of those that fail is the batcher's business.
+
+    lanes: how many may be launched at the same time, each in a thread of its own. On a CPU two: one forward with all
+    threads waits at the end of every operator for the last of them, which other work may have kept from its core; two
+    forwards with half of the threads each do not wait for each other.
+    """
 
     def __init__(self, mm_part: MultiModalEmbeddingInterface, dtype: torch.dtype) -> None:
         self.device = mm_part._device
         self._mm_part = mm_part
         self._dtype = dtype
+        self._threads = torch.get_num_threads()
+        self.lanes = min(LANES, self._threads) if mm_part.is_reentrant else 1
+        self._launches = 0  # under way
+        self._lock = threading.Lock()  # over it
 
     def launch(self, batch: Sequence[Work]) -> Launched:
-        """On the device thread. Raises what the model raises.
+        """On a lane's thread. Raises what the model raises.
 
         A device reads the batch's inputs when it comes to them: keep them until the answers are collected. What the
         launch took of the device's memory is free again when it returns, for the next one on the same stream: two in
         flight take no more than one.
         """
-        with torch.inference_mode():
+        with self._share_of_threads(), torch.inference_mode():
             results = self._embed(batch)
             if len(results) != len(batch):
                 raise ProcessError(f"the model answered {len(batch)} items with {len(results)} embeddings")
@@ -64,6 +76,22 @@ class Forward:
         return self._mm_part.mm_process_batch(
             [work.value for work in batch], [work.mm_type for work in batch], [work.config for work in batch]
         )
+
+    @contextmanager
+    def _share_of_threads(self) -> Iterator[None]:
+        """All threads for a forward that starts alone, its share for one that starts beside another."""
+        if self.lanes == 1:
+            yield
+            return
+        with self._lock:
+            self._launches += 1
+            torch.set_num_threads(max(1, self._threads // self._launches))  # of this thread, and of new ones
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._launches -= 1
+                torch.set_num_threads(self._threads)
 
     def enter_thread(self) -> None:
         """On each thread that will call: a thread starts on the first device, and kernels run on the thread's."""

@@ -36,8 +36,10 @@ class WaitingLine:
     queue bound.
     """
 
-    def __init__(self, max_patches: int, patience_s: float = PATIENCE_S) -> None:
+    def __init__(self, max_patches: int, patience_s: float = PATIENCE_S, takers: int = 1) -> None:
+        """`takers` share what waits: none takes so much that another finds nothing."""
         self._max_patches = max_patches
+        self._takers = takers
         self._patience_s = patience_s
         self._line: list[tuple[float, int, Work]] = []
         self._arrivals = 0
@@ -65,10 +67,11 @@ class WaitingLine:
                 return
 
     def take(self) -> list[Work]:
-        """The next batch: in order, as far as `max_patches` go; at least one, where there is any."""
+        """The next batch: in order, as far as `max_patches` or a taker's share go; at least one, where there is any."""
+        most = min(self._max_patches, -(-self.patches // self._takers))
         patches = count = 0
         for _, _, work in self._line:
-            if count and patches + self.cost(work) > self._max_patches:
+            if count and patches + self.cost(work) > most:
                 break
             patches += self.cost(work)
             count += 1

@@ -82,6 +82,12 @@ class MultiModalEmbeddingInterface:
     def _device(self) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
+    @property
+    def is_reentrant(self) -> bool:
+        """Whether several threads may be in `mm_process_batch`, each with any number of torch's threads, for the same
+        bits."""
+        return False
+
     def mm_embedding(self, url: str, mm_type: MMUrlType = MMUrlType.DEFAULT, **kwargs: Any) -> Embedding:
         """One URL to (embedding, position ids), one step after the other; `configs` holds an `MMPreprocessConfig`.
 

@@ -50,6 +50,10 @@ class Qwen2AudioEmbedding(MultiModalEmbeddingInterface):
     def _device(self) -> torch.device:
         return self.tower.device
 
+    @property
+    def is_reentrant(self) -> bool:
+        return self.tower.is_reentrant
+
     def mm_process(self, mm_input: LogMel, **kwargs: Any) -> Tensor:
         return self.tower([mm_input])[0]  # type: ignore[no-any-return]
 

@@ -59,6 +59,10 @@ class Qwen2VLEmbedding(MultiModalEmbeddingInterface):
         return self.tower.device
 
     @property
+    def is_reentrant(self) -> bool:
+        return self.tower.is_reentrant
+
+    @property
     def answer_key(self) -> tuple[object, ...]:
         """What decides answers beside patches and tower: a part of every embedding's cache key."""
         return (self._tokens_per_second,)

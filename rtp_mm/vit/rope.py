@@ -33,9 +33,10 @@ class RotaryAngles:
 
     def up_to(self, positions: int) -> Tensor:
         """[2, at least `positions`, head_dim / 4] float32 on the device, for `ops.vision_positions`."""
-        if positions > self._angles.shape[1]:
-            self._angles = self._of(1 << (positions - 1).bit_length())
-        return self._angles
+        angles = self._angles
+        if positions > angles.shape[1]:
+            angles = self._angles = self._of(1 << (positions - 1).bit_length())  # another thread may set its own
+        return angles
 
     def _of(self, positions: int) -> Tensor:
         # On the CPU whatever the device is: both use the same bits.

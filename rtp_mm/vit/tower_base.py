@@ -63,6 +63,13 @@ class Tower(nn.Module):
         )
         return gemm, delicate, max(gemm.row_multiple, delicate.row_multiple)
 
+    @property
+    def is_reentrant(self) -> bool:
+        """Whether several threads may run it at once, each with any number of torch's threads, for the same bits: on a
+        CPU in float32. oneDNN's bf16 products round by the number of threads.
+        """
+        return self.device.type == "cpu" and self.compute_dtype == torch.float32
+
     def _run_eagerly(self, batch: Batch) -> Tensor:
         """What a graph can hold: all that depends on a batch's rows and segments alone."""
         raise NotImplementedError

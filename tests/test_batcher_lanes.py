@@ -1,0 +1,188 @@
+"""The batcher with a CPU of our own that takes two forwards at a time: each waits for its own work alone."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import threading
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+from batching import Answers, Device, batching, outcomes, run
+from waiting import until
+
+from rtp_mm.engine.batcher import Batcher
+from rtp_mm.engine.waiting_line import Work
+from rtp_mm.types import MMPreprocessConfig, MMUrlType
+
+FAILED = "the forward failed with ZeroDivisionError"
+
+
+def fails_on_bad(values: list[Any]) -> None:
+    if "bad" in values:
+        raise ZeroDivisionError
+
+
+class Cpu(Device):
+    """Two lanes, each held at its batch until that may end."""
+
+    lanes = 2
+
+    def __init__(self, fails: Callable[[list[Any]], None] = lambda _: None) -> None:
+        super().__init__(fails)
+        self._changed = threading.Condition()
+        self._ended: set[Any] = set()
+        self.running: list[list[Any]] = []
+
+    def launch(self, batch: Sequence[Work]) -> Answers:
+        values = [work.value for work in batch]
+        with self._changed:
+            self.running.append(values)
+            assert self._changed.wait_for(lambda: self._ended.issuperset(values), 30)
+            self.running.remove(values)
+        return super().launch(batch)
+
+    def end(self, *values: Any) -> None:
+        with self._changed:
+            self._ended.update(values)
+            self._changed.notify_all()
+
+
+@asynccontextmanager
+async def both_lanes(cpu: Cpu) -> AsyncIterator[tuple[Batcher, list[asyncio.Task[Any]]]]:
+    """Two forwards side by side: what comes now waits. Tasks of "first" and "second"."""
+    async with batching(cpu) as batcher:
+        tasks = [run(batcher, "first"), run(batcher, "second")]
+        await until(lambda: len(cpu.running) == 2)
+        yield batcher, tasks
+
+
+async def test_two_forwards_run_side_by_side_and_the_rest_waits() -> None:
+    cpu = Cpu()
+    async with both_lanes(cpu) as (batcher, tasks):
+        tasks.append(run(batcher, "third"))
+        await until(lambda: batcher.waiting == 1)
+        assert sorted(cpu.running) == [["first"], ["second"]]
+        cpu.end("first", "second", "third")
+        assert await outcomes(tasks) == ["first", "second", "third"]
+
+
+async def test_what_ends_first_is_answered_first() -> None:
+    """A small image in one lane does not wait for the video in the other, nor does what comes after it."""
+    cpu = Cpu()
+    async with both_lanes(cpu) as (batcher, tasks):
+        cpu.end("second", "third")
+        assert await tasks[1] == "second"
+        assert await run(batcher, "third") == "third"
+        assert not tasks[0].done()
+        cpu.end("first")
+        assert await tasks[0] == "first"
+
+
+async def test_a_lane_leaves_the_other_its_share_of_what_waits() -> None:
+    cpu = Cpu()
+    async with both_lanes(cpu) as (batcher, tasks):
+        tasks += [run(batcher, value) for value in range(4)]
+        await until(lambda: batcher.waiting == 4)
+        cpu.end("first")
+        await until(lambda: [0, 1] in cpu.running)
+        assert batcher.waiting == 2
+        cpu.end("second")
+        await until(lambda: [2] in cpu.running)
+        cpu.end(*range(4))
+        assert await outcomes(tasks) == ["first", "second", *range(4)]
+
+
+async def test_what_fails_in_one_lane_is_halved_while_the_other_goes_on() -> None:
+    cpu = Cpu(fails_on_bad)
+    async with both_lanes(cpu) as (batcher, tasks):
+        tasks += [run(batcher, value) for value in ("a", "bad", "b", "c")]
+        await until(lambda: batcher.waiting == 4)
+        cpu.end("first", "a", "bad", "b", "c")
+        assert await outcomes(tasks[2:]) == ["a", FAILED, "b", "c"]
+        assert not tasks[1].done()
+        cpu.end("second")
+        assert await outcomes(tasks[:2]) == ["first", "second"]
+
+
+async def test_its_close_is_over_when_both_lanes_have_read_their_last_input() -> None:
+    for last in ("first", "second"):
+        cpu = Cpu()
+        async with both_lanes(cpu) as (batcher, tasks):
+            last_read = batcher.close()
+            tasks.append(run(batcher, "late"))
+            cpu.end(*{"first", "second"} - {last})
+            await until(lambda: len(cpu.running) == 1)  # noqa: B023  # this round's
+            await until(lambda: sum(task.done() for task in tasks) == 2)
+            assert not last_read.done()
+            cpu.end(last)
+            assert await outcomes(tasks) == ["first", "second", "the engine stopped"]
+            assert last_read.exception(30) is None
+        await until(lambda: not any(thread.is_alive() for thread in cpu.threads))  # noqa: B023
+        assert len(cpu.threads) == 4
+
+
+async def test_seconds_that_two_lanes_spend_side_by_side_count_once() -> None:
+    now = [0.0]
+    cpu = Cpu()
+    batcher = Batcher(cpu, 100, clock=lambda: now[0])  # type: ignore[arg-type]
+
+    async def timings(value: str) -> dict[str, float]:
+        return (await batcher.run(value, 50, MMUrlType.IMAGE, MMPreprocessConfig()))[1]
+
+    first, second = asyncio.create_task(timings("first")), asyncio.create_task(timings("second"))
+    await until(lambda: len(cpu.running) == 2)
+    now[0] = 2.0
+    cpu.end("first")
+    assert await first == {"queue": 0, "forward": 2000}
+    assert batcher.seconds_for(50) == 2
+    cpu.end("second")
+    assert await second == {"queue": 0, "forward": 2000}
+    assert 1 < batcher.seconds_for(50) < 2  # on its way to 100 patches in two seconds
+    for i in range(30):
+        pair = [asyncio.create_task(timings(f"{name}{i}")) for name in "ab"]
+        await until(lambda: len(cpu.running) == 2)
+        now[0] += 2.0
+        cpu.end(f"a{i}", f"b{i}")
+        await asyncio.gather(*pair)
+    assert abs(batcher.seconds_for(100) - 2) < 0.3
+    batcher.close()
+
+
+async def test_nobody_is_told_to_wait_for_a_lane_while_the_other_is_free() -> None:
+    now = [0.0]
+    cpu = Cpu()
+    batcher = Batcher(cpu, 100, clock=lambda: now[0])  # type: ignore[arg-type]
+    tasks = [run(batcher, "first", 10)]
+    await until(lambda: len(cpu.running) == 1)
+    now[0] = 1.0
+    cpu.end("first")
+    assert await tasks[0] == "first"
+    tasks.append(run(batcher, "clip", 1000))
+    await until(lambda: len(cpu.running) == 1)
+    assert batcher.seconds_before(10) == 0
+    tasks.append(run(batcher, "image", 20))
+    await until(lambda: len(cpu.running) == 2)
+    assert batcher.seconds_before(10) == 4  # 20 patches at half of 10 a second
+    cpu.end("clip", "image")
+    assert await outcomes(tasks) == ["first", "clip", "image"]
+    batcher.close()
+
+
+async def test_everybody_gets_his_own_answer_from_either_lane() -> None:
+    chance = random.Random(0)
+
+    class Free(Device):
+        lanes = 2
+
+    async with batching(Free(fails_on_bad), max_patches=60) as batcher:
+        values = [chance.choice(["bad", "nan", i, i, i, i]) for i in range(400)]
+        tasks = []
+        for value in values:
+            tasks.append(run(batcher, value, chance.choice([1, 10, 100, None])))
+            if chance.random() < 0.3:
+                await asyncio.sleep(0)
+        named = {"bad": FAILED, "nan": "NaN"}
+        assert await outcomes(tasks) == [named.get(value, value) for value in values]
+        assert ([(lane.in_flight, lane.patches) for lane in batcher._lanes], batcher.waiting) == ([(0, 0)] * 2, 0)
