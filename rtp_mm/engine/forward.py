@@ -64,7 +64,7 @@ class Forward:
 
         A device reads the batch's inputs when it comes to them: keep them until the answers are collected. What the
         launch took of the device's memory is free again when it returns, for the next one on the same stream: two in
-        flight take no more than one.
+        flight take no more than one. Each lane of a CPU takes its own.
         """
         with self._share_of_threads(), torch.inference_mode():
             results = self._embed(batch)
