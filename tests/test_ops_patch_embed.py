@@ -1,6 +1,8 @@
-"""`ops.patch_embed` against float64, plain PyTorch and itself."""
+"""The patch embeddings of a CPU and of CUDA against float64, plain PyTorch and themselves."""
 
 from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import reference
@@ -28,146 +30,146 @@ def random_weight(terms: int, d: int, k: int, dtype: torch.dtype) -> tuple[Tenso
     return torch.stack((high, low)[:terms]), torch.randn(d, generator=generator)
 
 
+def packed_weight(d: int, k: int = K) -> tuple[Tensor, ops.PackedWeight, Tensor]:
+    """[1, d, k] for the reference, the same as the CPU reads it, and a bias [d]."""
+    weight, bias = random_weight(1, d, k, torch.float32)
+    return weight, ops.pack_linear(weight[0]), bias
+
+
 def error(ours: Tensor, exact: Tensor) -> float:
     return float((ours.double() - exact).norm() / exact.norm())
 
 
-@pytest.mark.parametrize("out_dtype", FLOATS)
-@pytest.mark.parametrize("weight_dtype", FLOATS)
-@pytest.mark.parametrize(("n", "k", "d", "terms"), [(70, K, D, 2), (3, 1176, 33, 1), (1, 5, 31, 2), (9, 48, 64, 1)])
-def test_error_is_at_most_twice_that_of_plain_pytorch(
-    n: int, k: int, d: int, terms: int, weight_dtype: torch.dtype, out_dtype: torch.dtype
-) -> None:
-    rows, (weight, bias) = random_rows(n, k), random_weight(terms, d, k, weight_dtype)
+@pytest.mark.parametrize(("n", "k", "d"), [(70, K, D), (3, 1176, 33), (1, 5, 31), (9, 48, 64), (230, 147, 16)])
+def test_error_is_at_most_twice_that_of_plain_pytorch(n: int, k: int, d: int) -> None:
+    rows, (weight, packed, bias) = random_rows(n, k), packed_weight(d, k)
     exact = reference.patch_embed(rows, weight, bias)
-    plain = linear(rows.float() - 128, weight.float().sum(0), bias).to(out_dtype)
-    ours = ops.patch_embed(rows, weight, bias, dtype=out_dtype)
-    assert ours.dtype == out_dtype
-    assert error(ours, exact) <= 2 * error(plain, exact)
+    ours = ops.packed_patch_embed([rows], packed, bias)
+    assert ours.dtype == torch.float32
+    assert error(ours, exact) <= 2 * error(linear(rows.float() - 128, weight[0], bias), exact) + 1e-7
 
 
-def test_the_second_term_and_the_centre_count() -> None:
-    rows, (weight, bias) = random_rows(16), random_weight(2, D, K, torch.bfloat16)
+def test_the_centre_counts() -> None:
+    rows, (weight, packed, bias) = random_rows(16), packed_weight(D)
     exact = reference.patch_embed(rows, weight, bias)
-    ours = error(ops.patch_embed(rows, weight, bias, dtype=torch.float32), exact)
-    one_term = error(ops.patch_embed(rows, weight[:1].contiguous(), bias, dtype=torch.float32), exact)
-    off_centre = error(linear(rows.float() - 127, weight.float().sum(0), bias), exact)
-    assert ours < 1e-6 < 1e-4 < min(one_term, off_centre)
+    off_centre = error(linear(rows.float() - 127, weight[0], bias), exact)
+    assert error(ops.packed_patch_embed([rows], packed, bias), exact) < 1e-6 < 1e-4 < off_centre
 
 
-def test_scale_multiplies_the_sum_and_not_the_bias() -> None:
-    rows, (weight, bias) = random_rows(4), random_weight(1, 40, K, torch.float32)
-    ours = ops.patch_embed(rows, weight * 64, bias, scale=1 / 64, dtype=torch.float32)
-    assert torch.equal(ours, ops.patch_embed(rows, weight, bias, dtype=torch.float32))  # powers of two are exact
-    assert error(ours, reference.patch_embed(rows, weight * 64, bias, scale=1 / 64)) < 1e-6
-
-
-@pytest.mark.parametrize("dtype", FLOATS)
-def test_batching_is_invisible(dtype: torch.dtype) -> None:
-    rows, (weight, bias) = random_rows(131), random_weight(1, 70, K, torch.float32)
-    together = ops.patch_embed(rows, weight, bias, dtype=dtype)
-    for begin in (0, 5, 63, 64, 126):
+@pytest.mark.parametrize("d", [16, 70])
+def test_batching_is_invisible(d: int) -> None:
+    rows, (_, packed, bias) = random_rows(461), packed_weight(d)
+    together = ops.packed_patch_embed([rows], packed, bias)
+    for begin in (0, 5, 63, 64, 126, 396):
         for n in (1, 2, 3, 5, 7, 9, 16, 65):
             part = rows[begin : begin + n].contiguous()
-            assert torch.equal(ops.patch_embed(part, weight, bias, dtype=dtype), together[begin : begin + n])
+            assert torch.equal(ops.packed_patch_embed([part], packed, bias), together[begin : begin + n])
+
+
+def test_items_are_read_one_after_another_wherever_they_lie() -> None:
+    memory = random_rows(400)
+    # One, none, many rows; in another order than memory's; one of them twice; from an odd address.
+    items = [memory[300:301], memory[7:7], memory[10:243], memory[:10], memory[300:301]]
+    odd = torch.empty(3 * K + 1, dtype=torch.uint8)[1:].view(3, K)
+    items.append(odd.copy_(memory[:3]))
+    _, packed, bias = packed_weight(70)
+    order = torch.randperm(62, generator=torch.Generator().manual_seed(0)).int()  # groups of 4, also over items' ends
+    for chosen in (None, order):
+        ours = ops.packed_patch_embed(items, packed, bias, order=chosen)
+        assert torch.equal(ours, ops.packed_patch_embed([torch.cat(items)], packed, bias, order=chosen))
+        assert not torch.equal(ours, ops.packed_patch_embed([torch.cat(items[::-1])], packed, bias, order=chosen))
 
 
 def test_the_thread_count_is_invisible() -> None:
-    rows, (weight, bias) = random_rows(200), random_weight(1, 70, K, torch.float32)
+    rows, (_, packed, bias) = random_rows(500), packed_weight(150)
     threads = torch.get_num_threads()
     results = []
     for n in (1, 2, 3):
         torch.set_num_threads(n)
-        results.append(ops.patch_embed(rows, weight, bias, dtype=torch.float32))
+        results.append(ops.packed_patch_embed([rows], packed, bias))
     torch.set_num_threads(threads)
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
 
 
+def test_calls_from_many_threads_do_not_know_each_other() -> None:
+    _, packed, bias = packed_weight(150)
+    batches = [[random_rows(n), random_rows(2 * n)] for n in (1, 40, 77, 300)]
+    alone = [ops.packed_patch_embed(batch, packed, bias) for batch in batches]
+    with ThreadPoolExecutor(len(batches)) as pool:
+        for _ in range(5):
+            together = pool.map(lambda batch: ops.packed_patch_embed(batch, packed, bias), batches)
+            assert all(map(torch.equal, together, alone))
+
+
 @pytest.mark.parametrize("group", [1, 4, 9])
 def test_order_moves_whole_groups(group: int) -> None:
     n = group * 31
-    rows, (weight, bias) = random_rows(n), random_weight(1, 40, K, torch.float32)
+    rows, (weight, packed, bias) = random_rows(n), packed_weight(40)
     order = torch.randperm(31, generator=torch.Generator().manual_seed(0)).int()
-    plain = ops.patch_embed(rows, weight, bias, dtype=torch.float32)
-    ours = ops.patch_embed(rows, weight, bias, order=order, dtype=torch.float32)
+    plain = ops.packed_patch_embed([rows], packed, bias)
+    ours = ops.packed_patch_embed([rows], packed, bias, order=order)
     assert torch.equal(ours, plain.unflatten(0, (31, group))[order.long()].flatten(0, 1))
     assert not torch.equal(ours, plain.unflatten(0, (31, group))[order.argsort()].flatten(0, 1))
     assert error(ours, reference.patch_embed(rows, weight, bias, order=order)) < 1e-6
 
 
-@pytest.mark.parametrize("dtype", FLOATS)
-def test_the_position_embedding_is_that_of_the_output_row(dtype: torch.dtype) -> None:
-    rows, (weight, bias) = random_rows(12), random_weight(1, 40, K, torch.float32)
+def test_the_position_embedding_is_that_of_the_output_row() -> None:
+    rows, (weight, packed, bias) = random_rows(12), packed_weight(40)
     order, pos = torch.tensor([2, 0, 1], dtype=torch.int32), torch.randn(12, 40)
+    before = pos.clone()
     exact = reference.patch_embed(rows, weight, bias, order=order, pos=pos)
-    plain = (
-        linear(rows[order.repeat_interleave(4) * 4 + torch.arange(4).repeat(3)] - 128.0, weight[0], bias) + pos
-    ).to(dtype)
-    ours = ops.patch_embed(rows, weight, bias, order=order, pos=pos, dtype=dtype)
-    assert error(ours, exact) <= 2 * error(plain, exact)
+    assert error(ops.packed_patch_embed([rows], packed, bias, order=order, pos=pos), exact) < 1e-6
     assert error(reference.patch_embed(rows, weight, bias, order=order, pos=pos.flip(0)), exact) > 0.1
-
-
-@pytest.mark.parametrize("dtype", FLOATS)
-def test_a_weight_may_be_a_view_of_a_longer_one(dtype: torch.dtype) -> None:
-    rows, (weight, bias) = random_rows(5), random_weight(2, 40, K, dtype)
-    longer = torch.full((2, 41, K + 4), torch.nan, dtype=dtype)
-    longer[:, :40, :K] = weight
-    ours = ops.patch_embed(rows, longer[:, :40, :K], bias, dtype=torch.float32)
-    assert torch.equal(ours, ops.patch_embed(rows, weight, bias, dtype=torch.float32))
+    assert torch.equal(pos, before)
 
 
 def test_a_group_may_be_taken_twice() -> None:
-    rows, (weight, bias) = random_rows(4), random_weight(1, 8, K, torch.float32)
-    ours = ops.patch_embed(rows, weight, bias, order=torch.tensor([1, 1], dtype=torch.int32), dtype=torch.float32)
+    rows, (_, packed, bias) = random_rows(4), packed_weight(8)
+    ours = ops.packed_patch_embed([rows], packed, bias, order=torch.tensor([1, 1], dtype=torch.int32))
     assert torch.equal(ours[:2], ours[2:])
 
 
+@pytest.mark.parametrize("rows", [[], [random_rows(0)], [random_rows(0), random_rows(0)]])
 @pytest.mark.parametrize("order", [None, torch.empty(0, dtype=torch.int32)])
-def test_no_rows_give_no_rows(order: Tensor | None) -> None:
-    weight, bias = random_weight(1, 8, K, torch.float32)
-    ours = ops.patch_embed(random_rows(0), weight, bias, order=order, dtype=torch.bfloat16)
-    assert ours.shape == (0, 8)
-    assert ours.dtype == torch.bfloat16
+def test_no_rows_give_no_rows(order: Tensor | None, rows: list[Tensor]) -> None:
+    _, packed, bias = packed_weight(8)
+    assert ops.packed_patch_embed(rows, packed, bias, order=order).shape == (0, 8)
 
 
-@pytest.mark.parametrize("dtype", FLOATS)
-def test_rounding_is_pytorchs(dtype: torch.dtype) -> None:
-    """Rows of 128 leave the bias alone: float32 of all magnitudes, halves between two neighbours, infinity, NaN."""
-    bits = torch.randint(-(2**31), 2**31, (200_000,), generator=torch.Generator().manual_seed(0)).int()
-    near_half = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.float16).float().view(torch.int32)
-    ties = torch.cat([near_half + offset for offset in (0x0FFF, 0x1000, 0x1001)])
-    edges = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, 65519.99, 65520.0, 2.0**-25, 2.0**-24])
-    bias = torch.cat((bits.view(torch.float32), ties.view(torch.float32), (bits & -65536 | 0x8000).view(torch.float32)))
-    bias = torch.cat((bias, edges))
-    rows = torch.full((1, 1), 128, dtype=torch.uint8)
-    ours = ops.patch_embed(rows, torch.ones(1, len(bias), 1), bias, dtype=dtype)[0]
-    torch.testing.assert_close(ours, bias.to(dtype), rtol=0, atol=0, equal_nan=True)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_every_16_bit_weight_is_read_exactly(dtype: torch.dtype) -> None:
-    weight = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)
-    rows = torch.full((1, 1), 129, dtype=torch.uint8)
-    ours = ops.patch_embed(rows, weight.reshape(1, -1, 1), torch.zeros(2**16), dtype=torch.float32)[0]
-    torch.testing.assert_close(ours, weight.float(), rtol=0, atol=0, equal_nan=True)
+def test_every_byte_is_read_exactly() -> None:
+    rows = torch.arange(256).to(torch.uint8)[:, None].repeat(1, 37)
+    packed = ops.pack_linear(torch.eye(37))
+    ours = ops.packed_patch_embed([rows], packed, torch.zeros(37))
+    assert torch.equal(ours, rows.float() - 128)
 
 
 def bad_arguments() -> list[tuple[str, dict[str, object], str]]:
-    weight, bias = torch.ones(1, 8, 6), torch.zeros(8)
+    bias, rows = torch.zeros(8), random_rows(2, 6)
+    half = ops.pack_linear(torch.ones(8, 6).bfloat16())
     return [
-        ("rows of floats", {"rows": torch.ones(4, 6)}, r"rows must be contiguous \[N, K\] uint8, got \[4, 6\] float32"),
-        ("strided rows", {"rows": random_rows(6, 4).T}, r"got \[4, 6\] uint8 with strides \[1, 4\]"),
-        ("another K", {"rows": random_rows(4, 5)}, r"weight must be \[1 or 2, D, 5\] .*, got \[1, 8, 6\]"),
-        ("three terms", {"weight": torch.ones(3, 8, 6)}, r"weight must be .*, got \[3, 8, 6\] float32"),
-        ("float64 weight", {"weight": weight.double()}, r"weight must be .*, got \[1, 8, 6\] float64"),
-        ("strided weight", {"weight": torch.ones(1, 6, 8).mT}, r"weight must be .* with strides \[48, 1, 8\]"),
+        (
+            "rows of floats",
+            {"rows": [rows, torch.ones(2, 6)]},
+            r"rows must be contiguous \[N, 6\] uint8, got \[2, 6\] f",
+        ),
+        ("strided rows", {"rows": [rows, random_rows(6, 2).T]}, r"got \[2, 6\] uint8 with strides \[1, 2\]"),
+        (
+            "another K",
+            {"rows": [rows, random_rows(2, 5)]},
+            r"rows must be contiguous \[N, 6\] uint8, got \[2, 5\] uint8",
+        ),
+        ("one row alone", {"rows": [rows[0]]}, r"rows must be contiguous \[N, 6\] uint8, got \[6\] uint8"),
+        ("bfloat16 weight", {"packed": half}, r"packed must be what pack_linear made of a float32 \[8, K\], got .* bf"),
+        (
+            "no panels",
+            {"packed": ops.PackedWeight(torch.ones(8, 6))},
+            r"packed must be what pack_linear .* \[8, 6\] float",
+        ),
         ("another N", {"pos": torch.zeros(3, 8)}, r"pos must be contiguous \[4, 8\] float32, got \[3, 8\] float32"),
         ("bfloat16 pos", {"pos": torch.zeros(4, 8).bfloat16()}, r"pos must be .*, got \[4, 8\] bfloat16"),
         ("bfloat16 bias", {"bias": bias.bfloat16()}, r"bias must be contiguous \[8\] float32, got \[8\] bfloat16"),
-        ("another D", {"bias": torch.zeros(7)}, r"bias must be .*, got \[7\] float32"),
-        ("integer output", {"dtype": torch.int32}, r"out_dtype must be float32, bfloat16 or float16, got int32"),
+        ("another D", {"bias": torch.zeros(70)}, r"packed must be what pack_linear made of a float32 \[70, K\]"),
         ("int64 order", {"order": torch.arange(4)}, r"order must be contiguous \[N / group\] int32 with N = 4, got"),
         ("no divisor", {"order": torch.arange(3).int()}, r"order must .* with N = 4, got \[3\] int32"),
         ("empty order", {"order": torch.arange(0).int()}, r"order must .* with N = 4, got \[0\] int32"),
@@ -179,22 +181,21 @@ def bad_arguments() -> list[tuple[str, dict[str, object], str]]:
 @pytest.mark.parametrize(("change", "message"), [pytest.param(c, m, id=i) for i, c, m in bad_arguments()])
 def test_a_bad_argument_is_refused_with_what_came(change: dict[str, object], message: str) -> None:
     arguments: dict[str, object] = {
-        "rows": random_rows(4, 6),
-        "weight": torch.ones(1, 8, 6),
+        "rows": [random_rows(2, 6), random_rows(2, 6)],
+        "packed": ops.pack_linear(torch.ones(8, 6)),
         "bias": torch.zeros(8),
-        "dtype": torch.float32,
     }
-    with pytest.raises(RuntimeError, match=f"^patch_embed: .*{message}"):
-        ops.patch_embed(**{**arguments, **change})  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match=f"^packed_patch_embed: .*{message}"):
+        ops.packed_patch_embed(**{**arguments, **change})  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("out_dtype", FLOATS)
-def test_schema_and_fake_agree_with_the_kernel(out_dtype: torch.dtype) -> None:
-    weight, bias = random_weight(2, 8, 6, torch.bfloat16)
-    for order in (None, torch.tensor([1, 0], dtype=torch.int32)):
-        for pos in (None, torch.ones(4, 8)):
-            arguments = (random_rows(4, 6), weight, bias, 0.5, order, pos, out_dtype)
-            torch.library.opcheck(torch.ops.rtp_mm.patch_embed.default, arguments)
+def test_schema_and_fake_agree_with_the_kernel() -> None:
+    _, packed, bias = packed_weight(8, 6)
+    for rows in ([random_rows(4, 6)], [random_rows(1, 6), random_rows(3, 6)]):
+        for order in (None, torch.tensor([1, 0], dtype=torch.int32)):
+            for pos in (None, torch.ones(4, 8)):
+                arguments = (rows, packed.panels, bias, order, pos)
+                torch.library.opcheck(torch.ops.rtp_mm.packed_patch_embed.default, arguments)
 
 
 # Tails of rows, columns and k; K of stills, of clips, of 16 x 16 patches, and one that tensor cores do not take.
@@ -229,3 +230,32 @@ def test_cuda_is_exact_and_batching_is_invisible(
         part = device_rows[begin : begin + count].clone()
         alone = ops.patch_embed(part, padded, device_bias, scale=0.5, dtype=out_dtype)
         assert torch.equal(alone, together[begin : begin + count])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rows": torch.ones(4, 6)}, r"rows must be contiguous \[N, K\] uint8, got \[4, 6\] float32"),
+        ({"rows": random_rows(4, 5)}, r"weight must be \[1 or 2, D, 5\] .*, got \[1, 8, 6\]"),
+        ({"weight": torch.ones(3, 8, 6)}, r"weight must be .*, got \[3, 8, 6\] float32"),
+        ({"weight": torch.ones(1, 6, 8).mT}, r"weight must be .* with strides \[48, 1, 8\]"),
+        ({"bias": torch.zeros(7)}, r"bias must be .*, got \[7\] float32"),
+        ({"dtype": torch.int32}, r"out_dtype must be float32, bfloat16 or float16, got int32"),
+    ],
+)
+def test_a_bad_argument_on_cuda_is_refused_with_what_came(change: dict[str, object], message: str) -> None:
+    require("cuda")
+    tensors = {"rows": random_rows(4, 6), "weight": torch.ones(1, 8, 6), "bias": torch.zeros(8)} | change
+    arguments = {name: value.cuda() if isinstance(value, Tensor) else value for name, value in tensors.items()}
+    with pytest.raises(RuntimeError, match=f"^patch_embed: .*{message}"):
+        ops.patch_embed(**{"dtype": torch.float32, **arguments})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("out_dtype", FLOATS)
+def test_schema_and_fake_on_cuda_agree_with_the_kernel(out_dtype: torch.dtype) -> None:
+    require("cuda")
+    weight, bias = (tensor.cuda() for tensor in random_weight(2, 8, 6, torch.bfloat16))
+    rows, order = random_rows(4, 6).cuda(), torch.tensor([1, 0], dtype=torch.int32, device="cuda")
+    for arguments in ((None, None), (order, torch.ones(4, 8, device="cuda"))):
+        values = (rows, weight, bias, 0.5, *arguments, out_dtype)
+        torch.library.opcheck(torch.ops.rtp_mm.patch_embed.default, values)

@@ -99,8 +99,8 @@ struct Scale {
   }
 };
 
-template <class Weight>
-TileColumns tile_columns(const PackedLinear<Weight>& job, int64_t first_panel, int64_t end_panel) {
+template <class Weight, class Rows>
+TileColumns tile_columns(const PackedLinear<Weight, Rows>& job, int64_t first_panel, int64_t end_panel) {
   TileColumns columns{};
   for (int64_t j = 0; j < (end_panel - first_panel) * kLinearPanel; ++j) {
     const int64_t row = job.layout.row(first_panel + j / kLinearPanel, j % kLinearPanel);
@@ -147,13 +147,13 @@ void pack_linear_panel(const Weight* weight, const PanelLayout& layout, int64_t 
   }
 }
 
-template <class Weight>
-int64_t PackedLinear<Weight>::tiles() const {
+template <class Weight, class Rows>
+int64_t PackedLinear<Weight, Rows>::tiles() const {
   return ceil_div(m, kMaxTileRows) * ceil_div(layout.panels(), kTilePanels);
 }
 
-template <class Weight>
-void PackedLinear<Weight>::run(std::atomic<int64_t>& next_tile) const {
+template <class Weight, class Rows>
+void PackedLinear<Weight, Rows>::run(std::atomic<int64_t>& next_tile) const {
   constexpr bool kIsBytes = std::is_same_v<Weight, FourBytes>;
   using Word = std::conditional_t<kIsBytes, FourBytes, float>;
   const int64_t panel_count = layout.panels(), groups = ceil_div(panel_count, kTilePanels), end = tiles();
@@ -167,7 +167,9 @@ void PackedLinear<Weight>::run(std::atomic<int64_t>& next_tile) const {
     const int64_t block = tile / groups, first_row = block * block_rows, rows = std::min(block_rows, m - first_row);
     if (packed_block != block) {
       packed_block = block;
-      if constexpr (kIsBytes) {
+      if constexpr (std::is_same_v<Rows, ByteRows>) {
+        centre_rows(isa, x + first_row, rows, k, strips.get());
+      } else if constexpr (kIsBytes) {
         quantize_rows(isa, x + first_row * k, rows, k, strips.get(), row_scales);
       } else {
         pack_strips(x + first_row * k, rows, k, strips.get());
@@ -219,5 +221,6 @@ template struct PackedLinear<float>;
 template struct PackedLinear<BFloat16>;
 template struct PackedLinear<Float16>;
 template struct PackedLinear<FourBytes>;
+template struct PackedLinear<float, ByteRows>;
 
 }  // namespace rtp_mm

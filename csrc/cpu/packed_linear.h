@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "cpu/centre_rows.h"
 #include "cpu/isa.h"
 #include "cpu/multiply.h"
 
@@ -35,10 +36,10 @@ void pack_linear_panel(const Weight* weight, const PanelLayout& layout, int64_t 
 // out = activation(x @ weight.T + bias), or out += that, in float32; for kSiluGate silu(gate) * up. The output may be
 // cut into blocks of columns that stand one after another in memory. With FourBytes, x is quantized row by row (see
 // quantize_rows), the weight is scales * its bytes, and the products before bias and activation have the same bits on
-// every instruction set.
-template <class Weight>
+// every instruction set. With ByteRows, x is 128 less than its bytes.
+template <class Weight, class Rows = const float*>
 struct PackedLinear {
-  const float* x;        // [m, k]
+  Rows x;                // [m, k]
   const Weight* panels;  // [layout.panels(), depth(), kLinearPanel]
   const float* scales;   // of bytes only: [layout.parts * layout.width]
   const int32_t* sums;   // of bytes only: the sum of each row of the weight, [layout.parts * layout.width]

@@ -1,12 +1,11 @@
-#include <algorithm>
 #include <array>
-#include <atomic>
 #include <optional>
 #include <string>
 
 #include "common.h"
 #include "cpu/float_types.h"
 #include "cpu/packed_linear.h"
+#include "cpu/run_tiles.h"
 
 namespace rtp_mm {
 namespace {
@@ -61,22 +60,11 @@ struct Layer {
 void packed_linear_into(const Tensor& x, const Layer& layer, Activation activation, bool is_added, Tensor& out,
                         int64_t block_width) {
   with_weight_type(layer.packed.scalar_type(), [&]<class Weight>(Weight*) {
-    const PackedLinear<Weight> job{x.const_data_ptr<float>(),
-                                   static_cast<const Weight*>(layer.packed.const_data_ptr()),
+    run_tiles(PackedLinear<Weight>{x.const_data_ptr<float>(), static_cast<const Weight*>(layer.packed.const_data_ptr()),
                                    layer.scales ? layer.scales->const_data_ptr<float>() : nullptr,
                                    layer.sums ? layer.sums->const_data_ptr<int32_t>() : nullptr,
-                                   layer.bias.const_data_ptr<float>(),
-                                   out.mutable_data_ptr<float>(),
-                                   block_width,
-                                   x.size(0),
-                                   x.size(1),
-                                   layer.layout,
-                                   activation,
-                                   is_added,
-                                   best_isa()};
-    std::atomic<int64_t> next_tile = 0;
-    const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), job.tiles());
-    torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) { job.run(next_tile); });
+                                   layer.bias.const_data_ptr<float>(), out.mutable_data_ptr<float>(), block_width,
+                                   x.size(0), x.size(1), layer.layout, activation, is_added, best_isa()});
   });
 }
 

@@ -6,7 +6,8 @@
 
 namespace rtp_mm {
 
-// As cpu/patch_embed.h's job, but with the weight as it came: [terms, d, k], k contiguous. Pointers are the device's.
+// out[i] = scale * sum_k (rows[r(i), k] - 128) * weight[:, k] + bias + pos[i], in float32, rounded once. Pointers are
+// the device's.
 template <class Weight>
 struct CudaPatchEmbed {
   const uint8_t* rows;

@@ -23,7 +23,16 @@ void with_float_type(ScalarType dtype, const F& f) {
 
 Tensor patch_embed_cuda(const Tensor& rows, const Tensor& weight, const Tensor& bias, double scale,
                         const std::optional<Tensor>& order, const std::optional<Tensor>& pos, ScalarType out_dtype) {
-  const int64_t group = check_patch_embed(rows, weight, bias, order, pos, out_dtype);
+  check(rows.dim() == 2 && rows.scalar_type() == ScalarType::Byte && rows.is_contiguous(),
+        "patch_embed: rows must be contiguous [N, K] uint8, got ", describe(rows));
+  check(weight.dim() == 3 && (weight.size(0) == 1 || weight.size(0) == 2) && weight.size(2) == rows.size(1) &&
+            is_float(weight.scalar_type()) && (weight.size(2) <= 1 || weight.stride(2) == 1),
+        "patch_embed: weight must be [1 or 2, D, ", rows.size(1),
+        "] float32, bfloat16 or float16, the last dimension contiguous, got ", describe(weight));
+  check(rows.device() == weight.device(), "patch_embed: rows and weight must be on one device");
+  check(is_float(out_dtype), "patch_embed: out_dtype must be float32, bfloat16 or float16, got ",
+        dtype_name(out_dtype));
+  const int64_t group = check_patch_embed("patch_embed", rows.size(0), weight.size(1), weight, bias, order, pos);
   check(reinterpret_cast<uintptr_t>(rows.const_data_ptr()) % 4 == 0,
         "patch_embed: rows must start at a multiple of 4 bytes");
   const CudaScope cuda(rows);

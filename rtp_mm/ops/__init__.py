@@ -12,7 +12,7 @@ from rtp_mm.ops.packed_linear import (
     packed_linear_add_,
     packed_linear_blocks,
 )
-from rtp_mm.ops.patch_embed import patch_embed
+from rtp_mm.ops.patch_embed import packed_patch_embed, patch_embed
 from rtp_mm.ops.pointwise import ACTIVATIONS, activate, add_norm, rotate_qk_, uses_triton
 from rtp_mm.ops.positions import VisionPositions, vision_positions
 from rtp_mm.ops.resize_patchify import resize_patchify
@@ -33,6 +33,7 @@ __all__ = [
     "packed_linear",
     "packed_linear_add_",
     "packed_linear_blocks",
+    "packed_patch_embed",
     "patch_embed",
     "quantize_rows",
     "resize_patchify",

@@ -21,9 +21,7 @@ def packed_rows(items: Sequence[NDArray[Any] | Tensor], device: torch.device) ->
     arrays until its stream has come so far. What lies half in registered memory goes in two copies: CUDA refuses one
     over both. Tensors are on the device, complete, from whatever stream.
     """
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # a worker's rows: only read here
-        sources = [item if isinstance(item, Tensor) else torch.from_numpy(item) for item in items]
+    sources = as_tensors(items)
     packed = torch.empty((sum(map(len, items)), *items[0].shape[1:]), dtype=sources[0].dtype, device=device)
     for part, source in zip(packed.split([*map(len, items)]), sources, strict=True):
         _copy(source, part)
@@ -32,6 +30,13 @@ def packed_rows(items: Sequence[NDArray[Any] | Tensor], device: torch.device) ->
                 torch.cuda.current_stream(device)
             )  # another's memory is not given away before the copy
     return packed
+
+
+def as_tensors(items: Sequence[NDArray[Any] | Tensor]) -> list[Tensor]:
+    """Arrays as tensors of the same memory, to be read and not written; tensors as they are."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        return [item if isinstance(item, Tensor) else torch.from_numpy(item) for item in items]
 
 
 def _copy(source: Tensor, target: Tensor) -> None:

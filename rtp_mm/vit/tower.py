@@ -23,7 +23,6 @@ from rtp_mm.vit.attention import VARLEN_ATTENTION, Segments
 from rtp_mm.vit.graphs import Batch
 from rtp_mm.vit.layers import Block, GatedMlp, LayerNorm, Mlp, PatchMerger, RMSNorm, SelfAttention
 from rtp_mm.vit.linear import Linear
-from rtp_mm.vit.packing import packed_rows
 from rtp_mm.vit.patch_embed import PatchEmbed
 from rtp_mm.vit.rope import RotaryAngles, RotaryTable
 from rtp_mm.vit.tower_base import Tower, TowerOptions
@@ -129,8 +128,7 @@ class VisionTower(Tower):
     def prepare(self, image_mean: Sequence[float], image_std: Sequence[float]) -> None:
         """Folds the processor's normalisation into the patch embedding and packs the GEMMs' weights; once, after
         loading."""
-        is_cpu = self.device.type == "cpu"
-        self.patch_embed.fold(image_mean, image_std, torch.float32 if is_cpu else self.dtype)
+        self.patch_embed.fold(image_mean, image_std, self.dtype)
         self._pack()
 
     @torch.inference_mode()
@@ -179,8 +177,8 @@ class VisionTower(Tower):
         cell = self.config.spatial_merge_size**2
         start = 0  # of this group, in cells
         for columns in sorted({r.shape[1] for r in rows}):
-            group = packed_rows([r for r in rows if r.shape[1] == columns], self.device)
-            cells = group.shape[0] // cell
+            group = [r for r in rows if r.shape[1] == columns]
+            cells = sum(map(len, group)) // cell
             group_order = order[start : start + cells] - start if order is not None else None
             embedded.append(self.patch_embed(group, group_order))
             start += cells

@@ -6,7 +6,7 @@
 #include <random>
 #include <vector>
 
-#include "cpu/float_formats.h"
+#include "float_values.h"
 
 namespace rtp_mm {
 

@@ -3,12 +3,13 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <vector>
 
 #include "check.h"
-#include "cpu/patch_embed.h"
+#include "cpu/packed_linear.h"
 #include "cpu/resize.h"
 #include "cpu/vision_positions.h"
 #include "cuda/patch_embed.h"
@@ -76,27 +77,46 @@ void test_patch_embed(const Shape& shape) {
   const std::vector<uint8_t> rows = random_bytes(n * k);
   // Not one element more than the last column has: what is read past it is seen.
   const std::vector<Weight> weight = random_floats<Weight>((terms * d - 1) * column_stride + k);
-  std::vector<float> wide;
-  for (Weight value : weight) wide.push_back(to_float(value));
   const std::vector<float> bias = random_floats<float>(d), pos = random_floats<float>(n * d);
   std::vector<int32_t> order;
   for (int64_t g = 0; g < n / group; ++g) order.push_back(static_cast<int32_t>(n / group - 1 - g));
 
-  std::vector<float> panels(panel_count(d) * k * kPanelWidth), cpu(n * d);
-  for (int64_t panel = 0; panel < panel_count(d); ++panel) {
-    pack_panel(WeightTerms<float>{wide.data(), terms, d, k, d * column_stride, column_stride}, panel,
-               panels.data() + panel * k * kPanelWidth);
+  // The CPU's way of the same: terms summed and scaled beforehand, a pointer for every row, the product added to pos.
+  std::vector<float> sums;
+  for (int64_t i = 0; i < d * k; ++i) {
+    float sum = 0;
+    for (int64_t term = 0; term < terms; ++term) {
+      sum += to_float(weight[(term * d + i / k) * column_stride + i % k]);
+    }
+    sums.push_back(0.25f * sum);
   }
-  PatchEmbed job{};
-  job.rows = rows.data(), job.panels = panels.data(), job.bias = bias.data(), job.order = order.data();
-  job.pos = has_pos ? pos.data() : nullptr;
-  job.scale = 0.25f;
-  job.n = n, job.k = k, job.d = d, job.group = group;
-  job.isa = best_isa();
-  patch_embed_tiles(job, 0, tile_count(job), cpu.data());
+  const PanelLayout layout{d, 1};
+  std::vector<float> panels(layout.panels() * k * kLinearPanel), cpu(n * d);
+  for (int64_t panel = 0; panel < layout.panels(); ++panel) {
+    pack_linear_panel(sums.data(), layout, k, panel, panels.data() + panel * k * kLinearPanel);
+  }
+  std::vector<const uint8_t*> inputs;
+  for (int64_t i = 0; i < n; ++i) inputs.push_back(rows.data() + (order[i / group] * group + i % group) * k);
+  if (has_pos) cpu = pos;
+  std::atomic<int64_t> next_tile = 0;
+  PackedLinear<float, ByteRows>{.x = inputs.data(),
+                                .panels = panels.data(),
+                                .scales = nullptr,
+                                .sums = nullptr,
+                                .bias = bias.data(),
+                                .out = cpu.data(),
+                                .block_width = d,
+                                .m = n,
+                                .k = k,
+                                .layout = layout,
+                                .activation = Activation::kNone,
+                                .is_added = has_pos,
+                                .isa = best_isa()}
+      .run(next_tile);
 
-  CudaPatchEmbed<Weight> cuda_job{rows.data(), weight.data(), bias.data(), job.pos,           order.data(), 0.25f, n, k,
-                                  d,           group,         terms,       d * column_stride, column_stride};
+  CudaPatchEmbed<Weight> cuda_job{
+      rows.data(), weight.data(),     bias.data(),  has_pos ? pos.data() : nullptr, order.data(), 0.25f, n, k, d, group,
+      terms,       d * column_stride, column_stride};
   std::vector<Out> cuda(n * d), last(d);
   CHECK(launch_patch_embed(cuda_job, cuda.data(), nullptr) == cudaSuccess);
   for (int64_t i = 0; i < n * d; ++i) {

@@ -1,6 +1,6 @@
 #pragma once
 
-#include "cpu/float_formats.h"
+#include "float_values.h"
 
 struct __nv_bfloat16 : rtp_mm::BFloat16 {};
 

@@ -1,6 +1,6 @@
 #pragma once
 
-#include "cpu/float_formats.h"
+#include "float_values.h"
 
 struct __half : rtp_mm::Float16 {};
 

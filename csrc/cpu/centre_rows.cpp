@@ -1,0 +1,39 @@
+#include "cpu/centre_rows.h"
+
+#include <algorithm>
+
+#include "cpu/multiply.h"
+#include "cpu/simd.h"
+
+namespace rtp_mm {
+namespace {
+
+struct CentreRows {
+  template <class Arch>
+  RTP_MM_INLINE static void centre(const uint8_t* bytes, int64_t count, float* dst) {
+    using Byte = typename Simd<Arch::kLanes>::Byte;
+    int64_t i = 0;
+    for (; i + Arch::kLanes <= count; i += Arch::kLanes) {
+      const auto wide = __builtin_convertvector(*reinterpret_cast<const Byte*>(bytes + i), IntVector<Arch>);
+      at<Arch>(dst + i) = __builtin_convertvector(wide - 128, Vector<Arch>);
+    }
+    for (; i < count; ++i) dst[i] = static_cast<float>(bytes[i] - 128);
+  }
+
+  template <class Arch>
+  RTP_MM_INLINE static void run(ByteRows rows, int64_t count, int64_t k, float* strips) {
+    for (int64_t r = 0; r < count; ++r) {
+      for (int64_t begin = 0; begin < k; begin += kStripDepth) {
+        centre<Arch>(rows[r] + begin, std::min(kStripDepth, k - begin), strips + begin * count + r * kStripDepth);
+      }
+    }
+  }
+};
+
+}  // namespace
+
+void centre_rows(Isa isa, ByteRows rows, int64_t count, int64_t k, float* strips) {
+  run<CentreRows>(isa, rows, count, k, strips);
+}
+
+}  // namespace rtp_mm
