@@ -23,13 +23,16 @@ from sounds import sine, speech
 import rtp_mm
 from rtp_mm.cli import app, main
 from rtp_mm.cli.compare import Comparison, Run, Task, compare, table
+from rtp_mm.cli.hugging_face import ANY, HuggingFacePeer
 from rtp_mm.cli.look import CAPTION, SCALE, draw, rebuild
 from rtp_mm.cli.options import markdown_table
 from rtp_mm.cli.spectrogram import AXIS, BAND, CUT_MARK
 from rtp_mm.cli.status import quantile
 from rtp_mm.models.qwen2_audio import PUBLISHED_RULE
 from rtp_mm.preprocess.log_mel import mel_filters
-from rtp_mm.types import MMEmbeddingRes, Patches
+from rtp_mm.types import Blob, MMEmbeddingRes, MMUrlType, Patches, PreprocessOptions
+
+SMALL = PreprocessOptions(max_pixels=60000)
 
 
 def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
@@ -138,17 +141,60 @@ def test_serve_passes_its_flags_on(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_float32_agrees_with_hugging_face(tiny_checkpoint: Path, photo_path: Path) -> None:
-    comparison = compare(Task(str(photo_path), tiny_checkpoint, act_type="fp32", device="cpu", max_pixels=60000))
+    comparison = compare(Task(str(photo_path), tiny_checkpoint, SMALL, act_type="fp32", device="cpu"))
     assert comparison.relative_error(comparison.ours) < 1e-5
     assert comparison.token_cosines().min() > 1 - 1e-6
     assert comparison.max_error() < 1e-4
 
 
 def test_bf16_is_no_further_from_float32_than_hugging_face(tiny_checkpoint: Path, photo_path: Path) -> None:
-    task = Task(str(photo_path), tiny_checkpoint, device="cpu", max_pixels=60000)
+    task = Task(str(photo_path), tiny_checkpoint, SMALL, device="cpu")
     comparison = compare(task)
     assert 0 < comparison.relative_error(comparison.ours) <= comparison.relative_error(comparison.peer)
     assert table(comparison, task).row_count == 5
+
+
+@pytest.fixture(scope="module")
+def clip_path(tmp_path_factory: pytest.TempPathFactory, photos: dict[str, NDArray[np.uint8]]) -> Path:
+    """2 s at 24 a second, of which both rules take 4 frames."""
+    path = tmp_path_factory.mktemp("clips") / "clip.mp4"
+    path.write_bytes(encode(moving(photos["coffee"])))
+    return path
+
+
+def test_clips_are_compared_with_hugging_face(tiny_checkpoint: Path, clip_path: Path) -> None:
+    exact = compare(Task(str(clip_path), tiny_checkpoint, act_type="fp32", device="cpu"))
+    assert exact.relative_error(exact.ours) < 1e-5
+    assert exact.token_cosines().min() > 1 - 1e-6
+    task = Task(str(clip_path), tiny_checkpoint, device="cpu")
+    rounded = compare(task)
+    assert 0 < rounded.relative_error(rounded.ours) <= rounded.relative_error(rounded.peer)
+    title = table(rounded, task).title
+    assert title is not None
+    assert title.startswith("4 frames, grid 2 x ")
+    assert ", 1 s per grid, " in title
+
+
+@pytest.mark.parametrize("rule", ["qwen", "hf"])
+def test_a_clip_that_hugging_face_gets_is_ours(
+    rule: str, tiny_qwen2_5_vl: Path, clip_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pixel by pixel, in the same order; three frames make two pairs, the last of one frame twice."""
+    monkeypatch.setenv("MM_VIDEO_RULE", rule)
+    peer = HuggingFacePeer(tiny_qwen2_5_vl, torch.float32, torch.device("cpu"))
+    inputs = peer.preprocess(clip_path.read_bytes(), ANY)
+    blob = Blob(clip_path.read_bytes(), b"", "")
+    patches = peer.video(blob, MMUrlType.VIDEO, ANY)
+    assert inputs["image_grid_thw"].tolist() == [[*patches.grid_thw]]
+    mean, std = (torch.tensor(v)[:, None] for v in (peer.processor.image_mean, peer.processor.image_std))
+    values = inputs["pixel_values"].view(len(patches.rows), 3, -1)
+    assert np.array_equal(((values * std + mean) * 255).round().flatten(1).numpy(), patches.rows)
+
+    three = [Image.new("RGB", (28, 28), (shade, 0, 0)) for shade in (10, 20, 30)]
+    inputs = peer.clip(iter(three))
+    assert (inputs["frames"], inputs["image_grid_thw"].tolist()) == (3, [[2, 2, 2]])
+    red = inputs["pixel_values"].view(2, 4, 3, 2, 196)[:, :, 0] * std[0] + mean[0]
+    assert (red * 255).round().mean(dim=(1, 3)).tolist() == [[10, 20], [30, 30]]
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +224,7 @@ def test_a_comparison_of_the_wrong_kind_is_one_line(
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     for file, checkpoint, reason in [
         (photo_path, tiny_qwen2_audio, "broken sound"),
-        (sound_path, tiny_qwen2_5_vl, "an image is expected here, these bytes are audio"),
+        (sound_path, tiny_qwen2_5_vl, "this model takes images and videos, not audio"),
         (sound_path, tmp_path, "no comparison for llama; there is one for qwen2_vl, qwen2_5_vl, qwen2_audio"),
         (sound_path, tmp_path / "none", "config.json is missing"),
     ]:

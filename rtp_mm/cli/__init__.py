@@ -123,10 +123,15 @@ def compare(
     act_type: Dtype = ActType.bf16,
     device: Device = "auto",
 ) -> None:
-    """Ours against Hugging Face on the same checkpoint and image or sound: agreement, error against float32, times."""
-    from rtp_mm.cli.compare import Task, run
+    """Ours against Hugging Face on the same checkpoint and image, video or sound: agreement, error, times.
 
-    run(Task(url, checkpoint, min_pixels, max_pixels, repeat, act_type.value, device))
+    Of a video both get the same frames, which Pillow resizes for Hugging Face.
+    """
+    from rtp_mm.cli.compare import Task, run
+    from rtp_mm.types import PreprocessOptions
+
+    options = PreprocessOptions(min_pixels=min_pixels, max_pixels=max_pixels)
+    run(Task(url, checkpoint, options, repeat, act_type.value, device))
 
 
 @app.command()

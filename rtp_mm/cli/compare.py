@@ -1,4 +1,4 @@
-"""`rtp-mm compare`: ours against Hugging Face on the same checkpoint and image or sound."""
+"""`rtp-mm compare`: ours against Hugging Face on the same checkpoint and image, video or sound."""
 
 from __future__ import annotations
 
@@ -15,22 +15,21 @@ from rich.table import Table
 from torch import Tensor
 
 import rtp_mm
-from rtp_mm.cli.hugging_face import Peer, peer_for
+from rtp_mm.cli.hugging_face import ANY, Peer, peer_for
 from rtp_mm.cli.look import fetch
 from rtp_mm.config import load_settings
 from rtp_mm.models.multimodal_common import ACT_DTYPES
 from rtp_mm.models.registry import choose_device
-from rtp_mm.types import MMPreprocessConfig
+from rtp_mm.types import MMPreprocessConfig, PreprocessOptions
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """What to compare on; limits of `None` are the checkpoint's own. The median of `repeat` runs counts."""
+    """What to compare on. The median of `repeat` runs counts."""
 
     url: str
     checkpoint: Path
-    min_pixels: int | None = None
-    max_pixels: int | None = None
+    options: PreprocessOptions = ANY
     repeat: int = 1
     act_type: str = "bf16"
     device: str = "auto"
@@ -38,11 +37,12 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """An embedding [tokens, out_hidden] and the median milliseconds it took."""
+    """An embedding [tokens, out_hidden] and the median milliseconds it took; `facts` of what the tower got."""
 
     embedding: Tensor
     preprocess_ms: float
     forward_ms: float
+    facts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +103,7 @@ def _ours(task: Task, data: bytes, peer_type: type[Peer]) -> Run:
     )
     try:
         engine.submit([_data_url(peer_type.warm_up_file())], mm_types)
-        config = MMPreprocessConfig(min_pixels=task.min_pixels or -1, max_pixels=task.max_pixels or -1)
+        config = MMPreprocessConfig.from_options(task.options)
         results = [engine.submit([_data_url(data)], mm_types, preprocess_configs=[config]) for _ in range(task.repeat)]
     finally:
         engine.close()
@@ -111,6 +111,7 @@ def _ours(task: Task, data: bytes, peer_type: type[Peer]) -> Run:
         results[0].embeddings[0],
         preprocess_ms=median(result.timings_ms["preprocess"] for result in results),
         forward_ms=median(result.timings_ms["forward"] for result in results),
+        facts=tuple(f"{s:.4g} s per grid" for s in results[0].seconds_per_grid if s is not None),
     )
 
 
@@ -120,12 +121,12 @@ def _peer(task: Task, data: bytes, peer_type: type[Peer]) -> Run:
     embeddings, preprocess_ms, forward_ms = [], [], []
     for _ in range(task.repeat):
         start = time.perf_counter()
-        inputs = peer.preprocess(data, task.min_pixels, task.max_pixels)
+        inputs = peer.preprocess(data, task.options)
         between = time.perf_counter()
         embeddings.append(peer.forward(inputs))
         preprocess_ms.append(1e3 * (between - start))
         forward_ms.append(1e3 * (time.perf_counter() - between))
-    return Run(embeddings[0], median(preprocess_ms), median(forward_ms))
+    return Run(embeddings[0], median(preprocess_ms), median(forward_ms), facts=(peer.describe(inputs),))
 
 
 def _data_url(data: bytes) -> str:
@@ -136,7 +137,8 @@ def table(comparison: Comparison, task: Task) -> Table:
     """What agrees and what it costs."""
     ours, peer, cosines = comparison.ours, comparison.peer, comparison.token_cosines()
     tokens, width = ours.embedding.shape
-    result = Table("", "ours", "Hugging Face", title=f"{tokens} tokens of {width}, {task.act_type}")
+    facts = ", ".join([*peer.facts, *ours.facts, f"{tokens} tokens of {width}", task.act_type])
+    result = Table("", "ours", "Hugging Face", title=facts)
     for row in ("preprocess_ms", "forward_ms"):
         result.add_row(row.replace("_", ", "), *(f"{getattr(side, row):.1f}" for side in (ours, peer)))
     errors = (f"{comparison.relative_error(side):.2e}" for side in (ours, peer))

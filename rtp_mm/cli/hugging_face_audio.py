@@ -15,10 +15,10 @@ from transformers import AutoConfig, WhisperFeatureExtractor
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.models.qwen2_audio.modeling_qwen2_audio import Qwen2AudioEncoder, Qwen2AudioMultiModalProjector
 
-from rtp_mm.cli.hugging_face import exact_convolutions
+from rtp_mm.cli.hugging_face import ANY, exact_convolutions
 from rtp_mm.errors import StartError
 from rtp_mm.media.audio import decode_audio
-from rtp_mm.types import MMUrlType
+from rtp_mm.types import MMUrlType, PreprocessOptions
 from rtp_mm.vit.checkpoint import Checkpoint
 
 
@@ -51,8 +51,8 @@ class HuggingFaceAudioPeer:
             out.writeframes(bytes(3200))
         return file.getvalue()
 
-    def preprocess(self, data: bytes, min_pixels: int | None = None, max_pixels: int | None = None) -> Any:
-        """A file's samples, decoded and resampled as ours are, to `features`; limits of pixels mean nothing here.
+    def preprocess(self, data: bytes, options: PreprocessOptions = ANY) -> Any:
+        """A file's samples, decoded and resampled as ours are, to `features`; no option is for sounds.
 
         Raises `MMError`.
         """
@@ -63,6 +63,10 @@ class HuggingFaceAudioPeer:
         """`input_features` [1, bins, 3000] and their `attention_mask` [1, 3000]."""
         rate = self.extractor.sampling_rate
         return self.extractor(samples, sampling_rate=rate, return_tensors="pt", return_attention_mask=True)
+
+    def describe(self, inputs: Any) -> str:
+        """Log-mel frames, without what pads them to 30 s."""
+        return f"{int(inputs['attention_mask'].sum())} log-mel frames"
 
     @torch.inference_mode()
     def forward(self, inputs: Any) -> Tensor:

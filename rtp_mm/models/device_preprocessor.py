@@ -17,7 +17,6 @@ from rtp_mm import ops
 from rtp_mm.config import Settings
 from rtp_mm.errors import StartError
 from rtp_mm.media import dali
-from rtp_mm.media.clip import ClipLimits
 from rtp_mm.media.decode_backend import (
     Choice,
     DecoderRefusedError,
@@ -140,8 +139,7 @@ class DevicePreprocessor:
         if sniff(data) not in (MMUrlType.VIDEO, None):  # an animation, a sound
             return choose_for_clip(None, self._setting, self._decoders), None
         video = self._media.video
-        limits = ClipLimits(self._media.image.max_image_pixels, video.max_seconds)
-        with open_video_header(data, limits) as (header, clip):
+        with open_video_header(data, video.limits) as (header, clip):
             choice = choose_for_clip(header, self._setting, self._decoders)
             if not choice.is_on_device or clip is None:
                 return choice, None

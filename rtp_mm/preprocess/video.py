@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -13,7 +12,7 @@ import numpy as np
 from rtp_mm import _core
 from rtp_mm.errors import NotSupportedError, WrongFormatError
 from rtp_mm.media.animation import open_animation
-from rtp_mm.media.clip import Clip, ClipLimits, Frame
+from rtp_mm.media.clip import ClipLimits, Frame, OpenClip
 from rtp_mm.media.limits import check_pixels
 from rtp_mm.media.sniff import sniff
 from rtp_mm.media.video import decoder, open_video
@@ -70,12 +69,12 @@ class VideoPreprocessor:
         return (decoder(), *astuple(self.rule))
 
     @property
-    def _limits(self) -> ClipLimits:
+    def limits(self) -> ClipLimits:
         return ClipLimits(self.image.max_image_pixels, self.max_seconds)
 
     def frame_times(self, data: bytes, options: PreprocessOptions) -> list[float]:
         """Seconds from the clip's beginning, by its average rate, of the frames that are taken. Raises as a call."""
-        with _open(data, self._limits) as clip:
+        with open_clip(data, self.limits) as clip:
             return [index / float(clip.fps) for index in self.rule.choose_frames(clip.frames, clip.fps, options)]
 
     def predict(self, frames: int, width: int, height: int, options: PreprocessOptions) -> int:
@@ -128,7 +127,7 @@ class VideoPreprocessor:
                 )
             shape = _Frames(frames, height, width, options.fps or FPS)
             return self._patches(data, shape, options, allocate)
-        with _open(data, self._limits) as clip:
+        with open_clip(data, self.limits) as clip:
             chosen = self.rule.choose_frames(clip.frames, clip.fps, options)
             fps = len(chosen) / clip.frames * float(clip.fps)
             shape = _Frames(len(chosen), clip.height, clip.width, fps)
@@ -175,11 +174,12 @@ class VideoPreprocessor:
 
 def chosen_frames(data: bytes, limits: ClipLimits, rule: VideoRule, options: PreprocessOptions) -> Iterator[Frame]:
     """The frames of a file that `rule` and `options` choose. Raises `WrongFormatError` and `NotSupportedError`."""
-    with _open(data, limits) as clip:
+    with open_clip(data, limits) as clip:
         yield from clip.read(rule.choose_frames(clip.frames, clip.fps, options))
 
 
-def _open(data: bytes, limits: ClipLimits) -> AbstractContextManager[Clip]:
+def open_clip(data: bytes, limits: ClipLimits) -> OpenClip:
+    """A video's file or an animation's. Raises `WrongFormatError` and `NotSupportedError`."""
     match sniff(data):
         case MMUrlType.IMAGE:
             return open_animation(data, limits)
