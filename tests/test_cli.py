@@ -213,6 +213,25 @@ def test_sounds_are_compared_with_hugging_face(tiny_qwen2_audio: Path, sound_pat
     assert 0 < rounded.relative_error(rounded.ours) <= rounded.relative_error(rounded.peer)
 
 
+def test_options_of_pixels_are_refused_for_sounds(
+    tiny_qwen2_audio: Path, tiny_qwen2_5_vl: Path, sound_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sound, out = [str(sound_path)], ["--out", str(tmp_path / "look.png")]
+    heard = ["--checkpoint", str(tiny_qwen2_audio)]
+    for option in ("--min-pixels", "--max-pixels"):
+        for command in (
+            ["compare", *sound, *heard],
+            ["embed", *sound, *heard],
+            ["embed", *sound, "--type", "audio", "--server", "1.2.3.4:5"],
+            ["embed", *sound, "--type", "audio", "--checkpoint", str(tiny_qwen2_5_vl)],
+            ["look", *sound, *heard, *out],
+        ):
+            assert main([*command, option, "50000"]) == 1
+            assert "--min-pixels and --max-pixels apply to images and to frames of videos" in capsys.readouterr().err
+    assert main(["look", *sound, *heard, *out]) == 0
+    assert main(["look", *sound, *heard, *out, "--max-pixels", "0"]) == 2, "no area"
+
+
 def test_a_comparison_of_the_wrong_kind_is_one_line(
     tiny_qwen2_audio: Path,
     tiny_qwen2_5_vl: Path,

@@ -54,8 +54,12 @@ Checkpoint = Annotated[
 ]
 Dtype = Annotated[ActType, typer.Option("--act-type", "--dtype", envvar="ACT_TYPE", help="dtype of the tower")]
 Device = Annotated[str, typer.Option(envvar="DEVICE", help="auto, cpu, cuda or cuda:N")]
-MinPixels = Annotated[int | None, typer.Option(help="fewest pixels after resizing", show_default=False)]
-MaxPixels = Annotated[int | None, typer.Option(help="most pixels after resizing", show_default=False)]
+MinPixels = Annotated[
+    int | None, typer.Option(min=1, help="fewest pixels of an image or frame, resized", show_default=False)
+]
+MaxPixels = Annotated[
+    int | None, typer.Option(min=1, help="most pixels of an image or frame, resized", show_default=False)
+]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -97,12 +101,13 @@ def embed(
     act_type: Dtype = ActType.bf16,
     device: Device = "auto",
 ) -> None:
-    """Print, or save, the embeddings and position ids of images and videos, from a checkpoint or a running server."""
+    """Print, or save, the embeddings and position ids of images, videos and sounds, by a checkpoint or a server."""
     from rtp_mm.cli.embed import run
-    from rtp_mm.types import MMUrlType
+    from rtp_mm.types import MMUrlType, PreprocessOptions
 
     mm_type = MMUrlType[media.name.upper()]
-    run(urls, checkpoint, server, save, mm_type, min_pixels, max_pixels, act_type.value, device)
+    options = PreprocessOptions(min_pixels=min_pixels, max_pixels=max_pixels)
+    run(urls, checkpoint, server, save, mm_type, options, act_type.value, device)
 
 
 @app.command()
@@ -146,8 +151,9 @@ def look(
     video the chosen frames with their times; of a sound its log-mel spectrogram.
     """
     from rtp_mm.cli.look import run
+    from rtp_mm.types import PreprocessOptions
 
-    run(url, checkpoint, out, min_pixels, max_pixels)
+    run(url, checkpoint, out, PreprocessOptions(min_pixels=min_pixels, max_pixels=max_pixels))
 
 
 @app.command()

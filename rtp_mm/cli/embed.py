@@ -9,8 +9,9 @@ from pathlib import Path
 from rich.console import Console
 
 import rtp_mm
+from rtp_mm.cli.sounds import check_pixel_limits
 from rtp_mm.errors import StartError
-from rtp_mm.types import MMEmbeddingRes, MMPreprocessConfig, MMUrlType
+from rtp_mm.types import MMEmbeddingRes, MMPreprocessConfig, MMUrlType, PreprocessOptions
 
 SUFFIXES = (".safetensors", ".npz")
 
@@ -21,8 +22,7 @@ def run(
     server: str | None,
     save: Path | None,
     mm_type: MMUrlType,
-    min_pixels: int | None,
-    max_pixels: int | None,
+    options: PreprocessOptions,
     act_type: str,
     device: str,
 ) -> None:
@@ -31,6 +31,7 @@ def run(
         raise StartError(f"--save must end in {' or '.join(SUFFIXES)}, got {save}")
     if server is None and checkpoint is None:
         raise StartError("name a model: --checkpoint FOLDER, or --server IP:PORT")
+    check_pixel_limits(options, checkpoint if server is None else None, mm_type)
 
     console = Console(stderr=True)
     with console.status("connecting" if server else "loading the tower") as status:
@@ -41,7 +42,7 @@ def run(
         )
         try:
             status.update("embedding")
-            config = MMPreprocessConfig(min_pixels=min_pixels or -1, max_pixels=max_pixels or -1)
+            config = MMPreprocessConfig.from_options(options)
             count = len(urls)
             result = engine.submit(
                 [absolute(url) for url in urls], types=[mm_type] * count, preprocess_configs=[config] * count

@@ -15,11 +15,11 @@ from PIL import Image, ImageDraw
 from rich.console import Console
 
 from rtp_mm.cli.embed import absolute
+from rtp_mm.cli.sounds import check_pixel_limits, takes_sounds
 from rtp_mm.cli.spectrogram import describe, draw_spectrogram
 from rtp_mm.config import Settings, load_settings
 from rtp_mm.media.fetch import Fetcher
-from rtp_mm.models.gpt_init_model_parameters import GptInitModelParameters, read_json
-from rtp_mm.models.qwen2_audio import FAMILY as AUDIO_FAMILY
+from rtp_mm.models.gpt_init_model_parameters import GptInitModelParameters
 from rtp_mm.models.qwen2_audio import PUBLISHED_RULE
 from rtp_mm.models.qwen2_vl import PUBLISHED_PROCESSOR
 from rtp_mm.preprocess.audio import AudioPreprocessor
@@ -36,17 +36,17 @@ THUMBNAIL = 320  # pixels, the longer side of a clip's frame
 CAPTION = 16  # pixels, the line beneath it
 
 
-def run(url: str, checkpoint: Path, out: Path, min_pixels: int | None, max_pixels: int | None) -> None:
+def run(url: str, checkpoint: Path, out: Path, options: PreprocessOptions) -> None:
     """Raises `StartError` and `MMError`."""
     settings = load_settings(checkpoint_path=checkpoint)
-    if read_json(checkpoint / "config.json").get("model_type") == AUDIO_FAMILY:
+    check_pixel_limits(options, checkpoint)
+    if takes_sounds(checkpoint):
         rule = mel_rule(checkpoint, PUBLISHED_RULE)
-        sound = AudioPreprocessor(rule)(fetch(url, settings, MMUrlType.AUDIO), MMUrlType.AUDIO, PreprocessOptions())
+        sound = AudioPreprocessor(rule)(fetch(url, settings, MMUrlType.AUDIO), MMUrlType.AUDIO, options)
         draw_spectrogram(sound, rule).save(out)
         Console().print(f"{out}: {describe(sound, rule)}", soft_wrap=True)
         return
     processor = ImageProcessorConfig.from_checkpoint(checkpoint, PUBLISHED_PROCESSOR)
-    options = PreprocessOptions(min_pixels=min_pixels, max_pixels=max_pixels)
     preprocess = MediaPreprocessor.from_checkpoint(checkpoint, processor, settings)
     blob = fetch(url, settings, MMUrlType.DEFAULT)
     patches = preprocess(blob, MMUrlType.DEFAULT, options)
