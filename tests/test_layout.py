@@ -119,7 +119,7 @@ def test_dali_is_imported_in_one_file() -> None:
 def test_ffmpeg_is_imported_by_the_readers_of_clips_and_sounds_alone() -> None:
     """And only when one is opened: other files of a server without PyAV work."""
     importers = {module_name(file) for file in FILES if "av" in foreign_imports(file.read_text())}
-    assert importers == {"rtp_mm.media.audio", "rtp_mm.media.container", "rtp_mm.media.video"}
+    assert importers == {f"rtp_mm.media.{name}" for name in ("audio", "container", "packet_index", "video")}
     assert "av" not in modules_after(["rtp_mm.preprocess.media"])
 
 

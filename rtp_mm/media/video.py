@@ -9,13 +9,11 @@ torchcodec (0.11) do; the sample aspect ratio is ignored.
 from __future__ import annotations
 
 import importlib.metadata
-from array import array
-from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
-from itertools import islice
-from typing import TYPE_CHECKING, Any, NamedTuple
+from itertools import chain, islice
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -24,6 +22,7 @@ from rtp_mm.media.clip import Clip, ClipHeader, ClipLimits, Frame
 from rtp_mm.media.container import opened
 from rtp_mm.media.limits import check_pixels
 from rtp_mm.media.nal import NalReader
+from rtp_mm.media.packet_index import PacketIndex, Run
 
 if TYPE_CHECKING:
     from av.container import InputContainer
@@ -35,7 +34,6 @@ CONTAINERS = ("mov", "mp4", "matroska", "webm", "avi", "flv", "mpegts", "mpeg", 
 CODECS = ("h264", "hevc", "vp8", "vp9", "libdav1d", "av1", "mpeg4", "mjpeg", "mpeg1video", "mpeg2video", "theora",
           "h263", "msmpeg4v3", "wmv2", "vc1", "prores", "ffv1", "rawvideo", "png")  # fmt: skip
 _TIMED = ("mov", "matroska")  # demuxers whose packets all tell when they are shown
-MAX_PACKETS = 1 << 21  # 19 hours at 30 frames a second; sorting their times takes 144 MiB
 
 
 def decoder() -> str:
@@ -108,23 +106,14 @@ def _quarter_turns(frame: VideoFrame) -> int:
     return round(frame.rotation / 90) % 4
 
 
-class _Run(NamedTuple):
-    """Packets to decode without a break: from an entry (by its number) to the place of the last, for these frames."""
-
-    entry: int
-    last: int
-    times: list[int]
-
-
 class _NotIndexedError(Exception):
     """Its packets do not tell what a decoder shows."""
 
 
 class _Video:
-    """Reads all packets once, without decoding: when each is shown, and where decoding may start. Then only the
-    packets are decoded that the chosen frames need: from the last entry before a frame up to it, without those that no
-    other frame refers to. An edit list may hide packets before the first frame that is shown, and after the last:
-    these are decoded where others refer to them.
+    """Reads all packets once, without decoding. Then only the packets are decoded that the chosen frames need: from the
+    last entry before a frame up to it, without those that no other frame refers to. An edit list may hide packets
+    before the first frame that is shown, and after the last: these are decoded where others refer to them.
 
     Where packets do not tell what is shown and when (AVI with reordered frames, broken starts, a cut in the middle),
     the whole file is decoded, once to count and once to read.
@@ -137,23 +126,20 @@ class _Video:
         self._container, self._stream, self._limits = container, stream, limits
         self._context = stream.codec_context
         self._context.thread_type = "AUTO"
-        self._nal = NalReader.of(self._context.name, self._context.extradata)
-        self._start = 0  # no packet is earlier
-        self._times = array("q")  # of each packet, in the order of decoding
-        self._entries: list[int] = []  # places of the packets where decoding may start
-        self._seek_times: list[int | None] = []  # of each entry, by the demuxer's index
         self.decoded = 0
         check_pixels(self._context.width, self._context.height, limits.max_pixels)
         for duration, unit in ((stream.duration, stream.time_base), (container.duration, Fraction(1, 1_000_000))):
             if duration is not None and unit is not None:
                 limits.check_seconds(float(duration * unit))
         self.turn = 0  # by so many times 90 degrees, counter-clockwise
-        self.is_trimmed = False  # some packets are never shown
-        self._is_indexed = self._index()
+        self._index = PacketIndex(self._packets(), NalReader.of(self._context.name, self._context.extradata))
+        self.is_trimmed = self._index.is_trimmed
+        self._is_indexed = self._index.is_exact and self._is_timed() and self._context.field_order in (0, 1)
         if not (self._is_indexed or may_decode_all):
             raise _NotIndexedError
         if self._is_indexed:
             self._find_turn()
+            self._shown = self._index.shown
         else:
             self._shown = self._count()
         self.frames = len(self._shown)
@@ -166,30 +152,9 @@ class _Video:
 
     # --- what there is
 
-    def _index(self) -> bool:
-        """Fills the index; False where it does not tell what a decoder shows."""
-        shown = array("q")
-        is_reliable = self._container.format.name.split(",")[0] in _TIMED or not self._context.has_b_frames
-        for packet in self._packets():
-            if not self._times:
-                self._start = min(time for time in (0, packet.pts, packet.dts) if time is not None)
-            if packet.is_keyframe and (self._nal is None or self._nal.is_entry(memoryview(packet))):
-                self._entries.append(len(self._times))
-                self._seek_times.append(packet.pts if packet.dts is None else packet.dts)
-            is_reliable = is_reliable and packet.pts is not None
-            self._times.append(packet.pts or 0)
-            if not packet.is_discard:
-                shown.append(packet.pts or 0)
-            if len(self._times) > MAX_PACKETS:
-                raise WrongFormatError(f"a video of more than {MAX_PACKETS} frames")
-        self.is_trimmed = len(shown) < len(self._times)
-        self._shown = sorted(shown)
-        times = np.sort(np.array(self._times, np.int64))
-        if not shown or self._entries[:1] != [0] or (times[1:] == times[:-1]).any():
-            return False
-        first, last = self._shown[0], self._shown[-1]
-        is_cut = np.count_nonzero((first <= times) & (times <= last)) > len(shown)
-        return is_reliable and not is_cut and self._times[0] <= first and self._context.field_order in (0, 1)
+    def _is_timed(self) -> bool:
+        """Whether the times of packets are those of frames, and not of decoding."""
+        return self._container.format.name.split(",")[0] in _TIMED or not self._context.has_b_frames
 
     def _find_turn(self) -> None:
         """By the first packet: a container's display matrix comes with its frame, even where that is hidden."""
@@ -230,68 +195,29 @@ class _Video:
                 return
 
     def _read_indexed(self, indices: Sequence[int]) -> Iterator[Frame]:
-        places = {time: place for place, time in enumerate(self._times)}
-        for entry, last, times in self._runs([self._shown[index] for index in indices], places):
-            frames = self._decode(self._from(entry, last, places, set(times)))
-            missing = iter(times)
+        for run in self._index.runs(self._shown[index] for index in indices):
+            missing = iter(run.times)
             expected = next(missing, None)
-            for frame in frames:
+            for frame in self._decode(self._index.needed(run, self._packets_from(run))):
                 if frame.pts == expected:
                     yield self._pixels(frame)
                     expected = next(missing, None)
             if expected is not None:
                 raise WrongFormatError("broken video: a frame is missing")
 
-    def _runs(self, times: Iterable[int], places: dict[int, int]) -> list[_Run]:
-        """What to decode for frames at these times; from one entry on past others where that leaves nothing out."""
-        runs: list[_Run] = []
-        for time in times:
-            place = places[time]
-            entry = self._entry_for(place, time)
-            if runs and self._entries[entry] <= runs[-1].last + 1:
-                runs[-1].times.append(time)
-                runs[-1] = runs[-1]._replace(last=max(place, runs[-1].last))
-            else:
-                runs.append(_Run(entry, place, [time]))
-        return runs
-
-    def _entry_for(self, place: int, time: int) -> int:
-        """The last entry from which a decoder gives this frame: what is shown before an entry may need more."""
-        entry = bisect_right(self._entries, place) - 1
-        while self._times[self._entries[entry]] > time:
-            entry -= 1
-        return entry
-
-    def _from(self, entry: int, last: int, places: dict[int, int], wanted: set[int]) -> Iterator[Packet[Any]]:
-        """Packets from `entry` to `last`, without those that serve nothing."""
-        first, is_under_way = self._entries[entry], False
-        for packet in self._seek(entry, places):
-            place = None if packet.pts is None else places.get(packet.pts)
-            if place is None or place < first:
-                if is_under_way:
-                    yield packet  # is shown never, but others may refer to it
-                continue
-            is_under_way = True
-            if packet.pts in wanted or self._nal is None or not self._nal.is_unreferenced(memoryview(packet)):
-                yield packet
-            if place >= last:
-                return
-
-    def _seek(self, entry: int, places: dict[int, int]) -> Iterator[Packet[Any]]:
-        """Packets from `entry` or from before it. A container that seeks past it is read from its start."""
-        if entry and (time := self._seek_times[entry]) is not None:
-            self._container.seek(time, stream=self._stream)
+    def _packets_from(self, run: Run) -> Iterator[Packet[Any]]:
+        """From a run's first or from before it. A container that seeks past it is read from its start."""
+        if run.first and run.seek_time is not None:
+            self._container.seek(run.seek_time, stream=self._stream)
             packets = self._packets()
-            first = next(packets, None)
-            if first and first.pts is not None and places.get(first.pts, len(places)) <= self._entries[entry]:
-                yield first
-                yield from packets
-                return
+            found = next(packets, None)
+            if found and self._index.is_before(found, run):
+                return chain([found], packets)
         self._rewind()
-        yield from self._packets()
+        return self._packets()
 
     def _rewind(self) -> None:
-        self._container.seek(self._start, stream=self._stream)
+        self._container.seek(self._index.start, stream=self._stream)
 
     def _packets(self) -> Iterator[Packet[Any]]:
         """Of the stream, but for the empty one that ends it."""
