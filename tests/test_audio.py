@@ -121,6 +121,7 @@ def wav(rate: int = RATE, channels: int = 1, tag: int = 1, bits: int = 16, paylo
         wav(rate=1),
         wav(rate=2**31 - 1),
         wav(channels=200, payload=bytes(4000)),
+        wav(bits=64, payload=bytes(8000)),
         wav(tag=3, bits=32, payload=struct.pack("<3f", 0.0, float("nan"), 1.0)),
         wav(tag=3, bits=32, payload=struct.pack("<3f", 0.0, float("inf"), 1.0)),
         b"#EXTM3U\n#EXT-X-TARGETDURATION:5\n#EXTINF:5,\nhttp://192.0.2.1/x.ts\n#EXT-X-ENDLIST\n",
@@ -130,6 +131,11 @@ def wav(rate: int = RATE, channels: int = 1, tag: int = 1, bits: int = 16, paylo
 def test_hostile_files_get_an_error_of_ours(data: bytes) -> None:
     with pytest.raises((WrongFormatError, NotSupportedError)):
         decode_audio(data, rate=RATE, max_samples=LONGEST)
+
+
+def test_a_sound_without_channels_is_called_broken() -> None:
+    with pytest.raises(WrongFormatError, match="broken sound: no channels"):
+        decode_audio(wav(channels=0, payload=bytes(4000)), rate=RATE, max_samples=LONGEST)
 
 
 def test_an_image_is_no_sound() -> None:

@@ -14,7 +14,7 @@ from rtp_mm.errors import NotSupportedError, StartError, WrongFormatError
 from rtp_mm.models.qwen2_audio import PUBLISHED_RULE as RULE
 from rtp_mm.preprocess.audio import AudioPreprocessor
 from rtp_mm.preprocess.audio_config import mel_rule
-from rtp_mm.preprocess.log_mel import log_mel, mel_filters
+from rtp_mm.preprocess.log_mel import LOUDEST, log_mel, mel_filters
 from rtp_mm.types import Blob, LogMel, MMUrlType, PreprocessOptions
 
 # Around one step, two, whole seconds, the end of 30 s with its mirrored edge.
@@ -59,6 +59,15 @@ def test_the_silence_behind_a_sound_is_part_of_what_the_last_step_sees() -> None
 @pytest.mark.parametrize("value", [0.0, 1e-3])
 def test_silence_is_finite(value: float) -> None:
     assert np.isfinite(prepare(np.full(16000, value, np.float32)).rows).all()
+
+
+def test_samples_whose_power_is_no_float32_are_refused() -> None:
+    """A full square wave at the limit is not: no frame is infinite or no number."""
+    square = np.where(np.arange(16000) % 40 < 20, LOUDEST, -LOUDEST)
+    assert np.isfinite(prepare(square).rows).all()
+    assert np.isfinite(prepare(np.full(16000, LOUDEST)).rows).all()
+    with pytest.raises(WrongFormatError, match=r"a sample of 2e\+16, over the limit of 1e\+16"):
+        prepare(2 * square)
 
 
 def test_a_longer_sound_is_cut_where_hugging_face_cuts() -> None:

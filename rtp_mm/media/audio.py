@@ -98,10 +98,13 @@ def decode_channels(data: bytes, *, max_seconds: float) -> tuple[NDArray[np.floa
 def _stream(container: InputContainer) -> AudioStream:
     stream = container.streams.best("audio")
     if stream is None:
+        if container.streams.audio:
+            raise WrongFormatError("broken sound: no channels, or too many")
         kinds = ", ".join(sorted({stream.type for stream in container.streams})) or "nothing"
         raise WrongFormatError(f"no sound in this file, it holds {kinds}")
     name = stream.codec_context.name if stream.codec_context is not None else "unknown"
-    if name not in CODECS and not name.startswith("pcm_"):
+    is_pcm = name.startswith("pcm_") and not name.startswith("pcm_s64")  # for which PyAV has no array
+    if name not in CODECS and not is_pcm:
         raise NotSupportedError(f"sound in codec {name} is not decoded")
     return stream  # type: ignore[return-value]
 

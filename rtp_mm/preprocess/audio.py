@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from rtp_mm.errors import NotSupportedError, WrongFormatError
 from rtp_mm.media.audio import Sound, decode_audio, decoder
 from rtp_mm.media.sniff import sniff
-from rtp_mm.preprocess.log_mel import MelRule, log_mel
+from rtp_mm.preprocess.log_mel import LOUDEST, MelRule, log_mel
 from rtp_mm.preprocess.patches import new_rows
 from rtp_mm.types import Blob, LogMel, MMUrlType, PreprocessOptions, RowAllocator
 
@@ -37,14 +37,16 @@ class AudioPreprocessor:
         """Frames of a file's sound or of samples at `rule.rate`, written to what `allocate` gives. What is longer than
         the rule has it is cut, as Hugging Face cuts it.
 
-        Raises `WrongFormatError` for what cannot be decoded or is too short for a token, `NotSupportedError` for
-        images.
+        Raises `WrongFormatError` for what cannot be decoded, is too short for a token or absurdly loud,
+        `NotSupportedError` for images.
         """
         samples, is_cut = self._sound(blob, mm_type)
         steps = -(-self.rule.frames(len(samples)) // 2)
         if steps < MIN_STEPS:
             least = (2 * MIN_STEPS - 2) * self.rule.hop + 1
             raise WrongFormatError(f"{len(samples)} samples at {self.rule.rate} Hz are too short; at least {least}")
+        if (loudest := np.abs(samples).max()) > LOUDEST:
+            raise WrongFormatError(f"a sample of {loudest:.0e}, over the limit of {LOUDEST:.0e}")
         rows = allocate((2 * steps + 2, 4 * self.rule.bins)).view(np.float32)
         rows[0] = 0
         frames = min(len(rows) - 1, self.rule.max_frames)

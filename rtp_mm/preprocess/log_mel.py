@@ -40,6 +40,9 @@ class MelRule:
         return -(-samples // self.hop)
 
 
+LOUDEST = np.float32(1e16)  # of a sample; the power of a window of them, at most 4e4 times its square, is a float32
+
+
 def log_mel(samples: NDArray[np.float32], rule: MelRule, frames: int) -> NDArray[np.float32]:
     """The first frames [`frames`, bins] of samples [S], S at most `rule.max_samples`; silence follows them.
 
