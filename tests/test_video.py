@@ -95,6 +95,15 @@ def test_frames_are_turned_as_the_container_says(degrees: int, frames: list[Pixe
     assert np.array_equal(frame, np.rot90(decode_all(data)[7], degrees // 90))
 
 
+def test_a_singular_display_matrix_turns_nothing(plain: bytes) -> None:
+    """Some muxers write zeros. FFmpeg's angle of that is no number."""
+    matrix = plain.index(b"tkhd") + 4 + 40
+    with open_video(plain[:matrix] + bytes(36) + plain[matrix + 36 :], LIMITS) as clip:
+        assert (clip.width, clip.height) == (112, 80)
+        [frame] = clip.read([7])
+    assert np.array_equal(frame, decode_all(plain)[7])
+
+
 def test_sound_beside_a_video_is_ignored(frames: list[Pixels]) -> None:
     data = encode(frames, with_sound=True)
     assert np.array_equal(read(data, [5])[0][0], decode_all(data)[5])
@@ -139,7 +148,38 @@ def test_frames_of_an_animation_may_last_differently(frames: list[Pixels]) -> No
         assert clip.fps == 4
 
 
+def test_the_picture_for_viewers_without_animation_is_no_frame(frames: list[Pixels]) -> None:
+    file = io.BytesIO()
+    still, *others = [Image.fromarray(frame) for frame in frames[:4]]
+    still.save(file, "PNG", save_all=True, append_images=others, default_image=True, duration=50)
+    with open_animation(file.getvalue(), LIMITS) as clip:
+        assert (clip.frames, clip.fps) == (3, 20)
+        assert all(map(np.array_equal, clip.read(range(3)), frames[1:4]))
+
+
 # --- what is refused
+
+
+def test_thousands_of_streams_are_called_so(plain: bytes) -> None:
+    """And not a want of memory, which is all that FFmpeg says of them."""
+    moov = plain.index(b"moov") - 4
+    trak = plain.index(b"trak") - 4
+    length = int.from_bytes(plain[trak : trak + 4], "big")
+    copies = plain[trak : trak + length] * 3000
+    size = int.from_bytes(plain[moov : moov + 4], "big") + len(copies)
+    data = plain[:moov] + size.to_bytes(4, "big") + plain[moov + 4 : trak] + copies + plain[trak:]
+    with pytest.raises(WrongFormatError, match="over 64 streams"), open_video(data, LIMITS):
+        pass
+
+
+def test_a_still_of_a_format_without_animation_is_told_what_is_taken(frames: list[Pixels]) -> None:
+    file = io.BytesIO()
+    Image.fromarray(frames[0]).save(file, "JPEG")
+    with (
+        pytest.raises(WrongFormatError, match=r"no image in a supported format \(GIF, WEBP, PNG, AVIF\)"),
+        open_animation(file.getvalue(), LIMITS),
+    ):
+        pass
 
 
 def test_a_file_without_video_is_refused() -> None:

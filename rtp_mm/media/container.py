@@ -28,11 +28,15 @@ def opened(data: bytes, demuxers: Sequence[str], kind: str) -> Iterator[InputCon
     except ImportError:
         raise NotSupportedError(f"{kind} needs PyAV on the server (pip install 'rtp_mm[media]')") from None
 
+    is_open = False
     options = {"format_whitelist": ",".join(demuxers), "max_streams": str(MAX_STREAMS)}
     try:
         with av.open(io.BytesIO(data), "r", container_options=options, metadata_errors="replace") as container:
+            is_open = True
             yield container
     except av.FFmpegError as error:
-        if error.errno == errno.ENOMEM:
+        if error.errno == errno.ENOMEM and is_open:
             raise MemoryError from None
+        if error.errno == errno.ENOMEM:  # which is what FFmpeg says of too many streams
+            raise WrongFormatError(f"broken {kind}: over {MAX_STREAMS} streams, or larger than memory") from None
         raise WrongFormatError(f"broken {kind}: {error.strerror or type(error).__name__}") from None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from io import BytesIO
 
@@ -65,7 +65,7 @@ def decode(data: bytes, *, max_pixels: int, allow_truncated: bool, exif_transpos
     """
     if (header := probe(data)) is not None:
         check_pixels(header.width, header.height, max_pixels)  # Pillow opens an icon by decoding it
-    with named_errors(data), _TRUNCATION.decoding(allow_truncated), _open(data) as image:
+    with named_errors(data, FORMATS), _TRUNCATION.decoding(allow_truncated), _open(data) as image:
         check_pixels(*image.size, max_pixels)
         pixels = None if exif_transpose else _decode_faster(data, image)
         if pixels is None:
@@ -119,15 +119,15 @@ def _pixels(image: Image.Image) -> NDArray[np.uint8]:
 
 
 @contextmanager
-def named_errors(data: bytes) -> Iterator[None]:
-    """Turns Pillow's many errors into ours."""
+def named_errors(data: bytes, formats: Sequence[str]) -> Iterator[None]:
+    """Turns Pillow's many errors into ours, for a file that should have one of these formats."""
     try:
         yield
     except UnidentifiedImageError:
         mm_type = sniff(data)
         if mm_type in (MMUrlType.VIDEO, MMUrlType.AUDIO):
             raise NotSupportedError(f"an image is expected here, these bytes are {mm_type.name.lower()}") from None
-        raise WrongFormatError(f"no image in a supported format ({', '.join(FORMATS)})") from None
+        raise WrongFormatError(f"no image in a supported format ({', '.join(formats)})") from None
     except _DECODE_ERRORS as error:
         text = " ".join(str(error).split())  # on one line
         raise WrongFormatError(f"broken image: {text or type(error).__name__}") from None

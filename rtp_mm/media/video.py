@@ -103,7 +103,9 @@ def _header(stream: VideoStream, turn: int, *, is_indexed: bool) -> ClipHeader:
 
 
 def _quarter_turns(frame: VideoFrame) -> int:
-    return round(frame.rotation / 90) % 4
+    """0 where the display matrix is none that turns: of one that is singular FFmpeg's angle is no number."""
+    degrees = frame.rotation
+    return round(degrees / 90) % 4 if -360 <= degrees <= 360 else 0
 
 
 class _NotIndexedError(Exception):
