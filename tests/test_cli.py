@@ -26,13 +26,20 @@ from rtp_mm.cli.compare import Comparison, Run, Task, compare, table
 from rtp_mm.cli.hugging_face import ANY, HuggingFacePeer
 from rtp_mm.cli.look import CAPTION, SCALE, draw, rebuild
 from rtp_mm.cli.options import markdown_table
+from rtp_mm.cli.outputs import writing
 from rtp_mm.cli.spectrogram import AXIS, BAND, CUT_MARK
 from rtp_mm.cli.status import quantile
+from rtp_mm.errors import StartError
 from rtp_mm.models.qwen2_audio import PUBLISHED_RULE
 from rtp_mm.preprocess.log_mel import mel_filters
 from rtp_mm.types import Blob, MMEmbeddingRes, MMUrlType, Patches, PreprocessOptions
 
 SMALL = PreprocessOptions(max_pixels=60000)
+
+
+def test_what_ends_a_write_is_one_line() -> None:
+    with pytest.raises(StartError, match=r"a\.png cannot be written: .*No space"), writing(Path("a.png")):
+        raise OSError(28, "No space left on device")
 
 
 def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
@@ -45,9 +52,15 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_errors_with_a_reason_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "file"
+    file.touch()
     for arguments, reason in [
         (["init-checkpoint", str(tmp_path), "--size", "2b"], "there is no qwen2_5_vl 2b"),
         (["embed", "x.jpg", "--checkpoint", str(tmp_path), "--save", "x.txt"], "--save must end in"),
+        (["embed", "x.jpg", "--checkpoint", str(tmp_path), "--save", str(tmp_path / "none" / "x.npz")], "be written"),
+        (["look", "x.jpg", "--checkpoint", str(tmp_path), "--out", "look.txt"], "--out must end in .png or .jpg"),
+        (["look", "x.jpg", "--checkpoint", str(tmp_path), "--out", str(tmp_path / "none" / "x.png")], "be written"),
+        (["init-checkpoint", str(file)], "cannot be written: [Errno 17] File exists"),
         (["embed", "x.jpg"], "name a model"),
         (["embed", "x.jpg", "--checkpoint", str(tmp_path / "none")], "is no folder"),
         (["look", "x.jpg", "--checkpoint", str(tmp_path)], ""),

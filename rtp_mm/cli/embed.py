@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 import rtp_mm
+from rtp_mm.cli.outputs import check_output, writing
 from rtp_mm.cli.sounds import check_pixel_limits
 from rtp_mm.errors import StartError
 from rtp_mm.types import MMEmbeddingRes, MMPreprocessConfig, MMUrlType, PreprocessOptions
@@ -27,8 +28,8 @@ def run(
     device: str,
 ) -> None:
     """Raises `StartError` and `MMError`."""
-    if save is not None and save.suffix not in SUFFIXES:
-        raise StartError(f"--save must end in {' or '.join(SUFFIXES)}, got {save}")
+    if save is not None:
+        check_output("--save", save, SUFFIXES)
     if server is None and checkpoint is None:
         raise StartError("name a model: --checkpoint FOLDER, or --server IP:PORT")
     check_pixel_limits(options, checkpoint if server is None else None, mm_type)
@@ -50,7 +51,8 @@ def run(
         finally:
             engine.close()
     if save is not None:
-        _save(save, result)
+        with writing(save):
+            _save(save, result)
     print(*_lines(urls, result), sep="\n")
 
 

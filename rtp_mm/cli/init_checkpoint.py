@@ -6,12 +6,14 @@ from pathlib import Path
 
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from rtp_mm.cli.outputs import writing
 from rtp_mm.models.random_checkpoint import write_checkpoint
 
 
 def run(folder: Path, family: str, size: str, seed: int, sparse_llm: bool) -> None:
+    """Raises `StartError`."""
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, TimeRemainingColumn()) as bars:
+    with writing(folder), Progress(*columns, TimeRemainingColumn()) as bars:
         bar = bars.add_task(f"{family} {size}", total=None)
         write_checkpoint(
             folder,

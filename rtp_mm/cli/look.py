@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw
 from rich.console import Console
 
 from rtp_mm.cli.embed import absolute
+from rtp_mm.cli.outputs import check_output, writing
 from rtp_mm.cli.sounds import check_pixel_limits, takes_sounds
 from rtp_mm.cli.spectrogram import describe, draw_spectrogram
 from rtp_mm.config import Settings, load_settings
@@ -28,6 +29,7 @@ from rtp_mm.preprocess.image_config import ImageProcessorConfig
 from rtp_mm.preprocess.media import MediaPreprocessor
 from rtp_mm.types import LIBRARY_CALLER, Blob, MMUrlType, MultimodalInput, Patches, PreprocessOptions
 
+SUFFIXES = (".png", ".jpg", ".jpeg")
 SCALE = 2  # of the picture, so that a line one pixel wide hides no pixel of the image
 PATCH_LINE = (255, 255, 255, 70)
 TOKEN_LINE = (255, 255, 255, 170)
@@ -39,11 +41,13 @@ CAPTION = 16  # pixels, the line beneath it
 def run(url: str, checkpoint: Path, out: Path, options: PreprocessOptions) -> None:
     """Raises `StartError` and `MMError`."""
     settings = load_settings(checkpoint_path=checkpoint)
+    check_output("--out", out, SUFFIXES)
     check_pixel_limits(options, checkpoint)
     if takes_sounds(checkpoint):
         rule = mel_rule(checkpoint, PUBLISHED_RULE)
         sound = AudioPreprocessor(rule)(fetch(url, settings, MMUrlType.AUDIO), MMUrlType.AUDIO, options)
-        draw_spectrogram(sound, rule).save(out)
+        with writing(out):
+            draw_spectrogram(sound, rule).save(out)
         Console().print(f"{out}: {describe(sound, rule)}", soft_wrap=True)
         return
     processor = ImageProcessorConfig.from_checkpoint(checkpoint, PUBLISHED_PROCESSOR)
@@ -59,7 +63,8 @@ def run(url: str, checkpoint: Path, out: Path, options: PreprocessOptions) -> No
         times = preprocess.video.frame_times(bytes(blob.data), options)
         picture = contact_sheet(frames, times)
         count = f"{len(times)} frames of "
-    picture.save(out)
+    with writing(out):
+        picture.save(out)
     _, rows, columns = patches.grid_thw
     height, width = frames.shape[1:3]
     tokens = len(patches.rows) // processor.merge_size**2
