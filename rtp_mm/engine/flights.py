@@ -35,13 +35,12 @@ class Flights(Generic[Result]):
         flight = self._flights.get(key) or self._start(key, work())
         flight.waiters += 1
         try:
-            await asyncio.wait([flight.task])  # unlike awaiting the task, cancels nothing but itself
+            return await asyncio.shield(flight.task)  # who is cancelled here leaves the others alone
         finally:
             flight.waiters -= 1
             if flight.waiters == 0 and self._flights.get(key) is flight:
                 del self._flights[key]  # who comes now starts anew, and does not join what is being cancelled
                 flight.task.cancel()
-        return flight.task.result()
 
     async def settle(self) -> None:
         """Waits for the end of work that nobody waits for any more."""

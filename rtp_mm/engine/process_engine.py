@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -86,7 +86,7 @@ class MMProcessEngine:
         self._fetches = Flights[Blob]()
         self._workers = PreprocessWorkers(mm_part, settings)
         self._computations = Flights[Answer]()
-        self._requests: set[asyncio.Future[Any]] = set()  # the work of each running request
+        self._requests: dict[asyncio.Task[Any], asyncio.Future[None]] = {}  # those that wait, and the end of each
         self._finished = 0
         self._decoded_frames = 0
         self._home = Home(loop)
@@ -104,33 +104,34 @@ class MMProcessEngine:
         except MMError as error:
             return Begun(error)
         if (known := self._answers.recall(item, blob, options)) is None:
-            return Begun(blob=blob)
+            return Begun(None, options, blob)
         self._admission.keep(visit, known.nbytes)
         return Begun(Answer(known, {} if blob is None else timings))
 
-    async def _end(self, begun: Begun, item: MultimodalInput, caller: Caller, visit: Visit) -> Answer:
+    async def _end(self, begun: Begun, item: MultimodalInput, caller: Caller, visit: Visit) -> Answer | MMError:
         """The rest of the way. An answer counts as held from here on, while other items are still under way."""
-        if isinstance(begun.outcome, MMError):
-            raise begun.outcome
-        if begun.outcome is None:
-            answer = await self._embed_item(item, begun.blob, caller, visit)
-            self._admission.keep(visit, answer.embedded.nbytes)
-            return answer
-        return begun.outcome
+        if begun.outcome is not None:
+            return begun.outcome
+        try:
+            answer = await self._embed_item(item, begun, caller, visit)
+        except MMError as error:
+            return error
+        self._admission.keep(visit, answer.embedded.nbytes)
+        return answer
 
-    async def _embed_item(self, item: MultimodalInput, blob: Blob | None, caller: Caller, visit: Visit) -> Answer:
-        options = item.config.options()
-        config = MMPreprocessConfig.from_options(options)  # what the key says and no more
+    async def _embed_item(self, item: MultimodalInput, begun: Begun, caller: Caller, visit: Visit) -> Answer:
+        options = begun.options
         if self._is_whole:
+            config = MMPreprocessConfig.from_options(options)
             return Answer(*await self._batcher.run(item, None, item.mm_type, config))
         timings: Timings = {}
         with Stopwatch(timings, "fetch"):
-            blob = blob or await self._fetch(item, caller, visit)
+            blob = begun.blob or await self._fetch(item, caller, visit)
         key = self._answers.key(item, blob, options)
         if (known := self._answers.get(key)) is not None:
             return Answer(known, timings)
         cost = self._admit(key.patches, blob, visit, is_under_way=key in self._computations)
-        embedded, computed = await self._computations.join(key, partial(self._compute, key, blob, config, cost, visit))
+        embedded, computed = await self._computations.join(key, partial(self._compute, key, blob, cost, visit))
         return Answer(embedded, timings | computed)
 
     async def _fetch(self, item: MultimodalInput, caller: Caller, visit: Visit) -> Blob:
@@ -159,14 +160,13 @@ class MMProcessEngine:
             self._admission.check_in_time(visit, self._batcher.seconds_before(patches), self._home.loop.time())
         return Cost(patches, blob.nbytes + patches * self._row_bytes)
 
-    async def _compute(
-        self, key: EmbeddingKey, blob: Blob, config: MMPreprocessConfig, cost: Cost, visit: Visit
-    ) -> Answer:
+    async def _compute(self, key: EmbeddingKey, blob: Blob, cost: Cost, visit: Visit) -> Answer:
         """Prepare and forward: once for all who want the same now, whoever came first."""
+        config = MMPreprocessConfig.from_options(key.patches.options)  # what the key says and no more
         timings: Timings = {}
         with self._admission.holding(visit, cost):
             with Stopwatch(timings, "preprocess"):
-                prepared = await self._prepare(key.patches, blob, config, cost.patches)
+                prepared = await self._prepare(key.patches, blob, cost.patches)
             if prepared.patches is not None:
                 self._admission.check_item(prepared.patches, self._limits.item)
             embedded, device_timings = await self._batcher.run(*prepared, key.patches.mm_type, config)
@@ -178,11 +178,11 @@ class MMProcessEngine:
         self._answers.put(key, embedded)
         return Answer(embedded, timings | device_timings)
 
-    async def _prepare(self, key: PatchKey, blob: Blob, config: MMPreprocessConfig, patches: int) -> ForwardInput:
+    async def _prepare(self, key: PatchKey, blob: Blob, patches: int) -> ForwardInput:
         if (kept := self._patches.get(key)) is not None:
             return ForwardInput(kept, self._mm_part.patches(kept))
         shape = (patches, self._row_bytes) if patches else None
-        prepared = await self._workers.prepare(blob, key.mm_type, config, shape=shape)
+        prepared = await self._workers.prepare(blob, key.mm_type, key.options, shape)
         self._decoded_frames += getattr(prepared.value, "decoded_frames", 0)
         if isinstance(prepared.value, Patches | LogMel) and self._patches.has_room_for(prepared.value.nbytes):
             # A copy: the rows may be a worker's memory, given back after the forward.
@@ -219,7 +219,7 @@ class MMProcessEngine:
                     each.outcome for each in begun if each.outcome is not None
                 ]
                 if len(outcomes) < len(begun):
-                    ways = (self._end(each, item, caller, visit) for each, item in zip(begun, inputs, strict=True))
+                    ways = [self._end(each, item, caller, visit) for each, item in zip(begun, inputs, strict=True)]
                     outcomes = await self._all_within(limit_s, ways)
             finally:
                 self._finished += 1
@@ -230,22 +230,28 @@ class MMProcessEngine:
             return response
 
     async def _all_within(
-        self, limit_s: float, ways: Iterable[Coroutine[Any, Any, Answer]]
-    ) -> list[Answer | BaseException]:
+        self, limit_s: float, ways: Sequence[Coroutine[Any, Any, Answer | MMError]]
+    ) -> Sequence[Answer | BaseException]:
         """Side by side, each to its own end. Raises `DeadlineError`, and `DrainingError` where the engine is closed."""
-        work = asyncio.gather(*ways, return_exceptions=True)
-        self._requests.add(work)
+        task = asyncio.current_task()
+        assert task is not None
+        ended = self._requests[task] = self._home.loop.create_future()
         try:
             async with asyncio.timeout(limit_s):
-                return await work
+                if len(ways) == 1:
+                    return [await ways[0]]  # without a task of its own
+                outcomes: Sequence[Answer | BaseException] = await asyncio.gather(*ways, return_exceptions=True)
+                return outcomes
         except TimeoutError:
             raise _late(limit_s) from None
         except asyncio.CancelledError:
-            if self._home.is_closed:
-                raise closed() from None
-            raise
+            if not self._home.is_closed:
+                raise
+            task.uncancel()
+            raise closed() from None
         finally:
-            self._requests.discard(work)
+            del self._requests[task]
+            ended.set_result(None)
 
     # --- figures
 
@@ -308,10 +314,9 @@ class MMProcessEngine:
 
     async def _shut_down(self) -> None:
         """Ends all requests, then what they used."""
-        requests = [*self._requests]
-        for work in requests:
-            work.cancel()
-        await asyncio.gather(*requests, return_exceptions=True)
+        for task in self._requests:
+            task.cancel()
+        await asyncio.gather(*self._requests.values())
         await self._fetches.settle()
         await self._computations.settle()
         last_read = self._batcher.close()

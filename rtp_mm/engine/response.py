@@ -9,7 +9,7 @@ from typing import NamedTuple
 from rtp_mm.engine.caches import Embedded
 from rtp_mm.errors import BadItemsError, ItemFailure, MMError, ProcessError, QueueFullError
 from rtp_mm.media.redact import redact
-from rtp_mm.types import Blob, MMEmbeddingRes, MultimodalInput
+from rtp_mm.types import Blob, MMEmbeddingRes, MultimodalInput, PreprocessOptions
 
 Timings = dict[str, float]  # milliseconds by stage
 
@@ -22,9 +22,10 @@ class Answer(NamedTuple):
 
 
 class Begun(NamedTuple):
-    """How far an item came without waiting: to its outcome, or else to its bytes, or else not even there."""
+    """How far an item came without waiting: to its outcome, or else to its bytes, or else to what it asks for."""
 
     outcome: Answer | MMError | None = None
+    options: PreprocessOptions = PreprocessOptions()
     blob: Blob | None = None
 
 

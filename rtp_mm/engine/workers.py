@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 from rtp_mm.config import Settings
 from rtp_mm.engine.pinning import PinnedBytes
 from rtp_mm.engine.worker_pool import WorkerPool
-from rtp_mm.errors import DeadlineError, MMError, ProcessError, WrongFormatError
+from rtp_mm.errors import MMError, ProcessError, WrongFormatError
 from rtp_mm.models.multimodal_common import MultiModalEmbeddingInterface
-from rtp_mm.types import Blob, MMPreprocessConfig, MMUrlType
+from rtp_mm.types import Blob, MMPreprocessConfig, MMUrlType, PreprocessOptions
 
 _log = logging.getLogger(__name__)
 
@@ -71,50 +71,25 @@ class PreprocessWorkers:
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="rtp_mm-preprocess")
 
     async def prepare(
-        self,
-        blob: Blob,
-        mm_type: MMUrlType,
-        config: MMPreprocessConfig,
-        deadline: float | None = None,
-        shape: tuple[int, int] | None = None,
+        self, blob: Blob, mm_type: MMUrlType, options: PreprocessOptions, shape: tuple[int, int] | None = None
     ) -> ForwardInput:
-        """What the model's `prepare` gives, before `deadline` by the loop's clock. `shape`, [N, C] bytes, is what its
-        rows are foreseen to be: no more than a hint.
+        """What the model's `prepare` gives. `shape`, [N, C] bytes, is what its rows are foreseen to be: no more than a
+        hint.
 
-        Raises `MMError`; a third party's own exception becomes `ProcessError`. Cancelled or late, a process that still
-        runs a second later is killed; a thread goes on to its end.
+        Raises `MMError`; a third party's own exception becomes `ProcessError`. Cancelled, a process that still runs a
+        second later is killed; a thread goes on to its end.
         """
-        loop = asyncio.get_running_loop()
-        limit_s = None if deadline is None else deadline - loop.time()
-        if limit_s is not None and limit_s <= 0:
-            raise DeadlineError("the deadline passed before preprocessing began")
-        work = loop.create_task(self._prepare(blob, mm_type, config, shape))
-        try:
-            done, _ = await asyncio.wait([work], timeout=limit_s)
-        finally:
-            work.cancel()  # where nobody waits any more; else it is done
-        if not done:
-            raise DeadlineError("preprocessing did not end before the deadline")
-        error = work.exception()
-        if error is None or isinstance(error, MMError):
-            return work.result()
-        if isinstance(error, MemoryError):
-            raise WrongFormatError("preprocessing needs more memory than there is")
-        _log.error("preprocessing of %s failed", blob.source, exc_info=error)
-        raise ProcessError(f"preprocessing failed with {type(error).__name__}")
-
-    async def _prepare(
-        self, blob: Blob, mm_type: MMUrlType, config: MMPreprocessConfig, shape: tuple[int, int] | None
-    ) -> ForwardInput:
-        if self._processes is None:
-            return await self._in_thread(self._mm_part.prepare, blob, mm_type, config)
-        on_device, options = self._mm_part.device_preprocessor, config.options()
-        if on_device is not None and on_device.may_take(blob, mm_type):
-            prepared = await self._in_thread(on_device, blob, mm_type, options)
-            if prepared.value is not None:
-                return prepared
-        patches = await self._processes.run(blob, mm_type, options, shape)
-        return ForwardInput(patches, self._mm_part.patches(patches))
+        with _AsMMError(blob.source):
+            if self._processes is None:
+                config = MMPreprocessConfig.from_options(options)
+                return await self._in_thread(self._mm_part.prepare, blob, mm_type, config)
+            on_device = self._mm_part.device_preprocessor
+            if on_device is not None and on_device.may_take(blob, mm_type):
+                prepared = await self._in_thread(on_device, blob, mm_type, options)
+                if prepared.value is not None:
+                    return prepared
+            patches = await self._processes.run(blob, mm_type, options, shape)
+            return ForwardInput(patches, self._mm_part.patches(patches))
 
     async def _in_thread(self, prepare: Callable[..., Any], *arguments: Any) -> ForwardInput:
         return await asyncio.get_running_loop().run_in_executor(self._threads, self._run, prepare, *arguments)
@@ -146,3 +121,20 @@ class PreprocessWorkers:
         """Once the device reads rows no more, on any thread: a copy from memory that is unregistered under it fails."""
         if self._pinned is not None:
             self._pinned.close()
+
+
+class _AsMMError:
+    """What a third party's code raises inside it leaves as `MMError`; its own text and stack stay in the log."""
+
+    def __init__(self, source: str) -> None:
+        self._source = source
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, stack: object) -> None:
+        if isinstance(error, MemoryError):
+            raise WrongFormatError("preprocessing needs more memory than there is") from None
+        if isinstance(error, Exception) and not isinstance(error, MMError):
+            _log.error("preprocessing of %s failed", self._source, exc_info=error)
+            raise ProcessError(f"preprocessing failed with {type(error).__name__}") from None
