@@ -153,26 +153,6 @@ class Admission:
         if now + wait_s > visit.ends_at and not self._is_oldest(visit):
             raise self._refusal("deadline", f"{wait_s:.1f} s of work is waiting, more than the deadline leaves")
 
-    def predicted_patches(
-        self, preprocessor: object, blob: Blob, mm_type: MMUrlType, options: PreprocessOptions
-    ) -> int | None:
-        """Patches of an image by its header; `None` where that does not tell. Raises `WrongFormatError`."""
-        if not isinstance(preprocessor, Predicts):
-            return None
-        if isinstance(blob.data, np.ndarray):
-            if blob.data.ndim != 4:  # [T, H, W, 3] are pixels
-                return None
-            frames, height, width, _ = blob.data.shape
-        elif mm_type in (MMUrlType.IMAGE, MMUrlType.DEFAULT):
-            frames = 1
-            header = probe(blob.data)
-            if header is None:
-                return None
-            width, height = header.width, header.height
-        else:
-            return None
-        return preprocessor.predict(width, height, options, frames)
-
     def check_item(self, patches: int, max_patches: int) -> None:
         """Raises `WrongFormatError` for an item too large for the device."""
         if patches > max_patches:
@@ -198,3 +178,24 @@ class Admission:
         with self._lock:
             self.rejections[reason] += 1
         return QueueFullError(text, max(MIN_RETRY_AFTER_MS, round(self._seconds_for(self.patches) * 1e3)))
+
+
+def predicted_patches(
+    preprocessor: Predicts | None, blob: Blob, mm_type: MMUrlType, options: PreprocessOptions
+) -> int | None:
+    """Patches of an image by its header; `None` where that does not tell. Raises `WrongFormatError`."""
+    if preprocessor is None:
+        return None
+    if isinstance(blob.data, np.ndarray):
+        if blob.data.ndim != 4:  # [T, H, W, 3] are pixels
+            return None
+        frames, height, width, _ = blob.data.shape
+    elif mm_type in (MMUrlType.IMAGE, MMUrlType.DEFAULT):
+        frames = 1
+        header = probe(blob.data)
+        if header is None:
+            return None
+        width, height = header.width, header.height
+    else:
+        return None
+    return preprocessor.predict(width, height, options, frames)

@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from rtp_mm.config import Settings, load_settings
-from rtp_mm.engine.admission import Admission, Cost, Visit
+from rtp_mm.engine.admission import Admission, Cost, Predicts, Visit, predicted_patches
 from rtp_mm.engine.answers import Answers
 from rtp_mm.engine.batcher import Batcher
 from rtp_mm.engine.caches import ByteCache, Embedded, EmbeddingKey, PatchKey
@@ -22,7 +22,6 @@ from rtp_mm.engine.response import Answer, Begun, Stopwatch, Timings, as_respons
 from rtp_mm.engine.workers import ForwardInput, PreprocessWorkers
 from rtp_mm.errors import DeadlineError, MMError
 from rtp_mm.media.fetch import Fetcher
-from rtp_mm.media.limits import SizeLimit
 from rtp_mm.models.multimodal_common import ACT_DTYPES, MultiModalEmbeddingInterface
 from rtp_mm.models.multimodal_mixin import MultimodalMixin
 from rtp_mm.types import (
@@ -65,6 +64,7 @@ class MMProcessEngine:
         self._mm_part = mm_part = model.mm_part
         self._data_type = model.config.data_type
         self._on_device = mm_part.device_preprocessor
+        self._predictor = mm_part.preprocessor if isinstance(mm_part.preprocessor, Predicts) else None
         self._row_bytes = getattr(mm_part.preprocessor, "row_bytes", 0)
         self._seal = seal
         self._is_whole = type(mm_part).mm_embedding is not MultiModalEmbeddingInterface.mm_embedding
@@ -143,7 +143,7 @@ class MMProcessEngine:
 
         if item.mm_type is MMUrlType.TENSOR or is_data_url(item):
             return await fetch()
-        key = item.url, SizeLimit.of(self._settings, item.mm_type)
+        key = item.url, self._fetcher.limit(item)
         if key not in self._fetches:
             self._admission.check_room(visit)
         return await self._fetches.join(key, fetch)
@@ -152,7 +152,7 @@ class MMProcessEngine:
         """What the item will take, read from its header before memory is spent. Raises `WrongFormatError` for an item
         over a limit, `QueueFullError` for one that would come too late.
         """
-        patches = self._admission.predicted_patches(self._mm_part.preprocessor, blob, key.mm_type, key.options)
+        patches = predicted_patches(self._predictor, blob, key.mm_type, key.options)
         if patches is None:  # a third party's, or no image: its own code judges
             return Cost(0, blob.nbytes)
         self._admission.check_item(patches, self._limits.item)

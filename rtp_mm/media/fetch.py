@@ -40,6 +40,7 @@ class Fetcher:
     def __init__(self, settings: Settings, clock: Callable[[], float] = time.monotonic) -> None:
         """`clock` tells the age of remembered refusals and downloads, in seconds."""
         self._settings = settings
+        self._limits = {mm_type: SizeLimit.of(settings, mm_type) for mm_type in MMUrlType}
         self._clock = clock
         self._cache = BytesCache(settings.mm_bytes_cache_mb << 20, settings.mm_bytes_cache_ttl_s, clock)
         self._http = HttpSource(settings, clock)
@@ -79,8 +80,12 @@ class Fetcher:
         if item.mm_type is MMUrlType.TENSOR or _scheme(item.url) in ("data", "file", ""):
             return None
         if (blob := self._cache.fresh(item.url)) is not None:  # it may be kept from an item of another type
-            SizeLimit.of(self._settings, item.mm_type).check(blob.nbytes)
+            self.limit(item).check(blob.nbytes)
         return blob
+
+    def limit(self, item: MultimodalInput) -> SizeLimit:
+        """How large the item's file may be."""
+        return self._limits[item.mm_type]
 
     async def fetch(self, item: MultimodalInput, caller: Caller, meter: Callable[[int], None] | None = None) -> Blob:
         """The item's bytes, or a TENSOR item's array as `as_array` gives it. `meter`: see `SizeLimit`.
@@ -91,7 +96,7 @@ class Fetcher:
         self.check_access(item, caller)
         if item.mm_type is MMUrlType.TENSOR:
             return await asyncio.to_thread(_tensor_blob, item.tensor)
-        url, limit = item.url, SizeLimit.of(self._settings, item.mm_type).metered(meter)
+        url, limit = item.url, self.limit(item).metered(meter)
         match _scheme(url):
             case "data":
                 data = await _run(len(url), lambda: DataUrl.parse(url).decode(limit))

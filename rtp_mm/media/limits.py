@@ -38,7 +38,7 @@ class SizeLimit:
     clip: SizeLimit | None = None
 
     def metered(self, meter: Callable[[int], None] | None) -> SizeLimit:
-        return replace(self, meter=meter)
+        return SizeLimit(self.nbytes, self.option, meter, self.clip)
 
     @classmethod
     def of(cls, settings: Settings, mm_type: MMUrlType) -> SizeLimit:

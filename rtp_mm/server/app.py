@@ -96,8 +96,8 @@ async def open_ports(state: ServerState, settings: Settings) -> AsyncIterator[he
     app = http_app(state, settings, metrics, guard, is_mutual=is_mutual)
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=_LAST_WORDS_S)
     await runner.setup()
-    interceptor = TokenInterceptor(guard, lambda: metrics.refused("grpc"))
-    server = grpc.aio.server(options=GRPC_OPTIONS, interceptors=[interceptor])
+    interceptors = [TokenInterceptor(guard, lambda: metrics.refused("grpc"))] if guard.is_on else []
+    server = grpc.aio.server(options=GRPC_OPTIONS, interceptors=interceptors)
     healths = health.aio.HealthServicer()
     await _set_health(healths, state)
     health_pb2_grpc.add_HealthServicer_to_server(healths, server)

@@ -5,6 +5,7 @@ it is asked. docs/OPERATION.md lists every name.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -61,7 +62,7 @@ class Metrics:
 
     def __init__(self, state: ServerState) -> None:
         self._registry = registry = CollectorRegistry()
-        self._requests = Counter(
+        requests = Counter(
             "rtp_mm_requests",
             "Embedding calls by gRPC status and error name",
             ["status", "error"],
@@ -73,51 +74,54 @@ class Metrics:
             buckets=_SECONDS,
             registry=registry,
         )
-        self._stages = Histogram(
+        stages = Histogram(
             "rtp_mm_stage_duration_seconds",
             "Time a request's slowest item spent in a stage",
             ["stage"],
             buckets=_SECONDS,
             registry=registry,
         )
-        self._items = Counter("rtp_mm_items", "Items asked for, by type", ["type"], registry=registry)
+        items = Counter("rtp_mm_items", "Items asked for, by type", ["type"], registry=registry)
         self._tokens = Counter("rtp_mm_tokens", "Embedding rows answered", registry=registry)
         self._received = Counter(
             "rtp_mm_received_bytes", "Bytes of URLs, data URLs and tensors in requests", registry=registry
         )
         self._sent = Counter("rtp_mm_sent_bytes", "Bytes of replies", registry=registry)
-        self._unauthenticated = Counter(
+        unauthenticated = Counter(
             "rtp_mm_unauthenticated", "Calls without the right credentials", ["protocol"], registry=registry
         )
+        # By label, each looked up once.
+        self._requests, self._stages, self._items = cache(requests.labels), cache(stages.labels), cache(items.labels)
+        self._unauthenticated = cache(unauthenticated.labels)
         self._declare_labels()
         registry.register(_EngineCollector(state))
         ProcessCollector(registry=registry)
 
     def _declare_labels(self) -> None:
         """Series that exist from the start, so that a rate sees the first event."""
-        self._requests.labels("OK", "")
+        self._requests("OK", "")
         for stage in STAGES:
-            self._stages.labels(stage)
+            self._stages(stage)
         for mm_type in MMUrlType:
-            self._items.labels(mm_type.name.lower())
+            self._items(mm_type.name.lower())
         for protocol in ("grpc", "http"):
-            self._unauthenticated.labels(protocol)
+            self._unauthenticated(protocol)
 
     def observe(self, call: Call) -> None:
         """A call that has ended."""
-        self._requests.labels(call.status, call.failure.name if call.failure else "").inc()
+        self._requests(call.status, call.failure.name if call.failure else "").inc()
         self._seconds.observe(call.seconds or 0.0)
         for stage, milliseconds in call.timings_ms.items():
-            self._stages.labels(stage).observe(milliseconds / 1e3)
+            self._stages(stage).observe(milliseconds / 1e3)
         for mm_type, count in call.types.items():
-            self._items.labels(mm_type).inc(count)
+            self._items(mm_type).inc(count)
         self._tokens.inc(call.tokens or 0)
         self._received.inc(call.received_bytes or 0)
         self._sent.inc(call.sent_bytes or 0)
 
     def refused(self, protocol: str) -> None:
         """A call without the right credentials; `protocol` is grpc or http."""
-        self._unauthenticated.labels(protocol).inc()
+        self._unauthenticated(protocol).inc()
 
     def exposition(self, accept: str) -> tuple[bytes, str]:
         """All metrics in the format that an `Accept` header asks for, and its content type."""
@@ -161,8 +165,8 @@ def _gauge(name: str, help_: str, value: float) -> GaugeMetricFamily:
 def _by_cache(
     family: GaugeMetricFamily | CounterMetricFamily, stats: EngineStats, attribute: str
 ) -> GaugeMetricFamily | CounterMetricFamily:
-    for cache, figures in stats.caches.items():
-        family.add_metric([cache], getattr(figures, attribute))
+    for name, figures in stats.caches.items():
+        family.add_metric([name], getattr(figures, attribute))
     return family
 
 

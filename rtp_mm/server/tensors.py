@@ -88,8 +88,8 @@ def tensor_message(tensors: Sequence[Tensor]) -> Buffers:
 
 
 def length_delimited(number: int, value: Buffers) -> Buffers:
-    """Field `number` of a message with bytes or a submessage as its value."""
-    return [_varint(number << 3 | _LENGTH_DELIMITED) + _varint(sum(map(len, value))), *value]
+    """Field `number`, of 1 to 15, of a message with bytes or a submessage as its value."""
+    return [bytes([number << 3 | _LENGTH_DELIMITED]) + _varint(sum(map(len, value))), *value]
 
 
 def _varint(value: int) -> bytes:
@@ -121,7 +121,7 @@ def _flat_bytes(tensor: Tensor) -> memoryview:
     """The tensor's bytes, row-major; a view where the tensor is contiguous on the host."""
     import torch
 
-    return tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data
+    return tensor.reshape(-1).view(torch.uint8).numpy(force=True).data
 
 
 def _parts(tensor: Any) -> tuple[str, list[int], bytes]:

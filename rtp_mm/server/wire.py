@@ -7,7 +7,8 @@ form `concat`: one MultimodalOutputPB for all: tensors concatenated on dim 0, ro
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
@@ -157,8 +158,6 @@ def _items(result: MMEmbeddingRes) -> Buffers:
 
 def seal(item: Embedded) -> Embedded:
     """The item as its own message in form `items`: kept so, it is answered with again and never copied."""
-    import torch
-
     if not item.embedding.numel():
         return item
     tensors = [item.embedding] if item.position_ids is None else [item.embedding, item.position_ids]
@@ -166,13 +165,23 @@ def seal(item: Embedded) -> Embedded:
     message = b"".join(parts)
     ends = accumulate(map(len, parts))
     starts = [end - len(part) for end, part in zip(ends, parts, strict=True) if isinstance(part, memoryview)]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # not writable: nor is what is kept
-        views = [
-            torch.frombuffer(message, dtype=tensor.dtype, count=tensor.numel(), offset=start).view(tensor.shape)
-            for tensor, start in zip(tensors, starts, strict=True)
-        ]
+    frombuffer = _frombuffer()
+    views = [
+        frombuffer(message, dtype=tensor.dtype, count=tensor.numel(), offset=start).view(tensor.shape)
+        for tensor, start in zip(tensors, starts, strict=True)
+    ]
     return item._replace(embedding=views[0], position_ids=views[1] if views[1:] else None, message=message)
+
+
+@cache
+def _frombuffer() -> Callable[..., Tensor]:
+    """`torch.frombuffer`. It warns once a process of bytes that cannot be written to: here, where nobody hears it."""
+    import torch
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        torch.frombuffer(bytes(1), dtype=torch.uint8)
+    return torch.frombuffer
 
 
 def _output(
