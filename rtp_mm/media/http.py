@@ -11,7 +11,6 @@ import re
 import socket
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
@@ -38,7 +37,7 @@ from rtp_mm.media.limits import PixelLimit, SizeLimit
 from rtp_mm.media.redact import redact
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from contextlib import AbstractAsyncContextManager
 
 REDIRECTS = {301, 302, 303, 307, 308}
 TRANSIENT = {408, 429}  # the 4xx that asking again may mend
@@ -156,10 +155,9 @@ class HttpSource:
             url = target
         raise DownloadRefusedError(f"more than {self._max_redirects} redirects (MM_MAX_REDIRECTS)")
 
-    @asynccontextmanager
-    async def _get(
+    def _get(
         self, url: URL, headers: Mapping[str, str], conditions: Mapping[str, str]
-    ) -> AsyncIterator[aiohttp.ClientResponse]:
+    ) -> AbstractAsyncContextManager[aiohttp.ClientResponse]:
         self._destinations.check(url.raw_host or "")
         if self._session is None:
             self._session = self._open()
@@ -168,8 +166,7 @@ class HttpSource:
         sent.update(conditions)
         if url.user is not None or url.password is not None:
             sent.popall("Authorization", None)  # the URL's own credentials win
-        async with self._session.get(url, headers=sent, allow_redirects=False, proxy=self._proxy) as response:
-            yield response
+        return self._session.get(url, headers=sent, allow_redirects=False, proxy=self._proxy)
 
     def _open(self) -> aiohttp.ClientSession:
         self._resolver = self._make_resolver()
