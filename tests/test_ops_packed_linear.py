@@ -36,7 +36,7 @@ def error(ours: Tensor, exact: Tensor) -> float:
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize(("m", "k", "n"), [(230, 300, 100), (7, 1280, 66), (40, 129, 32), (3, 5, 6)])
+@pytest.mark.parametrize(("m", "k", "n"), [(230, 300, 100), (7, 1280, 66), (40, 129, 32), (3, 5, 6), (30, 16, 330)])
 def test_error_is_at_most_twice_that_of_plain_pytorch(
     m: int, k: int, n: int, dtype: torch.dtype, activation: str
 ) -> None:
@@ -116,12 +116,26 @@ def test_the_thread_count_is_invisible() -> None:
 def test_packing_keeps_the_bytes() -> None:
     """Every weight once, in its own type; padding is zero."""
     weight = torch.arange(1, 41, dtype=torch.bfloat16).view(20, 2)
-    for parts, panels in ((1, 1), (2, 1)):
+    for parts in (1, 2):
         packed_weight = ops.pack_linear(weight, parts).panels
-        assert packed_weight.shape == (panels, 2, 64)
+        assert packed_weight.shape == (1, 2, 32)
         assert packed_weight.dtype == weight.dtype
         assert packed_weight.sort(stable=True).values.flatten().sort().values[-40:].equal(weight.flatten())
         assert int((packed_weight != 0).sum()) == weight.numel()
+
+
+@pytest.mark.parametrize(
+    ("rows", "parts", "shape"),
+    [
+        *[(16, 1, (1, 16)), (64, 1, (1, 64)), (65, 1, (2, 48)), (200, 1, (4, 64)), (1280, 1, (20, 64))],
+        *[(32, 2, (1, 32)), (48, 2, (1, 64)), (96, 2, (2, 64)), (6840, 2, (107, 64))],
+    ],
+)
+def test_panels_are_few_and_no_wider_than_the_weight(rows: int, parts: int, shape: tuple[int, int]) -> None:
+    """Else a narrow tower multiplies zeros."""
+    packed = ops.pack_linear(torch.ones(rows, 3), parts).panels
+    assert packed.shape == (shape[0], 3, shape[1])
+    assert int(packed.sum()) == 3 * rows
 
 
 @pytest.mark.parametrize("activation", ["none", "silu_gate"])
@@ -217,7 +231,7 @@ def bad_arguments() -> list[tuple[str, dict[str, object], str]]:
     return [
         ("a batch of matrices", {"x": torch.ones(1, 4, 6)}, r"x must be contiguous \[M, K\] float32, got \[1, 4, 6\]"),
         ("bfloat16 x", {"x": torch.ones(4, 6).bfloat16()}, r"x must be .*, got \[4, 6\] bfloat16"),
-        ("another K", {"x": torch.ones(4, 5)}, r"packed must be what pack_linear made of \[8, 5\], got \[1, 6, 64\]"),
+        ("another K", {"x": torch.ones(4, 5)}, r"packed must be what pack_linear made of \[8, 5\], got \[1, 6, 16\]"),
         (
             "unpacked",
             {"packed": ops.PackedWeight(torch.ones(8, 6))},
@@ -262,7 +276,8 @@ def test_packing_and_adding_refuse_what_does_not_fit() -> None:
 def test_schema_and_fake_agree_with_the_kernel(dtype: torch.dtype) -> None:
     x, weight, bias = random_layer(4, 6, 40, dtype)
     for parts in (1, 2):
-        torch.library.opcheck(torch.ops.rtp_mm.pack_linear.default, (weight, parts))
+        for rows in (0, 2, 40, 140):
+            torch.library.opcheck(torch.ops.rtp_mm.pack_linear.default, (torch.ones(rows, 6, dtype=dtype), parts))
     for parts, activation in ((1, "gelu"), (2, "silu_gate")):
         for pack in (ops.pack_linear, ops.pack_int8_linear):
             arguments = (x, *pack(weight, parts), bias, activation, 2)

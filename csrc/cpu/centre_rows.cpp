@@ -11,13 +11,13 @@ namespace {
 struct CentreRows {
   template <class Arch>
   RTP_MM_INLINE static void centre(const uint8_t* bytes, int64_t count, float* dst) {
-    using Byte = typename Simd<Arch::kLanes>::Byte;
-    int64_t i = 0;
-    for (; i + Arch::kLanes <= count; i += Arch::kLanes) {
-      const auto wide = __builtin_convertvector(*reinterpret_cast<const Byte*>(bytes + i), IntVector<Arch>);
-      at<Arch>(dst + i) = __builtin_convertvector(wide - 128, Vector<Arch>);
+    if (count < Arch::kLanes) {
+      for (int64_t i = 0; i < count; ++i) dst[i] = static_cast<float>(bytes[i] - 128);
+      return;
     }
-    for (; i < count; ++i) dst[i] = static_cast<float>(bytes[i] - 128);
+    const int64_t last = count - Arch::kLanes;  // where a vector begins that ends with the row, over the one before
+    for (int64_t i = 0; i < last; i += Arch::kLanes) at<Arch>(dst + i) = widened<Arch>(bytes + i) - 128.0f;
+    at<Arch>(dst + last) = widened<Arch>(bytes + last) - 128.0f;
   }
 
   template <class Arch>

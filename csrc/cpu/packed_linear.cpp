@@ -16,9 +16,7 @@ namespace {
 // The more rows, the less it costs to widen a panel; the more panels, the less often the strips are read again.
 constexpr int64_t kMaxTileRows = 224;
 constexpr int64_t kTilePanels = 2;
-constexpr int64_t kTileColumns = kTilePanels * kLinearPanel;
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t kTileColumns = kTilePanels * kMaxPanel;  // at most; rows of a tile's sums are as far apart
 
 // Tiles are of even height, so that threads with as many tiles have as much to do.
 int64_t tile_rows(int64_t m) { return ceil_div(m, std::max<int64_t>(ceil_div(m, kMaxTileRows), 1)); }
@@ -43,20 +41,21 @@ struct Activate {
     }
   }
 
-  // sums[rows][kTileColumns] to their activated values in the output's order, in place. bias: [kTileColumns] in the
-  // panels' order.
+  // sums[rows] of `panels` panels to their activated values in the output's order, in place. bias: of the panels'
+  // columns.
   template <class Arch>
-  RTP_MM_INLINE static void run(float* sums, const float* bias, int64_t rows, Activation activation) {
+  RTP_MM_INLINE static void run(float* sums, const float* bias, int64_t rows, int64_t panels, int64_t panel,
+                                Activation activation) {
     for (int64_t r = 0; r < rows; ++r, sums += kTileColumns) {
       if (activation == Activation::kSiluGate) {
-        constexpr int64_t kHalf = kLinearPanel / 2;
-        for (int64_t j = 0; j < kTileColumns / 2; j += Arch::kLanes) {  // written behind what is read
-          const int64_t gate = j / kHalf * kLinearPanel + j % kHalf, up = gate + kHalf;
+        const int64_t half = panel / 2;
+        for (int64_t j = 0; j < panels * half; j += Arch::kLanes) {  // written behind what is read
+          const int64_t gate = j / half * panel + j % half, up = gate + half;
           at<Arch>(sums + j) = sigmoid_gate<Arch>(at<Arch>(sums + gate) + at<Arch>(bias + gate), 1.0f) *
                                (at<Arch>(sums + up) + at<Arch>(bias + up));
         }
       } else {
-        for (int64_t j = 0; j < kTileColumns; j += Arch::kLanes) {
+        for (int64_t j = 0; j < panels * panel; j += Arch::kLanes) {
           at<Arch>(sums + j) = activated<Arch>(at<Arch>(sums + j) + at<Arch>(bias + j), activation);
         }
       }
@@ -64,14 +63,17 @@ struct Activate {
   }
 };
 
-// sums[rows][kTileColumns] to `columns` of the rows of out, or added to them.
+// sums[rows] to `columns` of the rows of out, or added to them.
 struct Write {
+  static constexpr int64_t kRowsAhead = 4;  // each is in a page of its own, where no hardware looks ahead
+
   template <class Arch>
   RTP_MM_INLINE static void run(const float* sums, int64_t rows, int64_t columns, bool is_added, float* out,
                                 int64_t out_stride) {
     for (int64_t r = 0; r < rows; ++r, sums += kTileColumns, out += out_stride) {
       int64_t j = 0;
       for (; j + Arch::kLanes <= columns; j += Arch::kLanes) {
+        if (r + kRowsAhead < rows) __builtin_prefetch(out + kRowsAhead * out_stride + j, 1, 3);
         at<Arch>(out + j) = is_added ? at<Arch>(out + j) + at<Arch>(sums + j) : at<Arch>(sums + j);
       }
       for (; j < columns; ++j) out[j] = is_added ? out[j] + sums[j] : sums[j];
@@ -88,9 +90,10 @@ struct TileColumns {
 // Sums of bytes to the products that they stand for, in place: the bytes of x are 128 above what they mean.
 struct Scale {
   template <class Arch>
-  RTP_MM_INLINE static void run(float* sums, const TileColumns* columns, const float* row_scales, int64_t rows) {
+  RTP_MM_INLINE static void run(float* sums, const TileColumns* columns, int64_t count, const float* row_scales,
+                                int64_t rows) {
     for (int64_t r = 0; r < rows; ++r, sums += kTileColumns) {
-      for (int64_t j = 0; j < kTileColumns; j += Arch::kLanes) {
+      for (int64_t j = 0; j < count; j += Arch::kLanes) {
         const IntVector<Arch> exact = reinterpret_cast<IntVector<Arch>&>(sums[j]) - at<Arch>(columns->offsets + j);
         at<Arch>(sums + j) =
             __builtin_convertvector(exact, Vector<Arch>) * (at<Arch>(columns->scales + j) * row_scales[r]);
@@ -102,8 +105,9 @@ struct Scale {
 template <class Weight, class Rows>
 TileColumns tile_columns(const PackedLinear<Weight, Rows>& job, int64_t first_panel, int64_t end_panel) {
   TileColumns columns{};
-  for (int64_t j = 0; j < (end_panel - first_panel) * kLinearPanel; ++j) {
-    const int64_t row = job.layout.row(first_panel + j / kLinearPanel, j % kLinearPanel);
+  const int64_t panel = job.layout.panel();
+  for (int64_t j = 0; j < (end_panel - first_panel) * panel; ++j) {
+    const int64_t row = job.layout.row(first_panel + j / panel, j % panel);
     if (row < 0) continue;
     columns.bias[j] = job.bias[row];
     if constexpr (std::is_same_v<Weight, FourBytes>) {
@@ -138,11 +142,12 @@ const auto* widened_panel(Isa isa, const Weight* weight, int64_t count, float* s
 template <class Weight>
 void pack_linear_panel(const Weight* weight, const PanelLayout& layout, int64_t k, int64_t panel, Weight* dst) {
   constexpr int64_t kBlock = 16;  // steps of k: the 1 or 2 KB of dst that they touch stay in L1
+  const int64_t columns = layout.panel();
   for (int64_t begin = 0; begin < k; begin += kBlock) {
     const int64_t end = std::min(begin + kBlock, k);
-    for (int64_t j = 0; j < kLinearPanel; ++j) {
+    for (int64_t j = 0; j < columns; ++j) {
       const int64_t row = layout.row(panel, j);
-      for (int64_t i = begin; i < end; ++i) dst[i * kLinearPanel + j] = row < 0 ? Weight{} : weight[row * k + i];
+      for (int64_t i = begin; i < end; ++i) dst[i * columns + j] = row < 0 ? Weight{} : weight[row * k + i];
     }
   }
 }
@@ -156,11 +161,12 @@ template <class Weight, class Rows>
 void PackedLinear<Weight, Rows>::run(std::atomic<int64_t>& next_tile) const {
   constexpr bool kIsBytes = std::is_same_v<Weight, FourBytes>;
   using Word = std::conditional_t<kIsBytes, FourBytes, float>;
-  const int64_t panel_count = layout.panels(), groups = ceil_div(panel_count, kTilePanels), end = tiles();
+  const int64_t panel_count = layout.panels(), panel_columns = layout.panel(),
+                groups = ceil_div(panel_count, kTilePanels), end = tiles();
   const int64_t block_rows = tile_rows(m), words = depth(), steps = ceil_div(words, kStripDepth);
   const std::unique_ptr<Word[]> strips(new Word[block_rows * steps * kStripDepth]);
   const std::unique_ptr<float[]> sums(new float[block_rows * kTileColumns]);
-  alignas(64) float panel_scratch[kStripDepth * kLinearPanel];
+  alignas(64) float panel_scratch[kStripDepth * kMaxPanel];
   float row_scales[kMaxTileRows];
   int64_t packed_block = -1;
   for (int64_t tile; (tile = next_tile.fetch_add(1, std::memory_order_relaxed)) < end;) {
@@ -180,28 +186,30 @@ void PackedLinear<Weight, Rows>::run(std::atomic<int64_t>& next_tile) const {
     for (int64_t step = 0; step < steps; ++step) {
       const int64_t depth = std::min(kStripDepth, words - step * kStripDepth);
       for (int64_t panel = first_panel; panel < end_panel; ++panel) {
-        const Weight* weight = panels + (panel * words + step * kStripDepth) * kLinearPanel;
-        const Word* wide = widened_panel(isa, weight, depth * kLinearPanel, panel_scratch);
+        const Weight* weight = panels + (panel * words + step * kStripDepth) * panel_columns;
+        const Word* wide = widened_panel(isa, weight, depth * panel_columns, panel_scratch);
         const bool is_last = panel + 1 == end_panel;
         const Weight* next =
-            is_last ? weight + (depth + (first_panel - panel) * words) * kLinearPanel : weight + words * kLinearPanel;
+            is_last ? weight + (depth + (first_panel - panel) * words) * panel_columns : weight + words * panel_columns;
         multiply(isa, strips.get() + step * rows * kStripDepth,
                  {.rows = rows,
-                  .columns = kLinearPanel,
+                  .columns = panel_columns,
                   .depth = depth,
                   .panel = wide,
-                  .panel_stride = kLinearPanel,
-                  .sums = reinterpret_cast<Word*>(sums.get()) + (panel - first_panel) * kLinearPanel,
+                  .panel_stride = panel_columns,
+                  .sums = reinterpret_cast<Word*>(sums.get()) + (panel - first_panel) * panel_columns,
                   .sums_stride = kTileColumns,
                   .is_added = step > 0},
-                 {next, depth * kLinearPanel * static_cast<int64_t>(sizeof(Weight))});
+                 {next, depth * panel_columns * static_cast<int64_t>(sizeof(Weight))});
       }
     }
     const TileColumns tile_columns = rtp_mm::tile_columns(*this, first_panel, end_panel);
     if constexpr (kIsBytes) {
-      rtp_mm::run<Scale>(isa, sums.get(), &tile_columns, static_cast<const float*>(row_scales), rows);
+      rtp_mm::run<Scale>(isa, sums.get(), &tile_columns, (end_panel - first_panel) * panel_columns,
+                         static_cast<const float*>(row_scales), rows);
     }
-    rtp_mm::run<Activate>(isa, sums.get(), static_cast<const float*>(tile_columns.bias), rows, activation);
+    rtp_mm::run<Activate>(isa, sums.get(), static_cast<const float*>(tile_columns.bias), rows, end_panel - first_panel,
+                          panel_columns, activation);
     const int64_t first = first_panel * layout.columns(),
                   end_column = std::min(end_panel * layout.columns(), layout.width);
     for (int64_t column = first; column < end_column;) {

@@ -12,15 +12,21 @@ namespace rtp_mm {
 
 enum class Activation { kNone, kGelu, kQuickGelu, kSiluGate };
 
-constexpr int64_t kLinearPanel = 64;  // columns of a panel: four AVX-512 vectors
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Which rows of a weight [parts * width, k] stand in which columns of its panels. A gated weight has two parts, gate
-// above up, and each panel holds half of either, so that a tile of the product holds what it needs of both.
+constexpr int64_t kMaxPanel = 64;  // columns of a panel: four AVX-512 vectors
+
+// Which rows of a weight [parts * width, k] stand in which columns of its panels, as few and as narrow as can be. A
+// gated weight has two parts, gate above up, and each panel holds half of either, so that a tile of the product holds
+// what it needs of both.
 struct PanelLayout {
   int64_t width, parts;
 
-  int64_t columns() const { return kLinearPanel / parts; }  // of the output, in a panel
-  int64_t panels() const { return (width + columns() - 1) / columns(); }
+  int64_t panels() const { return ceil_div(width * parts, kMaxPanel); }
+  int64_t columns() const {  // of the output, in a panel
+    return panels() ? ceil_div(ceil_div(width, panels()), kColumnUnit) * kColumnUnit : 0;
+  }
+  int64_t panel() const { return parts * columns(); }  // columns of a panel
   // The weight's row in column j of a panel; -1 for columns past the end, which are zero.
   int64_t row(int64_t panel, int64_t j) const {
     const int64_t column = panel * columns() + j % columns();
@@ -28,7 +34,7 @@ struct PanelLayout {
   }
 };
 
-// Writes weight[parts * width, k] to dst[k][kLinearPanel]. Weight: float, BFloat16, Float16, or FourBytes, with k in
+// Writes weight[parts * width, k] to dst[k][layout.panel()]. Weight: float, BFloat16, Float16, or FourBytes, with k in
 // words.
 template <class Weight>
 void pack_linear_panel(const Weight* weight, const PanelLayout& layout, int64_t k, int64_t panel, Weight* dst);
@@ -40,7 +46,7 @@ void pack_linear_panel(const Weight* weight, const PanelLayout& layout, int64_t 
 template <class Weight, class Rows = const float*>
 struct PackedLinear {
   Rows x;                // [m, k]
-  const Weight* panels;  // [layout.panels(), depth(), kLinearPanel]
+  const Weight* panels;  // [layout.panels(), depth(), layout.panel()]
   const float* scales;   // of bytes only: [layout.parts * layout.width]
   const int32_t* sums;   // of bytes only: the sum of each row of the weight, [layout.parts * layout.width]
   const float* bias;     // [layout.parts * layout.width]

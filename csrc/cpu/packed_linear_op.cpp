@@ -37,13 +37,13 @@ Tensor pack_linear_cpu(const Tensor& weight, int64_t parts) {
         "pack_linear: parts must be 1 or 2 and divide N = ", weight.size(0), ", got ", parts);
   const PanelLayout layout{weight.size(0) / parts, parts};
   const int64_t k = weight.size(1);
-  Tensor packed = torch::stable::new_empty(weight, {layout.panels(), k, kLinearPanel});
+  Tensor packed = torch::stable::new_empty(weight, {layout.panels(), k, layout.panel()});
   with_weight_type(weight.scalar_type(), [&]<class Weight>(Weight*) {
     const auto* source = static_cast<const Weight*>(weight.const_data_ptr());
     auto* panels = static_cast<Weight*>(packed.mutable_data_ptr());
     torch::stable::parallel_for(0, layout.panels(), 1, [&](int64_t begin, int64_t end) {
       for (int64_t panel = begin; panel < end; ++panel) {
-        pack_linear_panel(source, layout, k, panel, panels + panel * k * kLinearPanel);
+        pack_linear_panel(source, layout, k, panel, panels + panel * k * layout.panel());
       }
     });
   });
@@ -87,7 +87,7 @@ Layer checked_layer(const Tensor& x, const Tensor& packed, const std::optional<T
   const bool is_bytes = packed.scalar_type() == ScalarType::Int;
   const int64_t k = x.size(1), depth = is_bytes ? (k + 3) / 4 : k;
   check(packed.dim() == 3 && packed.size(0) == layout.panels() && packed.size(1) == depth &&
-            packed.size(2) == kLinearPanel && is_weight(packed.scalar_type()) && packed.is_contiguous(),
+            packed.size(2) == layout.panel() && is_weight(packed.scalar_type()) && packed.is_contiguous(),
         "packed_linear: packed must be what pack_linear made of [", bias.size(0), ", ", k, "], got ", describe(packed));
   check_of_bytes(scales, "scales", bias.size(0), ScalarType::Float, is_bytes);
   check_of_bytes(sums, "sums", bias.size(0), ScalarType::Int, is_bytes);

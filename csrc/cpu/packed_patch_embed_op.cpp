@@ -32,7 +32,7 @@ Tensor packed_patch_embed_cpu(const std::vector<Tensor>& rows, const Tensor& pac
                               const std::optional<Tensor>& order, const std::optional<Tensor>& pos) {
   const PanelLayout layout{bias.numel(), 1};
   check(packed.dim() == 3 && packed.size(0) == layout.panels() && packed.size(1) > 0 &&
-            packed.size(2) == kLinearPanel && packed.scalar_type() == ScalarType::Float && packed.is_contiguous(),
+            packed.size(2) == layout.panel() && packed.scalar_type() == ScalarType::Float && packed.is_contiguous(),
         kName, ": packed must be what pack_linear made of a float32 [", bias.numel(), ", K], got ", describe(packed));
   const int64_t k = packed.size(1), d = bias.numel();
   int64_t n = 0;

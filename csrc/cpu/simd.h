@@ -75,6 +75,14 @@ RTP_MM_INLINE void multiply_add(IntVector<Arch>& sum, int32_t a, const IntVector
 
 // kLanes values in float32, exactly.
 template <class Arch>
+RTP_MM_INLINE Vector<Arch> widened(const uint8_t* p) {
+  using Types = Simd<Arch::kLanes>;
+  // Step by step: gcc 12 would take bytes to words one at a time.
+  const auto halves = __builtin_convertvector(*reinterpret_cast<const typename Types::Byte*>(p), typename Types::Half);
+  return __builtin_convertvector(__builtin_convertvector(halves, typename Types::Index), Vector<Arch>);
+}
+
+template <class Arch>
 RTP_MM_INLINE Vector<Arch> widened(const BFloat16* p) {
   using Types = Simd<Arch::kLanes>;
   const auto bits = __builtin_convertvector(*reinterpret_cast<const typename Types::Half*>(p), typename Types::Word);

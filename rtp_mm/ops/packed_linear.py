@@ -10,14 +10,14 @@ from torch import Tensor
 import rtp_mm.ops.library  # noqa: F401  # the schema must be there before its fake
 
 CHUNK = 128  # rows: their temporaries stay in cache, which rounds the 3B tower 4 s sooner
-PANEL = 64  # columns; as in csrc/cpu/packed_linear.h
+PANEL, UNIT = 64, 16  # columns of a panel at most, and what they are a multiple of; as in csrc/cpu
 
 
 class PackedWeight(NamedTuple):
     """A weight [N, K] as `packed_linear` reads it.
 
-    panels: [panels, K, 64] in the weight's dtype; or [panels, K / 4 rounded up, 64] int32, each the int8 of four steps
-            of k.
+    panels: [panels, K, columns of a panel] in the weight's dtype; or [panels, K / 4 rounded up, columns] int32, each
+            the int8 of four steps of k.
     scales: [N] float32 and
     sums:   [N] int32, of int8 only: the weight is `scales * int8`, and row n of the int8 adds up to `sums[n]`.
     """
@@ -85,7 +85,9 @@ def packed_linear_add_(out: Tensor, x: Tensor, packed: PackedWeight, bias: Tenso
 @torch.library.register_fake("rtp_mm::pack_linear")  # type: ignore[untyped-decorator]
 def _(weight: Tensor, parts: int) -> Tensor:
     rows, k = weight.shape
-    return weight.new_empty(-(-(rows // parts) // (PANEL // parts)), k, PANEL)
+    panels = -(-rows // PANEL)
+    columns = -(-rows // parts // max(panels, 1) // UNIT) * UNIT
+    return weight.new_empty(panels, k, parts * columns)
 
 
 @torch.library.register_fake("rtp_mm::packed_linear")  # type: ignore[untyped-decorator]

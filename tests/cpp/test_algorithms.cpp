@@ -76,9 +76,9 @@ void test_packed_linear(Isa isa, Activation activation, bool is_added, int64_t m
   const PanelLayout layout{width, activation == Activation::kSiluGate ? 2 : 1};
   const std::vector<float> x = random_floats<float>(m * k), bias = random_floats<float>(layout.parts * width);
   const std::vector<Weight> weight = random_floats<Weight>(layout.parts * width * k);
-  std::vector<Weight> panels(layout.panels() * k * kLinearPanel);
+  std::vector<Weight> panels(layout.panels() * k * layout.panel());
   for (int64_t panel = 0; panel < layout.panels(); ++panel) {
-    pack_linear_panel(weight.data(), layout, k, panel, panels.data() + panel * k * kLinearPanel);
+    pack_linear_panel(weight.data(), layout, k, panel, panels.data() + panel * k * layout.panel());
   }
   const std::vector<float> residual = random_floats<float>(m * width);
   std::vector<float> out = residual;
@@ -135,9 +135,9 @@ void test_rows_of_bytes(Isa isa, int64_t m, int64_t k, int64_t width) {
     for (int64_t l = 0; l < k; ++l) x.push_back(static_cast<float>(row[l]) - 128);
   }
   const std::vector<float> weight = random_floats<float>(width * k), bias = random_floats<float>(width);
-  std::vector<float> panels(layout.panels() * k * kLinearPanel), out(m * width), of_floats(m * width);
+  std::vector<float> panels(layout.panels() * k * layout.panel()), out(m * width), of_floats(m * width);
   for (int64_t panel = 0; panel < layout.panels(); ++panel) {
-    pack_linear_panel(weight.data(), layout, k, panel, panels.data() + panel * k * kLinearPanel);
+    pack_linear_panel(weight.data(), layout, k, panel, panels.data() + panel * k * layout.panel());
   }
   const PackedLinear<float, ByteRows> job{.x = rows.data(),
                                           .panels = panels.data(),
@@ -227,10 +227,10 @@ void test_int8_linear(Isa isa, int64_t m, int64_t k, int64_t width) {
     if (i % (depth * 4) >= k) bytes[i] = 0;
   }
   const auto* weight = reinterpret_cast<const int8_t*>(bytes.data());
-  std::vector<FourBytes> words(width * depth), panels(layout.panels() * depth * kLinearPanel);
+  std::vector<FourBytes> words(width * depth), panels(layout.panels() * depth * layout.panel());
   std::memcpy(words.data(), bytes.data(), bytes.size());
   for (int64_t panel = 0; panel < layout.panels(); ++panel) {
-    pack_linear_panel(words.data(), layout, depth, panel, panels.data() + panel * depth * kLinearPanel);
+    pack_linear_panel(words.data(), layout, depth, panel, panels.data() + panel * depth * layout.panel());
   }
   std::vector<int32_t> sums(width);
   for (int64_t i = 0; i < width * depth * 4; ++i) sums[i / (depth * 4)] += weight[i];

@@ -91,9 +91,9 @@ void test_patch_embed(const Shape& shape) {
     sums.push_back(0.25f * sum);
   }
   const PanelLayout layout{d, 1};
-  std::vector<float> panels(layout.panels() * k * kLinearPanel), cpu(n * d);
+  std::vector<float> panels(layout.panels() * k * layout.panel()), cpu(n * d);
   for (int64_t panel = 0; panel < layout.panels(); ++panel) {
-    pack_linear_panel(sums.data(), layout, k, panel, panels.data() + panel * k * kLinearPanel);
+    pack_linear_panel(sums.data(), layout, k, panel, panels.data() + panel * k * layout.panel());
   }
   std::vector<const uint8_t*> inputs;
   for (int64_t i = 0; i < n; ++i) inputs.push_back(rows.data() + (order[i / group] * group + i % group) * k);
