@@ -167,6 +167,19 @@ def test_bf16_is_no_further_from_float32_than_hugging_face(tiny_checkpoint: Path
     assert table(comparison, task).row_count == 5
 
 
+def test_every_timed_run_does_all_of_its_work(
+    tiny_qwen2_vl: Path, photo_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that finds the one before in a cache would be no run."""
+    engines: list[Any] = []
+    create = rtp_mm.create_engine
+    monkeypatch.setattr(rtp_mm, "create_engine", lambda **options: engines.append(create(**options)) or engines[-1])
+    compare(Task(str(photo_path), tiny_qwen2_vl, SMALL, repeat=3, act_type="fp32", device="cpu"))
+    stats = engines[0].stats()
+    assert stats.batches == 1 + 3  # the warm-up
+    assert stats.caches["patches"].hits == 0
+
+
 @pytest.fixture(scope="module")
 def clip_path(tmp_path_factory: pytest.TempPathFactory, photos: dict[str, NDArray[np.uint8]]) -> Path:
     """2 s at 24 a second, of which both rules take 4 frames."""

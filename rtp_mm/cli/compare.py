@@ -102,6 +102,7 @@ def _ours(task: Task, data: bytes, peer_type: type[Peer]) -> Run:
         act_type=task.act_type,
         device=task.device,
         mm_embedding_cache_mb=0,
+        mm_patch_cache_mb=0,
     )
     try:
         engine.submit([_data_url(peer_type.warm_up_file())], mm_types)
