@@ -85,11 +85,11 @@ def attention_contenders(lengths: list[int]) -> tuple[Contenders, float]:
     }, 4.0 * sum(length**2 for length in lengths) * HEADS * HEAD_DIM
 
 
-def patch_embed_contenders(rows: int, frames: int) -> tuple[Contenders, float]:
+def patch_embed_contenders(rows: int, frames: int, width: int) -> tuple[Contenders, float]:
     """From bytes, in window order; the peers get what Hugging Face's processor gives, normalised floats in which a
     still image stands twice, and count only what ours multiplies."""
     processor = PUBLISHED_PROCESSOR
-    module = PatchEmbed(WIDTH, 3, 2, PATCH)
+    module = PatchEmbed(width, 3, 2, PATCH)
     published = module.proj.weight.data.normal_(std=1176**-0.5).flatten(1)
     module.fold(processor.image_mean, processor.image_std, torch.bfloat16)
     patches = torch.randint(0, 256, (rows, 3 * frames * PATCH**2), dtype=torch.uint8)
@@ -101,7 +101,7 @@ def patch_embed_contenders(rows: int, frames: int) -> tuple[Contenders, float]:
         "ours": lambda: module([patches], order),
         "torch float32": lambda: in_windows(F.linear(pixels, published), groups),
         "torch bf16": lambda: in_windows(F.linear(half_pixels, half_weight), groups),
-    }, 2.0 * patches.numel() * WIDTH
+    }, 2.0 * patches.numel() * width
 
 
 def in_windows(rows: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
@@ -145,12 +145,16 @@ def multiplying() -> Cases:
         for rows in ROWS
     }
     patches: Cases = {
-        f"patch_embed, {kind}, {rows} rows": partial(patch_embed_contenders, rows, frames)
+        f"patch_embed, {kind}, {rows} rows": partial(patch_embed_contenders, rows, frames, WIDTH)
         for kind, frames in (("still", 1), ("clip", 2))
         for rows in (1768, 64)
     }
+    thin: Cases = {
+        f"patch_embed, still, 3996 rows, {width} wide": partial(patch_embed_contenders, 3996, 1, width)
+        for width in (64, 16)
+    }
     attention: Cases = {f"attention, {name}": partial(attention_contenders, s) for name, s in SEGMENTS.items()}
-    return patches | layers | attention
+    return patches | thin | layers | attention
 
 
 def moving() -> Cases:

@@ -18,6 +18,8 @@ constexpr int64_t kMaxTileRows = 224;
 constexpr int64_t kTilePanels = 2;
 constexpr int64_t kTileColumns = kTilePanels * kMaxPanel;  // at most; rows of a tile's sums are as far apart
 
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 // Tiles are of even height, so that threads with as many tiles have as much to do.
 int64_t tile_rows(int64_t m) { return ceil_div(m, std::max<int64_t>(ceil_div(m, kMaxTileRows), 1)); }
 

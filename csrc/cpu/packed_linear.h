@@ -12,8 +12,6 @@ namespace rtp_mm {
 
 enum class Activation { kNone, kGelu, kQuickGelu, kSiluGate };
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 constexpr int64_t kMaxPanel = 64;  // columns of a panel: four AVX-512 vectors
 
 // Which rows of a weight [parts * width, k] stand in which columns of its panels, as few and as narrow as can be. A
@@ -22,9 +20,10 @@ constexpr int64_t kMaxPanel = 64;  // columns of a panel: four AVX-512 vectors
 struct PanelLayout {
   int64_t width, parts;
 
-  int64_t panels() const { return ceil_div(width * parts, kMaxPanel); }
+  int64_t panels() const { return (parts * width + kMaxPanel - 1) / kMaxPanel; }
   int64_t columns() const {  // of the output, in a panel
-    return panels() ? ceil_div(ceil_div(width, panels()), kColumnUnit) * kColumnUnit : 0;
+    const int64_t units = panels() * kColumnUnit;
+    return units ? (width + units - 1) / units * kColumnUnit : 0;
   }
   int64_t panel() const { return parts * columns(); }  // columns of a panel
   // The weight's row in column j of a panel; -1 for columns past the end, which are zero.

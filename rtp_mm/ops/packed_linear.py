@@ -86,7 +86,7 @@ def packed_linear_add_(out: Tensor, x: Tensor, packed: PackedWeight, bias: Tenso
 def _(weight: Tensor, parts: int) -> Tensor:
     rows, k = weight.shape
     panels = -(-rows // PANEL)
-    columns = -(-rows // parts // max(panels, 1) // UNIT) * UNIT
+    columns = -(-(rows // parts) // max(panels * UNIT, 1)) * UNIT
     return weight.new_empty(panels, k, parts * columns)
 
 

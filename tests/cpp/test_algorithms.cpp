@@ -293,7 +293,9 @@ int main() {
     test_packed_linear<BFloat16>(isa, Activation::kGelu, false, 29, 129, 33);
     test_packed_linear<Float16>(isa, Activation::kQuickGelu, true, 15, 256, 64);
     test_packed_linear<BFloat16>(isa, Activation::kSiluGate, false, 230, 7, 37);
+    test_packed_linear<BFloat16>(isa, Activation::kSiluGate, false, 9, 16, 5);
     test_packed_linear<float>(isa, Activation::kNone, false, 3, 300, 150);
+    test_packed_linear<float>(isa, Activation::kGelu, true, 20, 30, 70);
     test_rows_of_bytes(isa, 1, 1, 1);
     test_rows_of_bytes(isa, 66, 129, 33);
     test_rows_of_bytes(isa, 460, 27, 16);
