@@ -17,6 +17,7 @@ from rtp_mm.config import load_settings
 from rtp_mm.engine.caches import Embedded
 from rtp_mm.engine.process_engine import MMProcessEngine
 from rtp_mm.errors import BadItemsError, DeadlineError, QueueFullError
+from rtp_mm.media.fetch import Fetcher
 from rtp_mm.server import wire
 from rtp_mm.server.wire import seal
 from rtp_mm.types import MMEmbeddingRes, MMPreprocessConfig, MMUrlType, MultimodalInput
@@ -105,7 +106,7 @@ async def test_the_rules_are_the_same_for_what_is_cached(
             at_once(w.engine.embed(inputs(good)))
         w.may_forward.set()
         await task
-        w.engine._fetcher._settings = load_settings(mm_image_max_file_size_kb=1)
+        w.engine._fetcher._limits = Fetcher(load_settings(mm_image_max_file_size_kb=1))._limits
         with pytest.raises(BadItemsError, match="MM_IMAGE_MAX_FILE_SIZE_KB"):
             at_once(w.engine.embed(inputs(good)))
 
