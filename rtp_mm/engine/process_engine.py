@@ -22,6 +22,7 @@ from rtp_mm.engine.response import Answer, Begun, Stopwatch, Timings, as_respons
 from rtp_mm.engine.workers import ForwardInput, PreprocessWorkers
 from rtp_mm.errors import DeadlineError, MMError
 from rtp_mm.media.fetch import Fetcher
+from rtp_mm.media.limits import SizeLimit
 from rtp_mm.models.multimodal_common import ACT_DTYPES, MultiModalEmbeddingInterface
 from rtp_mm.models.multimodal_mixin import MultimodalMixin
 from rtp_mm.types import (
@@ -94,17 +95,19 @@ class MMProcessEngine:
     # --- an item's way
 
     def _begin(self, item: MultimodalInput, caller: Caller, visit: Visit) -> Begun:
-        """As far as it goes without waiting: to the answer, where that is kept."""
+        """As far as it goes without waiting: to the answer, where that is kept, or to a refusal."""
         timings: Timings = {}
         try:
             self._fetcher.check_access(item, caller)
             options = item.config.options()
             with Stopwatch(timings, "fetch"):
                 blob = self._fetcher.at_hand(item)
+            if (known := self._answers.recall(item, blob, options)) is None:
+                if blob is None:
+                    self._check_room(item, visit)
+                return Begun(None, options, blob)
         except MMError as error:
             return Begun(error)
-        if (known := self._answers.recall(item, blob, options)) is None:
-            return Begun(None, options, blob)
         self._admission.keep(visit, known.nbytes)
         return Begun(Answer(known, {} if blob is None else timings))
 
@@ -141,12 +144,17 @@ class MMProcessEngine:
             with self._admission.metering(visit) as meter:
                 return await self._fetcher.fetch(item, caller, meter)
 
-        if item.mm_type is MMUrlType.TENSOR or is_data_url(item):
+        if _is_enclosed(item):
             return await fetch()
-        key = item.url, self._fetcher.limit(item)
-        if key not in self._fetches:
+        return await self._fetches.join(self._fetch_key(item), fetch)
+
+    def _check_room(self, item: MultimodalInput, visit: Visit) -> None:
+        """Raises `QueueFullError` for what would begin a download in vain."""
+        if not _is_enclosed(item) and self._fetch_key(item) not in self._fetches:
             self._admission.check_room(visit)
-        return await self._fetches.join(key, fetch)
+
+    def _fetch_key(self, item: MultimodalInput) -> tuple[str, SizeLimit]:
+        return item.url, self._fetcher.limit(item)
 
     def _admit(self, key: PatchKey, blob: Blob, visit: Visit, *, is_under_way: bool) -> Cost:
         """What the item will take, read from its header before memory is spent. Raises `WrongFormatError` for an item
@@ -323,6 +331,11 @@ class MMProcessEngine:
         self._workers.close()
         last_read.add_done_callback(lambda _: self._workers.unpin())  # a hung device holds no shutdown up
         await self._fetcher.close()
+
+
+def _is_enclosed(item: MultimodalInput) -> bool:
+    """Whether the message itself holds what others name by URL."""
+    return item.mm_type is MMUrlType.TENSOR or is_data_url(item)
 
 
 def _message_bytes(item: MultimodalInput) -> int:
