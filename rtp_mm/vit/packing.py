@@ -7,9 +7,14 @@ from bisect import bisect
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+with warnings.catch_warnings(action="ignore"):
+    # Of arrays that are not to be written torch warns once in a process: here, where no other thread sees the filters.
+    torch.from_numpy(np.frombuffer(b" ", np.uint8))
 
 STAGED_BYTES = 1 << 26  # of one copy; a GPU is busy with more rows than that for longer than it waits for them
 
@@ -34,9 +39,7 @@ def packed_rows(items: Sequence[NDArray[Any] | Tensor], device: torch.device) ->
 
 def as_tensors(items: Sequence[NDArray[Any] | Tensor]) -> list[Tensor]:
     """Arrays as tensors of the same memory, to be read and not written; tensors as they are."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
-        return [item if isinstance(item, Tensor) else torch.from_numpy(item) for item in items]
+    return [item if isinstance(item, Tensor) else torch.from_numpy(item) for item in items]
 
 
 def _copy(source: Tensor, target: Tensor) -> None:
