@@ -106,7 +106,7 @@ async def test_the_rules_are_the_same_for_what_is_cached(
             at_once(w.engine.embed(inputs(good)))
         w.may_forward.set()
         await task
-        w.engine._fetcher._limits = Fetcher(load_settings(mm_image_max_file_size_kb=1))._limits
+        w.engine._items.fetcher._limits = Fetcher(load_settings(mm_image_max_file_size_kb=1))._limits
         with pytest.raises(BadItemsError, match="MM_IMAGE_MAX_FILE_SIZE_KB"):
             at_once(w.engine.embed(inputs(good)))
 
@@ -160,7 +160,7 @@ def test_an_answer_without_rows_stays_as_it_is() -> None:
 async def test_a_server_s_engine_keeps_sealed_answers(tiny_qwen2_5_vl: Path, urls: list[str]) -> None:
     async with watched(tiny_qwen2_5_vl) as w:
         engine: MMProcessEngine = w.engine
-        engine._seal = seal
+        engine._items._seal = seal
         result = await engine.embed(inputs(urls[0]), caller=STRANGER)
         again = at_once(engine.embed(inputs(urls[0]), caller=STRANGER))
         assert result.messages is not None

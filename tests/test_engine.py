@@ -74,7 +74,7 @@ def test_the_cache_knows_the_options(engine: MMProcessEngine, photo_path: Path) 
 def test_the_cache_knows_how_the_tower_runs(tiny_qwen2_5_vl: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True)
     engines = [new_engine(tiny_qwen2_5_vl, mm_quantization=q) for q in ("none", "int8", "none")]
-    exact, int8, again = (engine._answers._tower_key for engine in engines)
+    exact, int8, again = (engine._items.answers._tower_key for engine in engines)
     assert exact == again != int8
     for engine in engines:
         engine.close()
@@ -135,7 +135,7 @@ def test_one_bad_forward_does_not_fail_its_batch(
     engine: MMProcessEngine, data_urls: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An item whose forward raises, and one whose embedding is NaN, fail alone; the rest of the batch is answered."""
-    forward = engine._mm_part.mm_process_batch
+    forward = engine._items._mm_part.mm_process_batch
 
     def sabotaged(items: list[Any], *rest: Any) -> list[Any]:
         if any(item.grid_thw == (1, 6, 8) for item in items):
@@ -146,7 +146,7 @@ def test_one_bad_forward_does_not_fail_its_batch(
                 results[i] = (results[i][0] * float("nan"), results[i][1])
         return results
 
-    monkeypatch.setattr(engine._mm_part, "mm_process_batch", sabotaged)
+    monkeypatch.setattr(engine._items._mm_part, "mm_process_batch", sabotaged)
     with pytest.raises(BadItemsError) as caught:
         engine.submit(data_urls)
     assert [f.index for f in caught.value.failures] == [1, 2]
@@ -161,9 +161,9 @@ def test_a_deadline_ends_the_wait_and_nothing_else(
     engine: MMProcessEngine, data_urls: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     release = threading.Event()
-    forward = engine._mm_part.mm_process_batch
+    forward = engine._items._mm_part.mm_process_batch
     monkeypatch.setattr(
-        engine._mm_part, "mm_process_batch", lambda *args: (release.wait(30), forward(*args))[1], raising=True
+        engine._items._mm_part, "mm_process_batch", lambda *args: (release.wait(30), forward(*args))[1], raising=True
     )
     with pytest.raises(DeadlineError, match=r"within 0\.050 s"):
         asyncio.run(engine.embed([MultimodalInput(data_urls[0])], timeout_s=0.05))
@@ -174,8 +174,8 @@ def test_a_deadline_ends_the_wait_and_nothing_else(
 def test_a_full_queue_refuses_at_once(tiny_qwen2_5_vl: Path, data_urls: list[str]) -> None:
     engine = new_engine(tiny_qwen2_5_vl, mm_max_queue_size=1)
     release = threading.Event()
-    forward = engine._mm_part.mm_process_batch
-    engine._mm_part.mm_process_batch = lambda *args: (release.wait(30), forward(*args))[1]  # type: ignore[method-assign]
+    forward = engine._items._mm_part.mm_process_batch
+    engine._items._mm_part.mm_process_batch = lambda *args: (release.wait(30), forward(*args))[1]  # type: ignore[method-assign]
 
     async def two() -> None:
         first = asyncio.create_task(engine.embed([MultimodalInput(data_urls[0])]))
@@ -218,8 +218,8 @@ def test_close_ends_all_threads(tiny_qwen2_5_vl: Path, data_urls: list[str]) -> 
 def test_closing_ends_what_runs_and_refuses_what_comes(tiny_qwen2_5_vl: Path, data_urls: list[str]) -> None:
     engine = new_engine(tiny_qwen2_5_vl)
     release = threading.Event()
-    forward = engine._mm_part.mm_process_batch
-    engine._mm_part.mm_process_batch = lambda *args: (release.wait(30), forward(*args))[1]  # type: ignore[method-assign]
+    forward = engine._items._mm_part.mm_process_batch
+    engine._items._mm_part.mm_process_batch = lambda *args: (release.wait(30), forward(*args))[1]  # type: ignore[method-assign]
     with concurrent.futures.ThreadPoolExecutor(4) as callers:
         calls = [callers.submit(engine.submit, [url]) for url in data_urls]
         while engine.worker_status().running < len(data_urls):
@@ -241,9 +241,9 @@ def test_memory_stays_registered_until_the_last_forward_has_read_it(
     """And a forward that hangs holds no close up."""
     engine = new_engine(tiny_qwen2_5_vl, mm_preprocess_max_workers=1)
     begun, release, unpinned = (threading.Event() for _ in range(3))
-    engine._workers._pinned = Mock(close=unpinned.set)
-    forward = engine._mm_part.mm_process_batch
-    engine._mm_part.mm_process_batch = lambda *args: (begun.set(), release.wait(30), forward(*args))[2]  # type: ignore[method-assign]
+    engine._items.workers._pinned = Mock(close=unpinned.set)
+    forward = engine._items._mm_part.mm_process_batch
+    engine._items._mm_part.mm_process_batch = lambda *args: (begun.set(), release.wait(30), forward(*args))[2]  # type: ignore[method-assign]
     with concurrent.futures.ThreadPoolExecutor(1) as caller:
         call = caller.submit(engine.submit, data_urls[:1])
         assert begun.wait(30)
@@ -268,8 +268,8 @@ def test_an_items_own_time_counts_in_the_library_too(
     engine: MMProcessEngine, data_urls: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     release = threading.Event()
-    forward = engine._mm_part.mm_process_batch
-    monkeypatch.setattr(engine._mm_part, "mm_process_batch", lambda *args: (release.wait(30), forward(*args))[1])
+    forward = engine._items._mm_part.mm_process_batch
+    monkeypatch.setattr(engine._items._mm_part, "mm_process_batch", lambda *args: (release.wait(30), forward(*args))[1])
     with pytest.raises(DeadlineError, match=r"within 0\.040 s"):
         engine.submit(data_urls[:1], preprocess_configs=[MMPreprocessConfig(mm_timeout_ms=40)])
     release.set()
@@ -280,7 +280,7 @@ def test_a_model_that_answers_too_few_or_too_many_fails_its_batch_alone(
     answers: list[torch.Tensor], engine: MMProcessEngine, data_urls: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(engine._mm_part, "mm_process_batch", lambda *_: answers)
+        patch.setattr(engine._items._mm_part, "mm_process_batch", lambda *_: answers)
         with pytest.raises(BadItemsError, match=rf"answered 1 items with {len(answers)} embeddings"):
             engine.submit(data_urls[:1])
     assert len(engine.submit(data_urls).embeddings) == len(data_urls)
@@ -293,7 +293,7 @@ def test_a_cost_that_cannot_be_told_fails_its_item_alone(
         raise ZeroDivisionError
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine._mm_part, "patches", patches)
+        patch.setattr(engine._items._mm_part, "patches", patches)
         with pytest.raises(BadItemsError, match="preprocessing failed with ZeroDivisionError"):
             engine.submit(data_urls[:1])
     assert len(engine.submit(data_urls).embeddings) == len(data_urls)
@@ -311,7 +311,7 @@ def test_position_ids_that_do_not_fit_are_an_error(
 ) -> None:
     counter = itertools.count()
     monkeypatch.setattr(
-        engine._mm_part,
+        engine._items._mm_part,
         "mm_process_batch",
         lambda items, *_: [(torch.ones(3, 48), position_ids(next(counter))) for _ in items],
     )

@@ -160,16 +160,16 @@ async def test_prepared_patches_are_kept(tiny_qwen2_5_vl: Path, urls: list[str])
 async def test_what_is_kept_does_not_hold_the_workers_memory(tiny_qwen2_5_vl: Path, urls: list[str]) -> None:
     async with watched(tiny_qwen2_5_vl) as w:
         seen: list[NDArray[np.uint8]] = []
-        prepare = w.engine._workers.prepare
+        prepare = w.engine._items.workers.prepare
 
         async def remembering(*args: Any, **kwargs: Any) -> Any:
             prepared = await prepare(*args, **kwargs)
             seen.append(prepared.value.rows)
             return prepared
 
-        w.engine._workers.prepare = remembering  # type: ignore[method-assign]
+        w.engine._items.workers.prepare = remembering  # type: ignore[method-assign]
         await w.ask(urls[0])
-        kept = next(iter(w.engine._patches._values.values()))
+        kept = next(iter(w.engine._items.patches._values.values()))
         assert np.array_equal(kept.rows, seen[0])
         assert not np.shares_memory(kept.rows, seen[0])
 
@@ -203,9 +203,9 @@ async def test_a_storm_of_leavers_leaves_nothing_behind(tiny_qwen2_5_vl: Path, u
                 task.cancel()
             for outcome in await asyncio.gather(*tasks, return_exceptions=True):
                 assert not isinstance(outcome, MMError)
-        await until(lambda: w.engine.stats().requests_running == 0 and w.engine._admission.patches == 0)
-        assert not w.engine._computations._tasks
-        assert not w.engine._fetches._tasks
+        await until(lambda: w.engine.stats().requests_running == 0 and w.engine._items.admission.patches == 0)
+        assert not w.engine._items._computations._tasks
+        assert not w.engine._items._fetches._tasks
         assert threading.active_count() <= threads + 8  # asyncio's own pool
         gc.collect()
 

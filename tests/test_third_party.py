@@ -136,7 +136,7 @@ def test_a_part_that_calls_no_super_has_the_servers_dtype_and_shares_its_weights
     odd_engine: MMProcessEngine, urls: list[str]
 ) -> None:
     """A tensor that is shared with another attribute is filled in place; [2, 5, 4] is ten tokens."""
-    part = odd_engine._mm_part
+    part = odd_engine._items._mm_part
     assert isinstance(part, Odd)
     assert part._data_type == torch.float32
     assert torch.equal(part.shared, WEIGHT)
@@ -148,6 +148,6 @@ def test_a_part_sees_of_a_config_what_the_cache_key_says(odd_engine: MMProcessEn
     configs = [MMPreprocessConfig(width=w, fps=3, crop_positions=[0, 0, 0.5, 1], mm_timeout_ms=60000) for w in (1, 2)]
     for config in configs:
         odd_engine.submit(urls[:1], preprocess_configs=[config])
-    part = odd_engine._mm_part
+    part = odd_engine._items._mm_part
     assert isinstance(part, Odd)
     assert part.seen == [MMPreprocessConfig(fps=3, crop_positions=[0, 0, 0.5, 1])]

@@ -37,7 +37,7 @@ class Watched:
         self.may_forward = threading.Event()
         self.may_prepare.set()
         self.may_forward.set()
-        prepare, forward = engine._workers.prepare, engine._mm_part.mm_process_batch
+        prepare, forward = engine._items.workers.prepare, engine._items._mm_part.mm_process_batch
 
         async def watched_prepare(*args: Any, **kwargs: Any) -> Any:
             self.prepared += 1
@@ -49,8 +49,8 @@ class Watched:
             assert self.may_forward.wait(30)
             return forward(items, *rest)
 
-        engine._workers.prepare = watched_prepare  # type: ignore[method-assign]
-        engine._mm_part.mm_process_batch = watched_forward  # type: ignore[method-assign]
+        engine._items.workers.prepare = watched_prepare  # type: ignore[method-assign]
+        engine._items._mm_part.mm_process_batch = watched_forward  # type: ignore[method-assign]
 
     def ask(self, *urls: str, config: MMPreprocessConfig = SMALL, **kwargs: Any) -> asyncio.Task[MMEmbeddingRes]:
         inputs = [MultimodalInput(url, kwargs.pop("mm_type", MMUrlType.DEFAULT), config) for url in urls]
@@ -69,7 +69,7 @@ async def watched(folder: Path, *, lanes: int = 1, **options: Any) -> AsyncItera
         yield watched
         stats = watched.engine.stats()
         assert (stats.requests_running, stats.items_waiting, stats.patches_waiting, stats.bytes_in_flight) == (0,) * 4
-        assert watched.engine._admission.patches == 0
+        assert watched.engine._items.admission.patches == 0
     finally:
         watched.may_forward.set()
         await watched.engine.aclose()

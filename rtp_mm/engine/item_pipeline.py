@@ -1,0 +1,219 @@
+"""An item's way from URL to embedding: `_embed_item` tells it. Each stage is done once for all who want the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from rtp_mm.config import Settings
+from rtp_mm.engine.admission import Admission, Cost, Predicts, Visit, predicted_patches
+from rtp_mm.engine.answers import Answers
+from rtp_mm.engine.batcher import Batcher
+from rtp_mm.engine.caches import ByteCache, Embedded, EmbeddingKey, PatchKey
+from rtp_mm.engine.contents import is_data_url
+from rtp_mm.engine.flights import Flights
+from rtp_mm.engine.forward import Forward, WholeForward
+from rtp_mm.engine.limits import bound_clips, device_limits
+from rtp_mm.engine.response import Answer, Begun, Stopwatch, Timings
+from rtp_mm.engine.workers import ForwardInput, PreprocessWorkers
+from rtp_mm.errors import MMError
+from rtp_mm.media.fetch import Fetcher
+from rtp_mm.media.limits import SizeLimit
+from rtp_mm.models.multimodal_common import ACT_DTYPES, MultiModalEmbeddingInterface
+from rtp_mm.models.multimodal_mixin import MultimodalMixin
+from rtp_mm.types import (
+    Blob,
+    Caller,
+    DevicePatches,
+    EngineStats,
+    LogMel,
+    MMPreprocessConfig,
+    MMUrlType,
+    MultimodalInput,
+    Patches,
+)
+
+LARGEST_PATCHES_SHARE = 1 / 8  # of the patch cache, for one item: more is copied in a millisecond or more
+
+
+class ItemPipeline:
+    """Fetches, prepares and forwards single items with `model.mm_part`, on one event loop."""
+
+    def __init__(
+        self,
+        model: MultimodalMixin,
+        settings: Settings,
+        clock: Callable[[], float],
+        seal: Callable[[Embedded], Embedded],
+    ) -> None:
+        """clock: the loop's, by which deadlines are. seal: puts an answer into the form that it is kept in."""
+        self._mm_part = mm_part = model.mm_part
+        self._clock = clock
+        self._seal = seal
+        self._on_device = mm_part.device_preprocessor
+        self._predictor = mm_part.preprocessor if isinstance(mm_part.preprocessor, Predicts) else None
+        self._row_bytes = getattr(mm_part.preprocessor, "row_bytes", 0)
+        self._is_whole = type(mm_part).mm_embedding is not MultiModalEmbeddingInterface.mm_embedding
+        forward = (WholeForward if self._is_whole else Forward)(mm_part, ACT_DTYPES[model.config.data_type])
+        self.limits = device_limits(mm_part, settings)
+        bound_clips(mm_part, self.limits)
+        self.batcher = Batcher(forward, self.limits.batch)
+        self.admission = Admission(
+            settings.mm_max_queue_size,
+            self.limits.queue,
+            settings.mm_max_bytes_in_flight_mb << 20,
+            self.batcher.seconds_for,
+        )
+        self.answers = Answers(model, settings.mm_embedding_cache_mb << 20)
+        self.patches = ByteCache[PatchKey, Patches | LogMel](
+            settings.mm_patch_cache_mb << 20, largest_share=LARGEST_PATCHES_SHARE
+        )
+        self.fetcher = Fetcher(settings)
+        self.workers = PreprocessWorkers(mm_part, settings)
+        self._fetches = Flights[Blob]()
+        self._computations = Flights[Answer]()
+        self._decoded_frames = 0
+
+    def begin(self, item: MultimodalInput, caller: Caller, visit: Visit) -> Begun:
+        """As far as it goes without waiting: to the answer, where that is kept, or to a refusal."""
+        timings: Timings = {}
+        try:
+            self.fetcher.check_access(item, caller)
+            options = item.config.options()
+            with Stopwatch(timings, "fetch"):
+                blob = self.fetcher.at_hand(item)
+            if (known := self.answers.recall(item, blob, options)) is None:
+                if blob is None:
+                    self._check_room(item, visit)
+                return Begun(None, options, blob)
+        except MMError as error:
+            return Begun(error)
+        self.admission.keep(visit, known.nbytes)
+        return Begun(Answer(known, {} if blob is None else timings))
+
+    async def end(self, begun: Begun, item: MultimodalInput, caller: Caller, visit: Visit) -> Answer | MMError:
+        """The rest of the way. An answer counts as held from here on, while other items are still under way."""
+        if begun.outcome is not None:
+            return begun.outcome
+        try:
+            answer = await self._embed_item(item, begun, caller, visit)
+        except MMError as error:
+            return error
+        self.admission.keep(visit, answer.embedded.nbytes)
+        return answer
+
+    async def _embed_item(self, item: MultimodalInput, begun: Begun, caller: Caller, visit: Visit) -> Answer:
+        options = begun.options
+        if self._is_whole:
+            config = MMPreprocessConfig.from_options(options)
+            return Answer(*await self.batcher.run(item, None, item.mm_type, config))
+        timings: Timings = {}
+        with Stopwatch(timings, "fetch"):
+            blob = begun.blob or await self._fetch(item, caller, visit)
+        key = self.answers.key(item, blob, options)
+        if (known := self.answers.get(key)) is not None:
+            return Answer(known, timings)
+        cost = self._admit(key.patches, blob, visit, is_under_way=key in self._computations)
+        embedded, computed = await self._computations.join(key, partial(self._compute, key, blob, cost, visit))
+        return Answer(embedded, timings | computed)
+
+    async def _fetch(self, item: MultimodalInput, caller: Caller, visit: Visit) -> Blob:
+        """One download for all who want the same now. What came with the message itself is at hand already."""
+
+        async def fetch() -> Blob:
+            with self.admission.metering(visit) as meter:
+                return await self.fetcher.fetch(item, caller, meter)
+
+        if _is_enclosed(item):
+            return await fetch()
+        return await self._fetches.join(self._fetch_key(item), fetch)
+
+    def _check_room(self, item: MultimodalInput, visit: Visit) -> None:
+        """Raises `QueueFullError` for what would begin a download in vain."""
+        if not _is_enclosed(item) and self._fetch_key(item) not in self._fetches:
+            self.admission.check_room(visit)
+
+    def _fetch_key(self, item: MultimodalInput) -> tuple[str, SizeLimit]:
+        return item.url, self.fetcher.limit(item)
+
+    def _admit(self, key: PatchKey, blob: Blob, visit: Visit, *, is_under_way: bool) -> Cost:
+        """What the item will take, read from its header before memory is spent. Raises `WrongFormatError` for an item
+        over a limit, `QueueFullError` for one that would come too late.
+        """
+        patches = predicted_patches(self._predictor, blob, key.mm_type, key.options)
+        if patches is None:  # a third party's, or no image: its own code judges
+            return Cost(0, blob.nbytes)
+        self.admission.check_item(patches, self.limits.item)
+        if not is_under_way:
+            self.admission.check_in_time(visit, self.batcher.seconds_before(patches), self._clock())
+        return Cost(patches, blob.nbytes + patches * self._row_bytes)
+
+    async def _compute(self, key: EmbeddingKey, blob: Blob, cost: Cost, visit: Visit) -> Answer:
+        """Prepare and forward: once for all who want the same now, whoever came first."""
+        config = MMPreprocessConfig.from_options(key.patches.options)  # what the key says and no more
+        timings: Timings = {}
+        with self.admission.holding(visit, cost):
+            with Stopwatch(timings, "preprocess"):
+                prepared = await self._prepare(key.patches, blob, cost.patches)
+            if prepared.patches is not None:
+                self.admission.check_item(prepared.patches, self.limits.item)
+            embedded, device_timings = await self.batcher.run(*prepared, key.patches.mm_type, config)
+        if isinstance(prepared.value, Patches | DevicePatches):
+            embedded = embedded._replace(seconds_per_grid=prepared.value.seconds_per_grid)
+        elif isinstance(prepared.value, LogMel):
+            embedded = embedded._replace(cut_s=prepared.value.cut_s)
+        embedded = self._seal(embedded)
+        self.answers.put(key, embedded)
+        return Answer(embedded, timings | device_timings)
+
+    async def _prepare(self, key: PatchKey, blob: Blob, patches: int) -> ForwardInput:
+        if (kept := self.patches.get(key)) is not None:
+            return ForwardInput(kept, self._mm_part.patches(kept))
+        shape = (patches, self._row_bytes) if patches else None
+        prepared = await self.workers.prepare(blob, key.mm_type, key.options, shape)
+        self._decoded_frames += getattr(prepared.value, "decoded_frames", 0)
+        if isinstance(prepared.value, Patches | LogMel) and self.patches.has_room_for(prepared.value.nbytes):
+            # A copy: the rows may be a worker's memory, given back after the forward.
+            self.patches.put(key, prepared.value.copy())
+        return prepared
+
+    def stats(self) -> EngineStats:
+        workers = self.workers.stats()
+        return EngineStats(
+            requests_running=self.admission.requests,
+            items_waiting=self.batcher.waiting,
+            patches_waiting=self.batcher.waiting_patches,
+            bytes_in_flight=self.admission.nbytes,
+            batches=self.batcher.forwards,
+            batch_patches=self.batcher.patches,
+            batch_items=self.batcher.items,
+            batch_patches_budget=self.limits.batch,
+            forward_failures=self.batcher.failures,
+            rejections=dict(self.admission.rejections),
+            caches={
+                "bytes": self.fetcher.bytes_cache_stats(),
+                "patches": self.patches.stats(),
+                "embeddings": self.answers.stats(),
+            },
+            workers=workers.workers,
+            workers_busy=workers.busy,
+            worker_restarts=workers.restarts,
+            fetched_bytes=self.fetcher.fetched_bytes,
+            decoded_frames=self._decoded_frames,
+            device_decodes=self._on_device.decodes if self._on_device is not None else 0,
+            cpu_decodes=dict(self._on_device.cpu_decodes) if self._on_device is not None else {},
+        )
+
+    async def close(self) -> None:
+        """Ends what nobody waits for any more, then what it used."""
+        await self._fetches.settle()
+        await self._computations.settle()
+        last_read = self.batcher.close()
+        self.workers.close()
+        last_read.add_done_callback(lambda _: self.workers.unpin())  # a hung device holds no shutdown up
+        await self.fetcher.close()
+
+
+def _is_enclosed(item: MultimodalInput) -> bool:
+    """Whether the message itself holds what others name by URL."""
+    return item.mm_type is MMUrlType.TENSOR or is_data_url(item)
