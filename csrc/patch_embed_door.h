@@ -25,7 +25,7 @@ inline int64_t check_patch_embed(const char* name, int64_t n, int64_t d, const T
   check(order->dim() == 1 && order->scalar_type() == ScalarType::Int && order->is_contiguous() &&
             (groups ? n % groups == 0 : n == 0),
         name, ": order must be contiguous [N / group] int32 with N = ", n, ", got ", describe(*order));
-  return n ? n / groups : 1;
+  return groups ? n / groups : 1;
 }
 
 }  // namespace rtp_mm

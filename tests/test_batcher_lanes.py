@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
+import pytest
 from batching import Answers, Device, batching, outcomes, run
 from waiting import until
 
@@ -123,30 +124,31 @@ async def test_its_close_is_over_when_both_lanes_have_read_their_last_input() ->
         assert len(cpu.threads) == 4
 
 
-async def test_seconds_that_two_lanes_spend_side_by_side_count_once() -> None:
+async def test_a_second_beside_another_forward_is_half_a_second_of_the_device() -> None:
+    """However unequal they are: a clip of 900 patches beside images of 50, all at 100 patches a second."""
     now = [0.0]
     cpu = Cpu()
-    batcher = Batcher(cpu, 100, clock=lambda: now[0])  # type: ignore[arg-type]
+    batcher = Batcher(cpu, 1000, clock=lambda: now[0])  # type: ignore[arg-type]
 
-    async def timings(value: str) -> dict[str, float]:
-        return (await batcher.run(value, 50, MMUrlType.IMAGE, MMPreprocessConfig()))[1]
+    def timings(value: str, patches: int) -> asyncio.Task[dict[str, float]]:
+        async def run() -> dict[str, float]:
+            return (await batcher.run(value, patches, MMUrlType.IMAGE, MMPreprocessConfig()))[1]
 
-    first, second = asyncio.create_task(timings("first")), asyncio.create_task(timings("second"))
-    await until(lambda: len(cpu.running) == 2)
-    now[0] = 2.0
-    cpu.end("first")
-    assert await first == {"queue": 0, "forward": 2000}
-    assert batcher.seconds_for(50) == 2
-    cpu.end("second")
-    assert await second == {"queue": 0, "forward": 2000}
-    assert 1 < batcher.seconds_for(50) < 2  # on its way to 100 patches in two seconds
-    for i in range(30):
-        pair = [asyncio.create_task(timings(f"{name}{i}")) for name in "ab"]
+        return asyncio.create_task(run())
+
+    clip = timings("clip", 900)
+    await until(lambda: cpu.running == [["clip"]])
+    now[0] += 1  # alone: 100 patches
+    for i in range(16):
+        image = timings(f"image {i}", 50)
         await until(lambda: len(cpu.running) == 2)
-        now[0] += 2.0
-        cpu.end(f"a{i}", f"b{i}")
-        await asyncio.gather(*pair)
-    assert abs(batcher.seconds_for(100) - 2) < 0.3
+        now[0] += 1
+        cpu.end(f"image {i}")
+        assert (await image)["forward"] == pytest.approx(1000)
+        assert batcher.seconds_for(100) == pytest.approx(1)
+    cpu.end("clip")
+    assert (await clip)["forward"] == pytest.approx(17_000)
+    assert batcher.seconds_for(100) == pytest.approx(1)
     batcher.close()
 
 

@@ -23,6 +23,7 @@ from sounds import sine, speech
 import rtp_mm
 from rtp_mm.cli import app, main
 from rtp_mm.cli.compare import Comparison, Run, Task, compare, table
+from rtp_mm.cli.embed import save_result
 from rtp_mm.cli.hugging_face import ANY, HuggingFacePeer
 from rtp_mm.cli.look import CAPTION, SCALE, draw, rebuild
 from rtp_mm.cli.options import markdown_table
@@ -40,6 +41,14 @@ SMALL = PreprocessOptions(max_pixels=60000)
 def test_what_ends_a_write_is_one_line() -> None:
     with pytest.raises(StartError, match=r"a\.png cannot be written: .*No space"), writing(Path("a.png")):
         raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "a.npz"])
+def test_a_save_on_a_full_disk_is_one_line(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.symlink_to("/dev/full")
+    with pytest.raises(StartError, match=f"{name} cannot be written: .*No space"), writing(path):
+        save_result(path, MMEmbeddingRes([torch.zeros(1 << 16, 1)]))
 
 
 def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:

@@ -266,7 +266,7 @@ def test_a_device_that_fails_is_no_reason_for_other_bits(tiny_qwen2_5_vl: Path, 
 
 def test_the_backend_stands_in_every_cache_key(tiny_qwen2_5_vl: Path) -> None:
     engines = [engine_with(tiny_qwen2_5_vl, setting) for setting in ("cpu", "auto", "gpu")]
-    other = on_device(engines[0]._mm_part.preprocessor, "gpu", takes=decoders("hevc"))  # type: ignore[arg-type]
+    other = on_device(engines[0]._items._mm_part.preprocessor, "gpu", takes=decoders("hevc"))  # type: ignore[arg-type]
     keys = [engine._items.answers._preprocess_key for engine in engines]
     for engine in engines:
         engine.close()

@@ -286,15 +286,20 @@ def test_a_model_that_answers_too_few_or_too_many_fails_its_batch_alone(
     assert len(engine.submit(data_urls).embeddings) == len(data_urls)
 
 
+class Panic(BaseException):
+    """What Rust code raises through its bindings."""
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError, Panic])
 def test_a_cost_that_cannot_be_told_fails_its_item_alone(
-    engine: MMProcessEngine, data_urls: list[str], monkeypatch: pytest.MonkeyPatch
+    engine: MMProcessEngine, data_urls: list[str], monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
 ) -> None:
     def patches(_: Any) -> int:
-        raise ZeroDivisionError
+        raise error
 
     with monkeypatch.context() as patch:
         patch.setattr(engine._items._mm_part, "patches", patches)
-        with pytest.raises(BadItemsError, match="preprocessing failed with ZeroDivisionError"):
+        with pytest.raises(BadItemsError, match=f"preprocessing failed with {error.__name__}"):
             engine.submit(data_urls[:1])
     assert len(engine.submit(data_urls).embeddings) == len(data_urls)
 

@@ -151,7 +151,7 @@ async def test_an_answer_counts_until_nobody_holds_it(tiny_qwen2_5_vl: Path, url
 async def test_what_cannot_come_in_time_is_refused_at_once(tiny_qwen2_5_vl: Path, urls: list[str]) -> None:
     async with watched(tiny_qwen2_5_vl) as w:
         await w.ask(urls[0])  # it learns how fast the device is
-        w.engine._items.batcher._mean_patches, w.engine._items.batcher._mean_seconds = 16.0, 1.0
+        w.engine._items.batcher._mean_patches, w.engine._items.batcher._mean_device_s = 16.0, 1.0
         w.may_forward.clear()
         first = w.ask(urls[1])
         await until(lambda: len(w.forwards) == 2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -119,10 +119,16 @@ async def test_a_deadline_takes_waiting_work_out_of_the_queue(tiny_qwen2_5_vl: P
         assert w.forwards == [1]
 
 
-async def test_a_cpu_forwards_two_requests_at_once(
-    tiny_qwen2_5_vl: Path, urls: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("two_threads")
+async def test_a_cpu_forwards_two_requests_at_once(tiny_qwen2_5_vl: Path, urls: list[str]) -> None:
     async with watched(tiny_qwen2_5_vl, lanes=2) as w:
         w.may_forward.clear()
         both = [w.ask(url) for url in urls[:2]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rtp_mm.config import load_settings
 from rtp_mm.engine.caches import Embedded
-from rtp_mm.engine.forward import Forward, Launched, NonFiniteError, to_host
+from rtp_mm.engine.forward import Forward, Launched, NonFiniteError, WholeForward, to_host
 from rtp_mm.engine.waiting_line import Work
 from rtp_mm.errors import ProcessError
 from rtp_mm.models.multimodal_common import ACT_DTYPES
@@ -75,15 +75,28 @@ class Meeting(Part):
     is_reentrant = True
 
     def __init__(self) -> None:
-        self.second_is_here, self.first_may_end = threading.Event(), threading.Event()
-        self.threads: dict[str, int] = {}
+        self.first_is_here, self.first_may_go_on = threading.Event(), threading.Event()
+        self.first_has_stepped, self.first_may_end = threading.Event(), threading.Event()
+        self.threads: dict[str, list[int]] = {}
+
+    def call_between_steps(self, step: Callable[[], None]) -> None:
+        self.step = step
 
     def mm_process_batch(self, values: list[Any], types: Any, configs: Any) -> list[Any]:
         [name] = values
-        self.threads[name] = torch.get_num_threads()
+        self.threads[name] = [torch.get_num_threads()]
         if name == "first":
-            self.second_is_here.set()
+            self.first_is_here.set()
+            assert self.first_may_go_on.wait(30)
+            self.step()
+            self.threads[name].append(torch.get_num_threads())
+            self.first_has_stepped.set()
             assert self.first_may_end.wait(30)
+            self.step()
+            self.threads[name].append(torch.get_num_threads())
+        elif name == "second":
+            self.first_may_go_on.set()
+            assert self.first_has_stepped.wait(30)
         return [tokens(1)]
 
 
@@ -96,26 +109,29 @@ def four_threads() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("four_threads")
-def test_a_forward_beside_another_has_half_of_the_threads() -> None:
-    """On their own threads: the caller's are left as they are."""
+def test_a_forward_beside_another_has_half_of_the_threads_from_its_next_step_on() -> None:
+    """On their own threads: the caller's are left as they are, even where he calls the model himself."""
     part = Meeting()
     forward = Forward(part, torch.float32)  # type: ignore[arg-type]
     assert forward.lanes == 2
     with ThreadPoolExecutor(2) as lanes:
         first = lanes.submit(forward.launch, [work("first")])
-        assert part.second_is_here.wait(30)
+        assert part.first_is_here.wait(30)
         lanes.submit(forward.launch, [work("second")]).result(30)
         part.first_may_end.set()
         first.result(30)
         lanes.submit(forward.launch, [work("third")]).result(30)
         assert lanes.submit(torch.get_num_threads).result(30) == 4
-    assert part.threads == {"first": 4, "second": 2, "third": 4}
-    assert torch.get_num_threads() == 4
+    assert part.threads == {"first": [4, 2, 4], "second": [2], "third": [4]}
+    torch.set_num_threads(3)
+    part.step()
+    assert torch.get_num_threads() == 3
 
 
 @pytest.mark.usefixtures("four_threads")
 def test_a_model_that_does_not_allow_it_runs_in_one_lane_with_all_threads() -> None:
     assert Forward(Part(), torch.float32).lanes == 1  # type: ignore[arg-type]
+    assert WholeForward(Meeting(), torch.float32).lanes == 1  # type: ignore[arg-type]
 
 
 def test_nothing_is_looked_at_before_it_has_arrived() -> None:

@@ -131,7 +131,7 @@ def test_a_group_may_be_taken_twice() -> None:
 
 
 @pytest.mark.parametrize("rows", [[], [random_rows(0)], [random_rows(0), random_rows(0)]])
-@pytest.mark.parametrize("order", [None, torch.empty(0, dtype=torch.int32)])
+@pytest.mark.parametrize("order", [None, torch.empty(0, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)])
 def test_no_rows_give_no_rows(order: Tensor | None, rows: list[Tensor]) -> None:
     _, packed, bias = packed_weight(8)
     assert ops.packed_patch_embed(rows, packed, bias, order=order).shape == (0, 8)

@@ -52,7 +52,7 @@ def run(
             engine.close()
     if save is not None:
         with writing(save):
-            _save(save, result)
+            save_result(save, result)
     print(*_lines(urls, result), sep="\n")
 
 
@@ -75,14 +75,14 @@ def _lines(urls: Sequence[str], result: MMEmbeddingRes) -> Iterator[str]:
     yield "  ".join(f"{stage} {milliseconds:.1f} ms" for stage, milliseconds in result.timings_ms.items())
 
 
-def _save(path: Path, result: MMEmbeddingRes) -> None:
+def save_result(path: Path, result: MMEmbeddingRes) -> None:
     """`embedding.N` and `position_ids.N` of every item; numpy has no bf16, so an .npz holds float32 in its place."""
     tensors = {f"embedding.{i}": tensor for i, tensor in enumerate(result.embeddings)}
     tensors |= {f"position_ids.{i}": tensor for i, tensor in enumerate(result.position_ids or ())}
     if path.suffix == ".safetensors":
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+        path.write_bytes(save({name: tensor.contiguous() for name, tensor in tensors.items()}))
         return
     import numpy as np
     import torch

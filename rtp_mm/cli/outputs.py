@@ -14,7 +14,7 @@ def check_output(option: str, path: Path, suffixes: Sequence[str]) -> None:
     """Raises `StartError` for a file of another kind, or where none can be written."""
     if path.suffix not in suffixes:
         raise StartError(f"{option} must end in {' or '.join(suffixes)}, got {path}")
-    if not os.access(path.parent, os.W_OK) or path.is_dir():
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
         raise StartError(f"{option}: {path} cannot be written")
 
 

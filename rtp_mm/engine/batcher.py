@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -26,6 +26,13 @@ _GONE = "the device is gone: restart the server"
 _MEMORY = 0.8  # how much of its rate the past keeps at each forward
 
 
+class _Moment(NamedTuple):
+    """By the clock, and by the device's time: of a second each of k busy lanes gets 1 / k."""
+
+    clock_s: float
+    device_s: float
+
+
 class _Lane:
     """Forwards one behind another: a thread launches them, another waits for their answers, in the same order."""
 
@@ -35,7 +42,7 @@ class _Lane:
         self.launching: list[Work] | None = None  # where the launch fails, until that is sorted out
         self.in_flight = 0  # forwards: that one, and those launched whose answers are awaited
         self.patches = 0  # in them
-        self.last_end = float("-inf")  # of a forward; the answer thread's
+        self.last_end = _Moment(float("-inf"), float("-inf"))  # of a forward
 
     @property
     def can_launch(self) -> bool:
@@ -68,8 +75,8 @@ class Batcher:
         self.items = 0  # in all forwards
         self.patches = 0
         self.step_latency_ms = 0.0  # of the last forward
-        self._last_end = float("-inf")  # of any forward
-        self._mean_patches = self._mean_seconds = 0.0  # of a forward, of late
+        self._now = _Moment(clock(), 0.0)  # when a forward was last launched or answered
+        self._mean_patches = self._mean_device_s = 0.0  # of a forward, of late
 
     @property
     def waiting(self) -> int:
@@ -81,7 +88,7 @@ class Batcher:
 
     def seconds_for(self, patches: int) -> float:
         """How long the device takes for so many, judged by its last forwards; 0 before the first."""
-        return patches * self._mean_seconds / self._mean_patches if self._mean_patches else 0.0
+        return patches * self._mean_device_s / self._mean_patches if self._mean_patches else 0.0
 
     def seconds_before(self, patches: int) -> float:
         """How long an item of `patches` that came now would wait; see `seconds_for`."""
@@ -138,17 +145,25 @@ class Batcher:
             batch = self._halves.pop() if self._halves else self._line.take()
             batch = [work for work in batch if not work.answer.done()]  # the others' callers left
             if batch:
+                launched = self._advance()
                 lane.launching = batch
                 lane.in_flight += 1
                 lane.patches += self._cost(batch)
                 launch = lane.device_thread.submit(self._launch, lane, batch)
                 step = lane.answer_thread.submit(_collected, launch)
-                lane.answer_thread.submit(self._finish, lane, batch, self._clock(), step)  # one thread: after it
+                lane.answer_thread.submit(self._finish, lane, batch, launched, step)  # one thread: after it
 
     def _next_lane(self) -> _Lane | None:
         """The emptiest of those that can launch."""
         free = [] if self._is_closed else [lane for lane in self._lanes if lane.can_launch]
         return min(free, key=lambda lane: lane.in_flight, default=None)
+
+    def _advance(self) -> _Moment:
+        """Now; the time since the last moment goes to the lanes that were busy."""
+        clock_s, busy = self._clock(), sum(lane.in_flight > 0 for lane in self._lanes)
+        device_s = self._now.device_s + (clock_s - self._now.clock_s) / max(1, busy)
+        self._now = _Moment(clock_s, device_s)
+        return self._now
 
     def _cost(self, batch: list[Work]) -> int:
         return sum(map(self._line.cost, batch))
@@ -177,15 +192,15 @@ class Batcher:
 
     # --- on an answer thread
 
-    def _finish(self, lane: _Lane, batch: list[Work], launched_at: float, step: Future[list[Outcome]]) -> None:
+    def _finish(self, lane: _Lane, batch: list[Work], launched: _Moment, step: Future[list[Outcome]]) -> None:
         """Answers a batch, or sorts what is to go again, and has the next one launched."""
-        started, lane.last_end = max(launched_at, lane.last_end), self._clock()
-        seconds = lane.last_end - started
         error = step.exception()
         is_gone = error is not None and self._forward.is_device_gone()
         outcomes: Sequence[Outcome] = step.result() if error is None else [_as_mm_error(error)] * len(batch)
         with self._lock:
-            self._count(lane, batch, launched_at, seconds, has_failed=error is not None)
+            started, lane.last_end = max(launched, lane.last_end), self._advance()
+            seconds = lane.last_end.clock_s - started.clock_s
+            self._count(lane, batch, seconds, lane.last_end.device_s - started.device_s, has_failed=error is not None)
             if is_gone:
                 self.is_device_gone = True
                 batch = batch + self._everything()
@@ -200,13 +215,13 @@ class Batcher:
             self._launch_ready()
         answered = [(w, outcome) for w, outcome in zip(batch, outcomes, strict=True) if w not in suspects]
         for work, _ in answered:
-            work.timings_ms = {"queue": (started - work.queued_at) * 1e3, "forward": seconds * 1e3}
+            work.timings_ms = {"queue": (started.clock_s - work.queued_at) * 1e3, "forward": seconds * 1e3}
         if answered:
             loop = answered[0][0].answer.get_loop()
             with suppress(RuntimeError):  # the loop is closed: nobody waits any more
                 loop.call_soon_threadsafe(_answer, answered)
 
-    def _count(self, lane: _Lane, batch: list[Work], launched_at: float, seconds: float, *, has_failed: bool) -> None:
+    def _count(self, lane: _Lane, batch: list[Work], seconds: float, device_s: float, *, has_failed: bool) -> None:
         patches = self._cost(batch)
         if lane.launching is batch:  # it failed
             lane.launching = None
@@ -217,12 +232,10 @@ class Batcher:
         self.items += len(batch)
         self.patches += patches
         self.step_latency_ms = seconds * 1e3
-        # What the device gave all lanes: the seconds since any of them got an answer, so that none count twice.
-        since, self._last_end = max(launched_at, self._last_end), max(lane.last_end, self._last_end)
         if not has_failed:
             weight = 1 - _MEMORY if self._mean_patches else 1.0
             self._mean_patches += weight * (patches - self._mean_patches)
-            self._mean_seconds += weight * (max(lane.last_end - since, 0.0) - self._mean_seconds)
+            self._mean_device_s += weight * (device_s - self._mean_device_s)
 
 
 def _nothing() -> None:

@@ -55,9 +55,14 @@ class Forward:
         self._mm_part = mm_part
         self._dtype = dtype
         self._threads = torch.get_num_threads()
-        self.lanes = min(LANES, self._threads) if mm_part.is_reentrant else 1
-        self._launches = 0  # under way
+        self.lanes = self._choose_lanes()
+        self._inside: set[int] = set()  # threads whose launch is under way
         self._lock = threading.Lock()  # over it
+        if self.lanes > 1:
+            mm_part.call_between_steps(self._take_share_of_threads)
+
+    def _choose_lanes(self) -> int:
+        return min(LANES, self._threads) if self._mm_part.is_reentrant else 1
 
     def launch(self, batch: Sequence[Work]) -> Launched:
         """On a lane's thread. Raises what the model raises.
@@ -66,7 +71,7 @@ class Forward:
         launch took of the device's memory is free again when it returns, for the next one on the same stream: two in
         flight take no more than one. Each lane of a CPU takes its own.
         """
-        with self._share_of_threads(), torch.inference_mode():
+        with self._sharing_threads(), torch.inference_mode():
             results = self._embed(batch)
             if len(results) != len(batch):
                 raise ProcessError(f"the model answered {len(batch)} items with {len(results)} embeddings")
@@ -78,23 +83,37 @@ class Forward:
         )
 
     @contextmanager
-    def _share_of_threads(self) -> Iterator[None]:
-        """All threads for a forward that starts alone, its share for one that starts beside another."""
+    def _sharing_threads(self) -> Iterator[None]:
+        """All of torch's threads for a forward while it runs alone, its share while it runs beside another.
+
+        Their number is a thread's own; but what a thread starts with, in the whole process, is the number set last.
+        """
         if self.lanes == 1:
             yield
             return
+        thread = threading.get_ident()
         with self._lock:
-            self._launches += 1
-            torch.set_num_threads(max(1, self._threads // self._launches))  # of this thread, and of new ones
+            self._inside.add(thread)
         try:
+            self._take_share_of_threads()
             yield
         finally:
             with self._lock:
-                self._launches -= 1
+                self._inside.remove(thread)
                 torch.set_num_threads(self._threads)
+
+    def _take_share_of_threads(self) -> None:
+        """Between two steps of a forward, which another may have joined or left meanwhile."""
+        with self._lock:
+            if threading.get_ident() not in self._inside:  # somebody else's call of the model
+                return
+            share = max(1, self._threads // len(self._inside))
+            if share != torch.get_num_threads():
+                torch.set_num_threads(share)
 
     def enter_thread(self) -> None:
         """On each thread that will call: a thread starts on the first device, and kernels run on the thread's."""
+        torch.get_num_threads()  # a thread's first question sets its number to the process's: here, not amid a forward
         if self.device.type == "cuda" and self.device.index is not None:
             torch.cuda.set_device(self.device)
 
@@ -120,6 +139,9 @@ class Forward:
 
 class WholeForward(Forward):
     """For a third party's part with an `mm_embedding` of its own, from URL to answer: `Work.value` is the input."""
+
+    def _choose_lanes(self) -> int:
+        return 1
 
     def _embed(self, batch: Sequence[Work]) -> Sequence[Tensor | Embedding]:
         return [self._embed_one(work) for work in batch]

@@ -51,12 +51,12 @@ class ItemPipeline:
         self._clock = clock
         self._seal = seal
         self._on_device = mm_part.device_preprocessor
-        self._predictor = mm_part.preprocessor if isinstance(mm_part.preprocessor, Predicts) else None
         self._row_bytes = getattr(mm_part.preprocessor, "row_bytes", 0)
         self._is_whole = type(mm_part).mm_embedding is not MultiModalEmbeddingInterface.mm_embedding
         forward = (WholeForward if self._is_whole else Forward)(mm_part, ACT_DTYPES[model.config.data_type])
         self.limits = device_limits(mm_part, settings)
         bound_clips(mm_part, self.limits)
+        self._predictor = mm_part.preprocessor if isinstance(mm_part.preprocessor, Predicts) else None
         self.batcher = Batcher(forward, self.limits.batch)
         self.admission = Admission(
             settings.mm_max_queue_size,

@@ -48,6 +48,7 @@ class MMProcessEngine:
         self._items = ItemPipeline(model, settings, lambda: self._home.loop.time(), seal)
         self._home = Home(loop)  # after what may fail: it starts a thread
         self._requests: dict[asyncio.Task[Any], asyncio.Future[None]] = {}  # those that wait, and the end of each
+        self._ended: set[asyncio.Task[Any]] = set()  # by the end of the engine
         self._finished = 0
 
     # --- a request's way
@@ -71,7 +72,9 @@ class MMProcessEngine:
         self, inputs: Sequence[MultimodalInput], caller: Caller, timeout_s: float | None
     ) -> MMEmbeddingRes:
         limit_s = time_limit_s(inputs, timeout_s, self._settings)
-        with self._items.admission.visiting(sum(map(_message_bytes, inputs)), self._home.loop.time() + limit_s) as visit:
+        with self._items.admission.visiting(
+            sum(map(_message_bytes, inputs)), self._home.loop.time() + limit_s
+        ) as visit:
             try:
                 if limit_s <= 0:
                     raise _late(limit_s)
@@ -80,7 +83,9 @@ class MMProcessEngine:
                     each.outcome for each in begun if each.outcome is not None
                 ]
                 if len(outcomes) < len(begun):
-                    ways = [self._items.end(each, item, caller, visit) for each, item in zip(begun, inputs, strict=True)]
+                    ways = [
+                        self._items.end(each, item, caller, visit) for each, item in zip(begun, inputs, strict=True)
+                    ]
                     outcomes = await self._all_within(limit_s, ways)
             finally:
                 self._finished += 1
@@ -108,7 +113,7 @@ class MMProcessEngine:
                 raise
             raise _late(limit_s) from None
         except asyncio.CancelledError:
-            if not self._home.is_closed:
+            if task not in self._ended:
                 raise
             task.uncancel()
             raise closed() from None
@@ -153,7 +158,8 @@ class MMProcessEngine:
 
     async def _shut_down(self) -> None:
         """Ends all requests, then what they used."""
-        for task in self._requests:
+        self._ended = {*self._requests}
+        for task in self._ended:
             task.cancel()
         await asyncio.gather(*self._requests.values())
         await self._items.close()

@@ -123,6 +123,9 @@ class PreprocessWorkers:
             self._pinned.close()
 
 
+_NOT_A_FAILURE = asyncio.CancelledError | KeyboardInterrupt | SystemExit | GeneratorExit
+
+
 class _AsMMError:
     """What a third party's code raises inside it leaves as `MMError`; its own text and stack stay in the log."""
 
@@ -135,6 +138,7 @@ class _AsMMError:
     def __exit__(self, kind: object, error: BaseException | None, stack: object) -> None:
         if isinstance(error, MemoryError):
             raise WrongFormatError("preprocessing needs more memory than there is") from None
-        if isinstance(error, Exception) and not isinstance(error, MMError):
+        # More than `Exception`: a panic of Rust code is none.
+        if error is not None and not isinstance(error, MMError | _NOT_A_FAILURE):
             _log.error("preprocessing of %s failed", self._source, exc_info=error)
             raise ProcessError(f"preprocessing failed with {type(error).__name__}") from None

@@ -10,7 +10,7 @@ also set `preprocessor`, which runs in torch-free workers, and `mm_process_batch
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from io import BytesIO
@@ -87,6 +87,11 @@ class MultiModalEmbeddingInterface:
         """Whether several threads may be in `mm_process_batch`, each with any number of torch's threads, for the same
         bits."""
         return False
+
+    def call_between_steps(self, step: Callable[[], None]) -> None:
+        """Has a reentrant part call `step` now and then on the thread that is in `mm_process_batch`: there a forward's
+        share of torch's threads changes.
+        """
 
     def mm_embedding(self, url: str, mm_type: MMUrlType = MMUrlType.DEFAULT, **kwargs: Any) -> Embedding:
         """One URL to (embedding, position ids), one step after the other; `configs` holds an `MMPreprocessConfig`.

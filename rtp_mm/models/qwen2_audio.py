@@ -5,7 +5,7 @@ Source: arXiv 2407.10759 and the published checkpoints' `config.json`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,9 @@ class Qwen2AudioEmbedding(MultiModalEmbeddingInterface):
     @property
     def is_reentrant(self) -> bool:
         return self.tower.is_reentrant
+
+    def call_between_steps(self, step: Callable[[], None]) -> None:
+        self.tower.between_blocks = step
 
     def mm_process(self, mm_input: LogMel, **kwargs: Any) -> Tensor:
         return self.tower([mm_input])[0]  # type: ignore[no-any-return]

@@ -5,7 +5,7 @@ Source: arXiv 2409.12191 and the published checkpoints' `config.json`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,9 @@ class Qwen2VLEmbedding(MultiModalEmbeddingInterface):
     @property
     def is_reentrant(self) -> bool:
         return self.tower.is_reentrant
+
+    def call_between_steps(self, step: Callable[[], None]) -> None:
+        self.tower.between_blocks = step
 
     @property
     def answer_key(self) -> tuple[object, ...]:

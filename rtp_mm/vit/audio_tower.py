@@ -218,6 +218,7 @@ class AudioTower(Tower):
         """All blocks: [P, d_model] float32."""
         delta = None
         for block in self.layers:
+            self.between_blocks()
             delta = block(batch.x, delta, batch.full, batch.rotary)
         return batch.x if delta is None else batch.x + delta
 

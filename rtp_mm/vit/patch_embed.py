@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from rtp_mm import ops
+from rtp_mm.errors import ProcessError
 from rtp_mm.vit.packing import as_tensors, packed_rows
 
 Rows = Sequence[NDArray[np.uint8] | Tensor]  # [n, K] each, on the host, or tensors on the tower's device
@@ -83,7 +84,10 @@ class PatchEmbed(nn.Module):
     def forward(self, rows: Rows, order: Tensor | None) -> Tensor:
         """`rows` of one kind, counted one item after another; `order` [N / G] int32: output group g of G rows is input
         group order[g]."""
-        return self._by_columns[rows[0].shape[1]](rows, order)
+        columns = rows[0].shape[1]
+        if columns not in self._by_columns:
+            raise ProcessError(f"patch rows must have {' or '.join(map(str, self._by_columns))} columns, got {columns}")
+        return self._by_columns[columns](rows, order)
 
 
 def _terms(weight: Tensor, dtype: torch.dtype) -> Tensor:

@@ -166,6 +166,7 @@ class VisionTower(Tower):
         """Blocks and merger: [N / merge^2, out_hidden_size] in the compute dtype, in the tower's row order."""
         delta = None
         for index, block in enumerate(self.blocks):
+            self.between_blocks()
             segments = batch.full if index in self.config.full_attention_blocks else batch.windows
             delta = block(batch.x, delta, segments, batch.rotary)
         tokens: Tensor = self.merger(batch.x, delta)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from rtp_mm import ops
 from rtp_mm.config import Settings
 from rtp_mm.vit.attention import choose_attention
 from rtp_mm.vit.graphs import Batch, CudaCapture, CudaGraphs, use_graphs
@@ -35,6 +36,10 @@ class TowerOptions:
         )
 
 
+def _nothing() -> None:
+    pass
+
+
 class Tower(nn.Module):
     """Packs many items into one forward. Built on the meta device; `rtp_mm.vit.weights.load_weights` gives it tensors,
     then `prepare` makes of them what its GEMMs read.
@@ -47,6 +52,7 @@ class Tower(nn.Module):
         self.device = device
         self.compute_dtype = compute_dtype(dtype, device)
         self.attention_backend = choose_attention(self.options.attention, self.compute_dtype, device)
+        self.between_blocks: Callable[[], None] = _nothing
         self._run: Callable[[Batch], Tensor] = self._run_eagerly
 
     def _choose_gemms(self) -> tuple[type[Gemm], type[Gemm], int]:
@@ -65,10 +71,10 @@ class Tower(nn.Module):
 
     @property
     def is_reentrant(self) -> bool:
-        """Whether several threads may run it at once, each with any number of torch's threads, for the same bits: on a
-        CPU in float32. oneDNN's bf16 products round by the number of threads.
+        """Whether several threads may run it at once, each with any number of torch's threads, for the same bits: our
+        own kernels on a CPU. oneDNN's bf16 products round by the number of threads.
         """
-        return self.device.type == "cpu" and self.compute_dtype == torch.float32
+        return self.attention_backend == "packed" and not ops.uses_triton(self.device)
 
     def _run_eagerly(self, batch: Batch) -> Tensor:
         """What a graph can hold: all that depends on a batch's rows and segments alone."""
