@@ -9,6 +9,7 @@ are dropped from the page cache first, so that every byte read is seen.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import subprocess
@@ -35,6 +36,8 @@ def proc_value(file: str, key: str) -> int:
 
 def measure(checkpoint: Path, act_type: str) -> dict[str, Any]:
     """In a process of its own."""
+    import torch
+
     from rtp_mm.config import load_settings
     from rtp_mm.models.registry import load_model
 
@@ -52,8 +55,9 @@ def measure(checkpoint: Path, act_type: str) -> dict[str, Any]:
     seconds, read = time.perf_counter() - started, proc_value("io", "read_bytes") - read_before
     is_done.set()
     watcher.join()
-    tower = model.mm_part.tower
-    held = sum(t.nbytes for t in (*tower.parameters(), *tower.buffers()))
+    tensors = [t for t in gc.get_objects() if isinstance(t, torch.Tensor) and not t.is_meta]  # packed weights, too
+    held = sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+    del model  # until here it holds them
     return {"seconds": seconds, "peak_anonymous_bytes": peak_kb * 1024, "bytes_read": read, "tower_held_bytes": held}
 
 

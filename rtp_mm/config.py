@@ -192,8 +192,8 @@ class Settings(BaseSettings):
     )
     vit_max_batch_patches: Positive | None = Field(
         None,
-        description="patches in one forward, a larger image goes alone; default: 4096 on a CPU, 32768 on CUDA or what "
-        "the device's free memory holds",
+        description="patches in one forward, of which a CPU runs two side by side; a larger image goes alone; default: "
+        "4096 on a CPU, 32768 on CUDA or what the device's free memory holds",
     )
     mm_attention: Literal["auto", "fastest", "flash", "torch", "packed", "sdpa"] = Field(
         "auto", description="attention backend of the tower; auto: the first that can run, fastest: measured at start"
