@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -16,6 +17,13 @@ from rtp_mm.engine.forward import NonFiniteError, Outcome
 from rtp_mm.engine.waiting_line import Work
 from rtp_mm.errors import ProcessError
 from rtp_mm.types import MMPreprocessConfig, MMUrlType
+
+FAILED = "the forward failed with ZeroDivisionError"
+
+
+def fails_on_bad(values: list[Any]) -> None:
+    if "bad" in values:
+        raise ZeroDivisionError
 
 
 class Answers:
@@ -97,6 +105,22 @@ def run(batcher: Batcher, value: Any, patches: int | None = 10) -> asyncio.Task[
         return embedded.position_ids
 
     return asyncio.create_task(answer())
+
+
+async def check_answers_are_their_own(device: Device) -> None:
+    """Of many works of all sizes, some of them bad, that come faster than the device takes them; nothing is left."""
+    chance = random.Random(0)
+    async with batching(device, max_patches=60) as batcher:
+        values = [chance.choice(["bad", "nan", i, i, i, i]) for i in range(400)]
+        tasks = []
+        for value in values:
+            tasks.append(run(batcher, value, chance.choice([1, 10, 100, None])))
+            if chance.random() < 0.3:
+                await asyncio.sleep(0)
+        named = {"bad": FAILED, "nan": "NaN"}
+        assert await outcomes(tasks) == [named.get(value, value) for value in values]
+        assert {(lane.in_flight, lane.patches) for lane in batcher._lanes} == {(0, 0)}
+        assert batcher.waiting == 0
 
 
 async def outcomes(tasks: Sequence[asyncio.Task[Any]]) -> list[Any]:

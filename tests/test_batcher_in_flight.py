@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import random
 import threading
 import weakref
 from collections.abc import AsyncIterator
@@ -13,7 +12,17 @@ from typing import Any
 
 import pytest
 import torch
-from batching import Answers, Device, Gpu, batching, outcomes, run
+from batching import (
+    FAILED,
+    Answers,
+    Device,
+    Gpu,
+    batching,
+    check_answers_are_their_own,
+    fails_on_bad,
+    outcomes,
+    run,
+)
 from waiting import until
 
 from rtp_mm.engine.batcher import Batcher
@@ -21,16 +30,10 @@ from rtp_mm.errors import WrongFormatError
 from rtp_mm.types import MMPreprocessConfig, MMUrlType
 
 GONE = "the device is gone: restart the server"
-FAILED = "the forward failed with ZeroDivisionError"
 
 
 class Rows:
     """Memory that the device reads or writes."""
-
-
-def fails_on_bad(values: list[Any]) -> None:
-    if "bad" in values:
-        raise ZeroDivisionError
 
 
 @asynccontextmanager
@@ -276,7 +279,6 @@ async def test_inputs_are_kept_until_their_forward_ends_and_no_longer(error: typ
 
 
 async def test_everybody_gets_his_own_answer_however_launches_and_ends_fall() -> None:
-    chance = random.Random(0)
     in_flight = most = 0
     lock = threading.Lock()
 
@@ -298,15 +300,5 @@ async def test_everybody_gets_his_own_answer_however_launches_and_ends_fall() ->
                 in_flight -= 1
             return super().outcomes(values)
 
-    gpu = Busy(fails_on_bad)
-    async with batching(gpu, max_patches=60) as batcher:
-        values = [chance.choice(["bad", "nan", i, i, i, i]) for i in range(400)]
-        tasks = []
-        for value in values:
-            tasks.append(run(batcher, value, chance.choice([1, 10, 100, None])))
-            if chance.random() < 0.3:
-                await asyncio.sleep(0)
-        named = {"bad": FAILED, "nan": "NaN"}
-        assert await outcomes(tasks) == [named.get(value, value) for value in values]
-        assert ([(lane.in_flight, lane.patches) for lane in batcher._lanes], batcher.waiting) == ([(0, 0)], 0)
+    await check_answers_are_their_own(Busy(fails_on_bad))
     assert most == 2

@@ -3,26 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import random
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
-from batching import Answers, Device, batching, outcomes, run
+from batching import FAILED, Answers, Device, batching, check_answers_are_their_own, fails_on_bad, outcomes, run
 from waiting import until
 
 from rtp_mm.engine.batcher import Batcher
 from rtp_mm.engine.waiting_line import Work
 from rtp_mm.types import MMPreprocessConfig, MMUrlType
-
-FAILED = "the forward failed with ZeroDivisionError"
-
-
-def fails_on_bad(values: list[Any]) -> None:
-    if "bad" in values:
-        raise ZeroDivisionError
 
 
 class Cpu(Device):
@@ -173,18 +165,7 @@ async def test_nobody_is_told_to_wait_for_a_lane_while_the_other_is_free() -> No
 
 
 async def test_everybody_gets_his_own_answer_from_either_lane() -> None:
-    chance = random.Random(0)
-
     class Free(Device):
         lanes = 2
 
-    async with batching(Free(fails_on_bad), max_patches=60) as batcher:
-        values = [chance.choice(["bad", "nan", i, i, i, i]) for i in range(400)]
-        tasks = []
-        for value in values:
-            tasks.append(run(batcher, value, chance.choice([1, 10, 100, None])))
-            if chance.random() < 0.3:
-                await asyncio.sleep(0)
-        named = {"bad": FAILED, "nan": "NaN"}
-        assert await outcomes(tasks) == [named.get(value, value) for value in values]
-        assert ([(lane.in_flight, lane.patches) for lane in batcher._lanes], batcher.waiting) == ([(0, 0)] * 2, 0)
+    await check_answers_are_their_own(Free(fails_on_bad))

@@ -14,6 +14,7 @@ import pytest
 import torch
 from aiohttp import web
 from numpy.typing import NDArray
+from torch_threads import torch_threads
 from waiting import until
 from watched_engine import SMALL, STRANGER, watched
 from web_source import Source
@@ -121,10 +122,8 @@ async def test_a_deadline_takes_waiting_work_out_of_the_queue(tiny_qwen2_5_vl: P
 
 @pytest.fixture
 def two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+    with torch_threads(2):
+        yield
 
 
 @pytest.mark.usefixtures("two_threads")

@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import require
 from torch import Tensor
+from torch_threads import torch_threads
 
 from rtp_mm.config import load_settings
 from rtp_mm.engine.caches import Embedded
@@ -102,10 +103,8 @@ class Meeting(Part):
 
 @pytest.fixture
 def four_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(4)
-    yield
-    torch.set_num_threads(before)
+    with torch_threads(4):
+        yield
 
 
 @pytest.mark.usefixtures("four_threads")

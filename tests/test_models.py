@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch_threads import torch_threads
 
 from rtp_mm.config import load_settings
 from rtp_mm.errors import StartError
@@ -116,13 +117,10 @@ def test_a_tower_of_nan_does_not_start(tiny_qwen2_vl: Path, tmp_path: Path) -> N
 
 
 def test_torch_threads_count_for_the_thread_that_runs_the_tower(tiny_qwen2_vl: Path) -> None:
-    before = torch.get_num_threads()
-    try:
+    with torch_threads():
         for threads in (1, 3):
             load_model(load_settings(checkpoint_path=tiny_qwen2_vl, mm_torch_threads=threads))
             with ThreadPoolExecutor(1) as another:
                 assert another.submit(torch.get_num_threads).result() == threads
         load_model(load_settings(checkpoint_path=tiny_qwen2_vl))
         assert torch.get_num_threads() == 3
-    finally:
-        torch.set_num_threads(before)

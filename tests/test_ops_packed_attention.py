@@ -9,6 +9,7 @@ import pytest
 import reference
 import torch
 from torch import Tensor
+from torch_threads import torch_threads
 
 from rtp_mm import ops
 from rtp_mm.vit.attention import Segments, sdpa
@@ -97,12 +98,10 @@ def test_the_memory_layout_is_invisible() -> None:
 
 def test_the_thread_count_is_invisible() -> None:
     qkv, cos, sin = random_inputs(400, 3, 16)
-    threads = torch.get_num_threads()
     results = []
     for n in (1, 2, 3):
-        torch.set_num_threads(n)
-        results.append(ops.packed_attention(qkv, cos, sin, cumulative([300, 100])))
-    torch.set_num_threads(threads)
+        with torch_threads(n):
+            results.append(ops.packed_attention(qkv, cos, sin, cumulative([300, 100])))
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
 

@@ -7,6 +7,7 @@ import reference
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch_threads import torch_threads
 
 from rtp_mm import ops
 
@@ -103,12 +104,10 @@ def test_batching_is_invisible(activation: str) -> None:
 
 def test_the_thread_count_is_invisible() -> None:
     layer = random_layer(460, 140, 70)
-    threads = torch.get_num_threads()
     results = []
     for n in (1, 2, 3):
-        torch.set_num_threads(n)
-        results.append(packed(*layer))
-    torch.set_num_threads(threads)
+        with torch_threads(n):
+            results.append(packed(*layer))
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
 

@@ -10,8 +10,10 @@ import torch
 from conftest import require
 from torch import Tensor
 from torch.nn.functional import linear
+from torch_threads import torch_threads
 
 from rtp_mm import ops
+from rtp_mm.vit.patch_embed import TermsProjection
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 K, D = 588, 1280  # a still patch of 14 x 14 pixels into Qwen2.5-VL's width
@@ -49,6 +51,32 @@ def test_error_is_at_most_twice_that_of_plain_pytorch(n: int, k: int, d: int) ->
     assert error(ours, exact) <= 2 * error(linear(rows.float() - 128, weight[0], bias), exact) + 1e-7
 
 
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-7), (torch.bfloat16, 1e-5), (torch.float16, 1e-6)])
+@pytest.mark.parametrize("size", [2e-3, 1e-9])
+def test_the_terms_for_cuda_stand_for_the_weight(
+    dtype: torch.dtype, limit: float, size: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However small it is, fp16's exponents or not; through the twin, as CUDA's operator takes them."""
+    weight = torch.randn(40, K, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * size
+    bias, rows = torch.zeros(40), [random_rows(8), random_rows(4)]
+    order = torch.tensor([2, 0, 1], dtype=torch.int32)
+    taken: list[torch.dtype] = []
+
+    def twin(rows: Tensor, terms: Tensor, bias: Tensor, *, scale: float, order: Tensor, dtype: torch.dtype) -> Tensor:
+        taken.append(terms.dtype)
+        return reference.patch_embed(rows, terms, bias, scale=scale, order=order)
+
+    monkeypatch.setattr(ops, "patch_embed", twin)
+    ours = TermsProjection(weight, bias, dtype)(rows, order)
+    exact = (torch.cat(rows).double() - 128) @ weight.T
+    assert error(ours, exact.unflatten(0, (3, 4))[order.long()].flatten(0, 1)) < limit
+    assert taken == [dtype]
+    if dtype != torch.float32:
+        assert (
+            error((torch.cat(rows).double() - 128) @ weight.to(dtype).double().T, exact) > limit
+        )  # one term is not enough
+
+
 def test_the_centre_counts() -> None:
     rows, (weight, packed, bias) = random_rows(16), packed_weight(D)
     exact = reference.patch_embed(rows, weight, bias)
@@ -82,12 +110,10 @@ def test_items_are_read_one_after_another_wherever_they_lie() -> None:
 
 def test_the_thread_count_is_invisible() -> None:
     rows, (_, packed, bias) = random_rows(500), packed_weight(150)
-    threads = torch.get_num_threads()
     results = []
     for n in (1, 2, 3):
-        torch.set_num_threads(n)
-        results.append(ops.packed_patch_embed([rows], packed, bias))
-    torch.set_num_threads(threads)
+        with torch_threads(n):
+            results.append(ops.packed_patch_embed([rows], packed, bias))
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from conftest import require
+from torch_threads import torch_threads
 
 from rtp_mm.config import load_settings
 from rtp_mm.models.multimodal_common import as_embedding
@@ -46,12 +47,9 @@ def check_batching_is_invisible(part: Any, items: Sequence[Any]) -> None:
             assert torch.equal(embedding, alone[i][0]), f"item {i} in {order}, {threads} threads"
             assert position_ids is alone[i][1] or torch.equal(position_ids, alone[i][1])
 
-    threads = torch.get_num_threads()
-    try:
+    with torch_threads():
         for seed in range(4):
-            check(seed, threads)
+            check(seed, torch.get_num_threads())
         if part.is_reentrant:
             with ThreadPoolExecutor(2) as lanes:
                 assert len([*lanes.map(check, range(8), [1, 2, 3, 1] * 2)]) == 8
-    finally:
-        torch.set_num_threads(threads)
