@@ -36,15 +36,32 @@ def test_the_oldest_request_is_never_refused_and_the_next_becomes_it() -> None:
     assert admission.rejections == {"bytes": 1, "patches": 1}
 
 
-def test_a_download_begins_only_where_some_patches_still_fit() -> None:
+def test_a_download_begins_only_where_its_patches_will_probably_fit() -> None:
+    """Before anything is known an item counts as a thirty-second of the queue; then as items have been of late."""
     admission = new_admission()
     with admission.visiting(0, 0) as first, admission.visiting(0, 0) as second:
-        with admission.holding(first, Cost(96, 0)):
-            admission.check_room(second)
-        with admission.holding(first, Cost(97, 0)):
-            admission.check_room(first)
-            with pytest.raises(QueueFullError, match="MM_MAX_QUEUE_PATCHES"):
-                admission.check_room(second)
+        admission.patches = 96
+        admission.check_room(second, downloads=0)
+        with pytest.raises(QueueFullError, match="beside 1 downloads"):
+            admission.check_room(second, downloads=1)
+        admission.check_room(first, downloads=1)
+        admission.patches = 0
+        for _ in range(100):
+            with admission.holding(first, Cost(10, 0)):
+                pass
+        admission.patches = 71
+        admission.check_room(second, downloads=1)
+        with pytest.raises(QueueFullError):
+            admission.check_room(second, downloads=2)
+
+
+def test_downloads_that_never_end_leave_half_of_the_queue_to_others() -> None:
+    admission = new_admission()
+    with admission.visiting(0, 0) as first, admission.visiting(0, 0) as second:
+        with admission.holding(first, Cost(50, 0)):
+            admission.check_room(second, downloads=1000)
+        with admission.holding(first, Cost(51, 0)), pytest.raises(QueueFullError):
+            admission.check_room(second, downloads=1000)
 
 
 def test_requests_are_counted_below_at_and_above_the_limit() -> None:

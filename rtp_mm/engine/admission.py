@@ -17,7 +17,9 @@ from rtp_mm.errors import QueueFullError, WrongFormatError
 from rtp_mm.media.probe import probe
 from rtp_mm.types import Blob, MMUrlType, PreprocessOptions
 
-LEAST_ROOM = 1 / 32  # of the patches that may wait: where less is left, nothing is downloaded any more
+FIRST_GUESS = 1 / 32  # of the patches that may wait: what a download comes to, before any has shown it
+MEMORY = 16  # items that this is learnt from, about
+DOWNLOADS_SHARE = 1 / 2  # of the patches that may wait, at most, for what downloads come to: slow ones idle no device
 MIN_RETRY_AFTER_MS = 100  # before any forward has shown how long one takes
 
 
@@ -59,6 +61,7 @@ class Admission:
         self._seconds_for = seconds_for
         self._visits: dict[Visit, None] = {}  # the oldest first
         self.patches = 0
+        self._usual_patches = FIRST_GUESS * max_patches  # of an item
         self._nbytes = 0
         self._lock = threading.RLock()  # over `_visits`, `_nbytes` and `rejections`
         self._returned: deque[int] = deque()  # bytes that are held no more
@@ -101,6 +104,7 @@ class Admission:
     def holding(self, visit: Visit, cost: Cost) -> Iterator[None]:
         """Work for `visit` that costs so much while it is under way. Raises `QueueFullError`."""
         self._check(visit, cost)
+        self._usual_patches += (cost.patches - self._usual_patches) / MEMORY
         self.patches += cost.patches
         self._add(cost.nbytes)
         try:
@@ -109,12 +113,13 @@ class Admission:
             self.patches -= cost.patches
             self._add(-cost.nbytes)
 
-    def check_room(self, visit: Visit) -> None:
-        """Before a download for `visit`, of which nobody knows yet how many patches it will be. Raises `QueueFullError`
-        where hardly any fit: it would be thrown away, and the work with it.
+    def check_room(self, visit: Visit, downloads: int) -> None:
+        """Before a download for `visit`, beside so many others. Raises `QueueFullError` where there is no room for what
+        they usually come to: it would be thrown away, and the work with it.
         """
-        if self.patches > (1 - LEAST_ROOM) * self._max_patches and not self._is_oldest(visit):
-            raise self._patches_refusal()
+        coming = min((downloads + 1) * self._usual_patches, DOWNLOADS_SHARE * self._max_patches)
+        if self.patches + coming > self._max_patches and not self._is_oldest(visit):
+            raise self._patches_refusal(f" beside {downloads} downloads")
 
     @contextmanager
     def metering(self, visit: Visit) -> Iterator[Callable[[int], None]]:
@@ -171,8 +176,8 @@ class Admission:
         with self._lock:
             return next(iter(self._visits), visit) is visit
 
-    def _patches_refusal(self) -> QueueFullError:
-        return self._refusal("patches", f"{self.patches} patches are waiting or running (MM_MAX_QUEUE_PATCHES)")
+    def _patches_refusal(self, beside: str = "") -> QueueFullError:
+        return self._refusal("patches", f"{self.patches} patches are waiting or running{beside} (MM_MAX_QUEUE_PATCHES)")
 
     def _refusal(self, reason: str, text: str) -> QueueFullError:
         with self._lock:

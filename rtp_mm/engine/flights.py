@@ -30,6 +30,9 @@ class Flights(Generic[Result]):
     def __contains__(self, key: Hashable) -> bool:
         return key in self._flights
 
+    def __len__(self) -> int:
+        return len(self._flights)
+
     async def join(self, key: Hashable, work: Callable[[], Coroutine[Any, Any, Result]]) -> Result:
         """The result of the work under way for `key`, which `work()` starts where there is none."""
         flight = self._flights.get(key) or self._start(key, work())

@@ -131,7 +131,7 @@ class ItemPipeline:
     def _check_room(self, item: MultimodalInput, visit: Visit) -> None:
         """Raises `QueueFullError` for what would begin a download in vain."""
         if not _is_enclosed(item) and self._fetch_key(item) not in self._fetches:
-            self.admission.check_room(visit)
+            self.admission.check_room(visit, len(self._fetches))
 
     def _fetch_key(self, item: MultimodalInput) -> tuple[str, SizeLimit]:
         return item.url, self.fetcher.limit(item)
