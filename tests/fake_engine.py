@@ -5,12 +5,14 @@
     img:<tokens>       that many rows
     slow:<seconds>     two rows, after a while
     fail:<class>       that class of rtp_mm.errors, or any built-in exception
+    frozen:            a row for every thousand objects that the garbage collector looks at no more
 """
 
 from __future__ import annotations
 
 import asyncio
 import builtins
+import gc
 import random
 import socket
 import sys
@@ -82,6 +84,8 @@ class FakeEngine:
             return 2
         if kind == "fail":
             raise failure(argument)
+        if kind == "frozen":
+            return gc.get_freeze_count() // 1000
         return int(argument) if kind == "img" else 2
 
     def worker_status(self) -> WorkerStatus:

@@ -149,6 +149,12 @@ def test_the_ready_line_names_what_serves_where() -> None:
         assert f"http=127.0.0.1:{port} grpc=127.0.0.1:{port + 1} model=fake dtype=bf16 device=cpu " in line
 
 
+def test_the_garbage_collector_leaves_alone_what_the_start_brought() -> None:
+    with process() as server:
+        server.wait_for("ok")
+        assert server.engine.submit(["frozen:"]).embeddings[0].shape[0] > 20
+
+
 def test_a_model_that_does_not_load_is_one_line_and_status_1() -> None:
     with process("--model_type", "broken") as server:
         assert server.exit_status() == 1

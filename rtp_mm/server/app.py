@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import signal
 import socket
@@ -70,6 +71,7 @@ async def serve(settings: Settings, load_engine: LoadEngine) -> bool:
             await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
             if not stopped.done():
                 loaded = loading.result()
+                _spare_garbage_collector()
                 state.serve(loaded)
                 await _set_health(healths, state)
                 _log_ready(loaded, settings, time.perf_counter() - started)
@@ -125,6 +127,13 @@ async def open_ports(state: ServerState, settings: Settings) -> AsyncIterator[he
         await server.stop(grace=_LAST_WORDS_S)
         await runner.cleanup()
         await asyncio.to_thread(spans.close)
+
+
+def _spare_garbage_collector() -> None:
+    """What is there by now stays to the end: modules, the model. Looking through it again and again would stop all
+    threads for 0.1 s each time."""
+    gc.collect()
+    gc.freeze()
 
 
 def _log_ready(loaded: Loaded, settings: Settings, seconds: float) -> None:
