@@ -38,6 +38,7 @@ from benchmarks.load import (
     is_healthy,
     is_listening,
     ours,
+    pooled,
     started,
 )
 from benchmarks.report import RESULTS, write_result
@@ -95,7 +96,7 @@ async def measure(options: argparse.Namespace, servers: list[Contender], photos:
 
 async def side_by_side(options: argparse.Namespace, servers: list[Contender], clients: Clients) -> dict[str, Any]:
     """The capacity of both, then arrivals at parts of the peer's."""
-    rounds, costs = await capacities(options, servers, clients)
+    rounds, costs = await capacities(options, servers, clients, options.rounds)
     capacity = {name: statistics.median(rates) for name, rates in rounds.items()}
     base = capacity["Hugging Face"]
     levels = {}
@@ -115,35 +116,39 @@ async def side_by_side(options: argparse.Namespace, servers: list[Contender], cl
 
 
 async def overload(options: argparse.Namespace, servers: list[Contender], clients: Clients) -> dict[str, Any]:
-    """Arrivals over our capacity, which is taken before and after: the machine may have become another meanwhile."""
-    before, _ = await capacities(options, servers, clients)
-    rate = statistics.median(before["ours"])
-    levels = {}
-    for name, share in {"0.5x": 0.5, "3x": OVERLOAD, "0.5x again": 0.5}.items():
-        seconds = options.overload_seconds if share == OVERLOAD else options.seconds
-        levels[name] = {"ours": (await clients["ours"].open_loop(share * rate, seconds)).summary()}
-    after, costs = await capacities(options, servers, clients)
-    capacity = statistics.median(before["ours"] + after["ours"])
+    """Arrivals over our capacity, which is taken before and after every minute of them: the machine's speed changes."""
+    client = clients["ours"]
+    rates, costs = await capacities(options, servers, clients, 1)
+    half = (await client.open_loop(0.5 * rates["ours"][0], options.seconds)).summary()
+    minutes, shares = [], []
+    for _ in track(range(options.rounds), "overload"):
+        before = rates["ours"][-1]
+        minutes.append(await client.open_loop(OVERLOAD * before, options.overload_seconds))
+        again = (await client.open_loop(0.5 * before, options.seconds)).summary()
+        [after] = (await capacities(options, servers, clients, 1))[0]["ours"]
+        rates["ours"].append(after)
+        shares.append(minutes[-1].per_second / statistics.mean([before, after]))
     return {
-        "capacity_per_second": {"ours": capacity},
-        "rounds": {"before": before["ours"], "after": after["ours"]},
+        "capacity_per_second": {"ours": statistics.median(rates["ours"])},
+        "rounds": rates,
         "cost": costs,
-        "levels": levels,
-        "goodput_share": levels["3x"]["ours"]["per_second"] / capacity,
+        "levels": {"0.5x": {"ours": half}, "3x": {"ours": pooled(minutes).summary()}, "0.5x again": {"ours": again}},
+        "goodput_shares": shares,
+        "goodput_share": statistics.median(shares),
     }
 
 
 async def capacities(
-    options: argparse.Namespace, servers: list[Contender], clients: Clients
+    options: argparse.Namespace, servers: list[Contender], clients: Clients, count: int
 ) -> tuple[dict[str, list[float]], dict[str, dict[str, float]]]:
     """Answers a second of each, round by round, with `options.callers` requests at once; what the last round cost."""
     rounds: dict[str, list[float]] = {server.name: [] for server in servers}
     costs: dict[str, dict[str, float]] = {}
-    for _ in track(range(options.rounds), "capacity"):
+    for _ in track(range(count), "capacity"):
         for server in servers:
             with Cost(server.process) as cost:
                 outcome = await clients[server.name].closed_loop(options.callers, options.seconds)
-            rounds[server.name].append(len(outcome.latencies_s) / outcome.seconds)
+            rounds[server.name].append(outcome.per_second)
             answers = max(1, len(outcome.latencies_s))
             costs[server.name] = {"cpu_ms_per_image": cost.cpu_s / answers * 1e3, "peak_pss_bytes": cost.peak_bytes}
             if outcome.errors:

@@ -39,18 +39,32 @@ class Outcome:
     errors: Counter[str] = field(default_factory=Counter)
     refused_s: list[float] = field(default_factory=list)  # how long a RESOURCE_EXHAUSTED took
 
+    @property
+    def per_second(self) -> float:
+        return len(self.latencies_s) / self.seconds
+
     def summary(self) -> dict[str, Any]:
         """Throughput of good answers, latency in milliseconds, errors by status."""
         ms = np.array(self.latencies_s or [float("nan")]) * 1e3
         summary = {
             "answers": len(self.latencies_s),
-            "per_second": len(self.latencies_s) / self.seconds,
+            "per_second": self.per_second,
             **{f"p{q}_ms": float(np.percentile(ms, q)) for q in (50, 95, 99)},
             "errors": dict(self.errors),
         }
         if self.refused_s:
             summary["refused_p99_ms"] = float(np.percentile(np.array(self.refused_s) * 1e3, 99))
         return summary
+
+
+def pooled(outcomes: Sequence[Outcome]) -> Outcome:
+    """Several runs as one."""
+    return Outcome(
+        sum(each.seconds for each in outcomes),
+        [latency for each in outcomes for latency in each.latencies_s],
+        sum((each.errors for each in outcomes), Counter()),
+        [latency for each in outcomes for latency in each.refused_s],
+    )
 
 
 class Client:
