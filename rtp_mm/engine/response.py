@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from rtp_mm.engine.caches import Embedded
@@ -49,17 +49,17 @@ def as_response(
 
     `is_own`: the answer is ours to read; a library's caller, who may write into it, gets copies of what is cached.
     """
-    failures = []
+    failed: dict[int, MMError] = {}
     answers: list[Answer] = []
-    for index, (item, outcome) in enumerate(zip(inputs, outcomes, strict=True)):
+    for index, outcome in enumerate(outcomes):
         if isinstance(outcome, MMError):
-            failures.append(ItemFailure(index, redact(item.url), outcome))
+            failed[index] = outcome
         elif isinstance(outcome, BaseException):
             raise outcome
         else:
             answers.append(outcome)
-    if failures:
-        raise _as_one_error(failures)
+    if failed:
+        raise _as_one_error(inputs, failed)
     timings: Timings = {}
     for answer in answers:
         for stage, milliseconds in answer.timings_ms.items():
@@ -81,10 +81,9 @@ def as_response(
     )
 
 
-def _as_one_error(failures: Sequence[ItemFailure]) -> MMError:
+def _as_one_error(inputs: Sequence[MultimodalInput], failed: Mapping[int, MMError]) -> MMError:
     """A full queue refuses the request as a whole, with its `retry_after_ms`, unless some item must fail again."""
-    error = BadItemsError(failures)
-    full = [failure.error for failure in failures if isinstance(failure.error, QueueFullError)]
-    if full and error.status != "INVALID_ARGUMENT":
+    full = [error for error in failed.values() if isinstance(error, QueueFullError)]
+    if full and not any(error.status == "INVALID_ARGUMENT" for error in failed.values()):
         return max(full, key=lambda refusal: refusal.retry_after_ms)
-    return error
+    return BadItemsError([ItemFailure(index, redact(inputs[index].url), error) for index, error in failed.items()])

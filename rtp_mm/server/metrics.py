@@ -115,9 +115,13 @@ class Metrics:
             self._stages(stage).observe(milliseconds / 1e3)
         for mm_type, count in call.types.items():
             self._items(mm_type).inc(count)
-        self._tokens.inc(call.tokens or 0)
-        self._received.inc(call.received_bytes or 0)
-        self._sent.inc(call.sent_bytes or 0)
+        for counter, amount in (
+            (self._tokens, call.tokens),
+            (self._received, call.received_bytes),
+            (self._sent, call.sent_bytes),
+        ):
+            if amount:
+                counter.inc(amount)
 
     def refused(self, protocol: str) -> None:
         """A call without the right credentials; `protocol` is grpc or http."""
