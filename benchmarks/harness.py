@@ -24,7 +24,10 @@ class Timing:
 
     @classmethod
     def of(cls, seconds: Sequence[float]) -> Timing:
-        low, median, high = statistics.quantiles([1e3 * s for s in seconds], n=4, method="inclusive")
+        milliseconds = [1e3 * s for s in seconds]
+        if len(milliseconds) == 1:  # of which Python 3.11 tells no quartiles
+            milliseconds *= 2
+        low, median, high = statistics.quantiles(milliseconds, n=4, method="inclusive")
         return cls(round(median, 4), (round(low, 4), round(high, 4)), round(1e3 * min(seconds), 4))
 
 
