@@ -24,8 +24,13 @@ namespace py = pybind11;
 namespace rtp_mm {
 namespace {
 
-constexpr std::array kLevels = {std::pair{"portable", ResizeLevel::kPortable}, std::pair{"avx2", ResizeLevel::kAvx2},
+constexpr std::array kLevels = {std::pair{"portable", ResizeLevel::kPortable},
+#ifdef __aarch64__
+                                std::pair{"neon_i8mm", ResizeLevel::kNeonI8mm}};
+#else
+                                std::pair{"avx2", ResizeLevel::kAvx2},
                                 std::pair{"avx512_vnni", ResizeLevel::kAvx512Vnni}};
+#endif
 
 // `message()` is called where the condition does not hold: it takes longer than a small image.
 template <class Message>

@@ -2,41 +2,77 @@
 
 #pragma once
 
+#ifdef __aarch64__
+#include <sys/auxv.h>
+#endif
+
 namespace rtp_mm {
 
-// Each one a superset of those before.
+// Each one a superset of those before. Portable is what every CPU of the architecture has: SSE2 on x86-64, NEON on ARM.
+#ifdef __aarch64__
+enum class Isa { kPortable, kNeonI8mm };
+#else
 enum class Isa { kPortable, kAvx2, kAvx512, kAvx512Vnni };
+#endif
 
 inline Isa best_isa() {  // of this CPU
-#ifdef __x86_64__
+#if defined(__x86_64__)
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl")) {
     return __builtin_cpu_supports("avx512vnni") ? Isa::kAvx512Vnni : Isa::kAvx512;
   }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Isa::kAvx2;
+#elif defined(__aarch64__)
+  constexpr unsigned long kHwcap2I8mm = 1 << 13;  // Linux's HWCAP2_I8MM, which older headers lack
+  if (getauxval(AT_HWCAP2) & kHwcap2I8mm) return Isa::kNeonI8mm;
 #endif
   return Isa::kPortable;
 }
 
-// What a kernel knows of an instruction set: floats in a vector, and how many vectors a matrix product may hold.
+// What a kernel knows of an instruction set: floats in a vector, and how many vectors a matrix product may hold; and
+// whether one instruction multiplies words of four bytes (see multiply_add).
 // Without FMA a product and its sum need a few of the 16 registers. kVectors is the width of the widest strip: the
 // wider, the fewer loads, until too few rows are left.
 struct Portable {
+#ifdef __aarch64__
+  static constexpr int kLanes = 4, kRegisters = 28, kVectors = 4;
+#else
   static constexpr int kLanes = 4, kRegisters = 12, kVectors = 2;
+#endif
+  static constexpr bool kMultipliesBytes = false;
+};
+struct NeonI8mm : Portable {
+  static constexpr bool kMultipliesBytes = true;
 };
 struct Avx2 {
   static constexpr int kLanes = 8, kRegisters = 16, kVectors = 2;
+  static constexpr bool kMultipliesBytes = false;
 };
 struct Avx512 {
   static constexpr int kLanes = 16, kRegisters = 32, kVectors = 4;
+  static constexpr bool kMultipliesBytes = false;
 };
-struct Avx512Vnni : Avx512 {};
+struct Avx512Vnni : Avx512 {
+  static constexpr bool kMultipliesBytes = true;
+};
 
 #define RTP_MM_INLINE [[gnu::always_inline]] inline
 
+// Compiles a function for NeonI8mm. The assembler wants armv8.2-a for it, which the build's own options, where it has
+// some, must not be brought down to.
+#ifdef __aarch64__
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+#define RTP_MM_I8MM
+#elif defined(__ARM_FEATURE_DOTPROD)
+#define RTP_MM_I8MM __attribute__((target("+i8mm")))
+#else
+#define RTP_MM_I8MM __attribute__((target("arch=armv8.2-a+i8mm")))
+#endif
+#endif
+
 namespace detail {
 
-#ifdef __x86_64__
+#if defined(__x86_64__)
 template <class Arch, class Kernel, class... Args>
 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma"))) void on_avx512(Args... args) {
   Kernel::template run<Arch>(args...);
@@ -45,6 +81,11 @@ __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma"))) void on_avx512
 template <class Kernel, class... Args>
 __attribute__((target("avx2,fma"))) void on_avx2(Args... args) {
   Kernel::template run<Avx2>(args...);
+}
+#elif defined(__aarch64__)
+template <class Kernel, class... Args>
+RTP_MM_I8MM void on_neon_i8mm(Args... args) {
+  Kernel::template run<NeonI8mm>(args...);
 }
 #endif
 
@@ -56,15 +97,20 @@ void on_portable(Args... args) {
 }  // namespace detail
 
 // Kernel::run<Arch>(args...), compiled for `isa`. All that it calls must be RTP_MM_INLINE, as it is itself: only what
-// is inlined gets the caller's instructions. A kernel whose kUsesVnni is true is compiled for Avx512Vnni too.
+// is inlined gets the caller's instructions. A kernel whose kMultipliesBytes is true is compiled for those that do too.
 template <class Kernel, class... Args>
-void run(Isa isa, Args... args) {
-#ifdef __x86_64__
-  if constexpr (requires { requires Kernel::kUsesVnni; }) {
+void run([[maybe_unused]] Isa isa, Args... args) {
+  [[maybe_unused]] constexpr bool kMultipliesBytes = requires { requires Kernel::kMultipliesBytes; };
+#if defined(__x86_64__)
+  if constexpr (kMultipliesBytes) {
     if (isa == Isa::kAvx512Vnni) return detail::on_avx512<Avx512Vnni, Kernel, Args...>(args...);
   }
   if (isa >= Isa::kAvx512) return detail::on_avx512<Avx512, Kernel, Args...>(args...);
   if (isa == Isa::kAvx2) return detail::on_avx2<Kernel, Args...>(args...);
+#elif defined(__aarch64__)
+  if constexpr (kMultipliesBytes) {
+    if (isa == Isa::kNeonI8mm) return detail::on_neon_i8mm<Kernel, Args...>(args...);
+  }
 #endif
   detail::on_portable<Kernel, Args...>(args...);
 }

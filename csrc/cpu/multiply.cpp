@@ -11,7 +11,7 @@ namespace {
 // Element i of row r is left[r * kStripDepth + i], or, transposed, left[i * stride + r].
 template <class Word, bool kIsTransposed>
 struct Multiply {
-  static constexpr bool kUsesVnni = std::is_same_v<Word, FourBytes>;
+  static constexpr bool kMultipliesBytes = std::is_same_v<Word, FourBytes>;
 
   // Accumulators, a row of the panel and one element of the left operand fill the registers.
   template <class Arch>
@@ -71,7 +71,7 @@ struct Multiply {
                                      stride, column, p.sums + r * p.sums_stride + column, next, ahead_step);
       }
     }
-    if constexpr (kVectors > 1) columns<Arch, kVectors / 2>(p, left, stride, column, ahead);
+    if constexpr (kVectors * Arch::kLanes > kColumnUnit) columns<Arch, kVectors / 2>(p, left, stride, column, ahead);
   }
 
   template <class Arch>

@@ -26,7 +26,8 @@ int64_t tile_rows(int64_t m) { return ceil_div(m, std::max<int64_t>(ceil_div(m, 
 struct Widen {
   template <class Arch, class Weight>
   RTP_MM_INLINE static void run(const Weight* weight, int64_t count, float* dst) {
-    for (int64_t i = 0; i < count; i += Arch::kLanes) at<Arch>(dst + i) = widened<Arch>(weight + i);
+    using Lanes = Wide<Arch, Weight>;
+    for (int64_t i = 0; i < count; i += Lanes::kLanes) at<Lanes>(dst + i) = widened<Lanes>(weight + i);
   }
 };
 

@@ -30,13 +30,14 @@ struct QuantizeRows {
     return std::bit_cast<float>(result);
   }
 
-  template <class Arch>
+  template <class Lanes>
   RTP_MM_INLINE static void quantize(const float* x, int64_t count, float factor, uint8_t* dst) {
     int64_t i = 0;
-    for (; i + Arch::kLanes <= count; i += Arch::kLanes) {
-      const Vector<Arch> shifted = at<Arch>(x + i) * factor + kToByte;
-      using Byte = typename Simd<Arch::kLanes>::Byte;
-      *reinterpret_cast<Byte*>(dst + i) = __builtin_convertvector(reinterpret_cast<IntVector<Arch>>(shifted), Byte);
+    for (; i + Lanes::kLanes <= count; i += Lanes::kLanes) {
+      const Vector<Lanes> shifted = at<Lanes>(x + i) * factor + kToByte;
+      using Types = Simd<Lanes::kLanes>;
+      const auto halves = __builtin_convertvector(reinterpret_cast<IntVector<Lanes>>(shifted), typename Types::Half);
+      *reinterpret_cast<typename Types::Byte*>(dst + i) = __builtin_convertvector(halves, typename Types::Byte);
     }
     for (; i < count; ++i) dst[i] = static_cast<uint8_t>(std::bit_cast<uint32_t>(x[i] * factor + kToByte));
     for (; i % kBytes; ++i) dst[i] = 128;
@@ -48,8 +49,8 @@ struct QuantizeRows {
       const float top = largest<Arch>(x, k), bounded = top < kSmallest ? kSmallest : top;
       scales[r] = bounded / 127;
       for (int64_t begin = 0; begin < k; begin += kStripBytes) {
-        quantize<Arch>(x + begin, std::min(kStripBytes, k - begin), 127 / bounded,
-                       strips + begin * rows + r * kStripBytes);
+        quantize<Wide<Arch, uint8_t>>(x + begin, std::min(kStripBytes, k - begin), 127 / bounded,
+                                      strips + begin * rows + r * kStripBytes);
       }
     }
   }

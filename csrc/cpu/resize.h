@@ -7,7 +7,11 @@
 namespace rtp_mm {
 
 // Instruction sets that the kernels are written for, each one faster than those before; all give the same bytes.
+#ifdef __aarch64__
+enum class ResizeLevel { kPortable, kNeonI8mm };
+#else
 enum class ResizeLevel { kPortable, kAvx2, kAvx512Vnni };
+#endif
 
 ResizeLevel best_resize_level();  // of this CPU
 

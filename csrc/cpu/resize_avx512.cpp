@@ -1,5 +1,4 @@
-// AVX-512 with VNNI: vpdpbusd multiplies four unsigned bytes by four signed ones. A coefficient of 24 bits is three
-// signed bytes, high * 65536 + middle * 256 + low.
+// AVX-512 with VNNI: vpdpbusd multiplies four unsigned bytes by four signed ones.
 
 #ifdef __x86_64__
 
@@ -18,19 +17,6 @@
 
 namespace rtp_mm {
 namespace {
-
-QuadTaps encode(const int32_t* coefficients) {
-  uint32_t words[3] = {};
-  for (int byte = 0; byte < 4; ++byte) {
-    int32_t rest = coefficients[byte];
-    for (int limb = 0; limb < 3; ++limb) {
-      const auto signed_byte = static_cast<int8_t>(rest);
-      words[2 - limb] |= static_cast<uint32_t>(static_cast<uint8_t>(signed_byte)) << (8 * byte);
-      rest = (rest - signed_byte) / 256;
-    }
-  }
-  return {{static_cast<int32_t>(words[0]), static_cast<int32_t>(words[1]), static_cast<int32_t>(words[2]), 0}};
-}
 
 AVX512_INLINE __m512i load(const uint32_t* quads) { return _mm512_load_si512(quads); }
 
@@ -275,7 +261,8 @@ AVX512 void cut(const uint8_t* lines, int64_t line, int64_t plane, int64_t patch
 
 }  // namespace
 
-const ResizeKernels kResizeAvx512Vnni = {encode, gather_columns, horizontal, interleave, vertical, separate, cut};
+const ResizeKernels kResizeAvx512Vnni = {signed_byte_taps, gather_columns, horizontal, interleave,
+                                         vertical,         separate,       cut};
 
 }  // namespace rtp_mm
 

@@ -23,6 +23,21 @@ struct QuadTaps {
   int32_t words[4];
 };
 
+// Coefficients as three signed bytes each, high * 65536 + middle * 256 + low, a word of the four high ones and so on:
+// for instruction sets that multiply bytes.
+inline QuadTaps signed_byte_taps(const int32_t* coefficients) {
+  uint32_t words[3] = {};
+  for (int byte = 0; byte < 4; ++byte) {
+    int32_t rest = coefficients[byte];
+    for (int limb = 0; limb < 3; ++limb) {
+      const auto signed_byte = static_cast<int8_t>(rest);
+      words[2 - limb] |= static_cast<uint32_t>(static_cast<uint8_t>(signed_byte)) << (8 * byte);
+      rest = (rest - signed_byte) / 256;
+    }
+  }
+  return {{static_cast<int32_t>(words[0]), static_cast<int32_t>(words[1]), static_cast<int32_t>(words[2]), 0}};
+}
+
 // How one output column or row comes about: from `count` quads and as many QuadTaps.
 struct OutputTaps {
   int32_t first;  // quad that holds the first tap
@@ -119,6 +134,9 @@ extern const ResizeKernels kResizePortable;
 #ifdef __x86_64__
 extern const ResizeKernels kResizeAvx2;
 extern const ResizeKernels kResizeAvx512Vnni;
+#endif
+#ifdef __aarch64__
+extern const ResizeKernels kResizeNeonI8mm;
 #endif
 
 }  // namespace rtp_mm

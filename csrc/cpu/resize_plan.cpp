@@ -5,6 +5,7 @@
 #include <tuple>
 #include <utility>
 
+#include "cpu/isa.h"
 #include "cpu/resize_windows.h"
 #include "shared_cache.h"
 
@@ -86,22 +87,25 @@ std::shared_ptr<const ResizeAxis> resize_axis(int64_t size, int64_t out_size, Re
   });
 }
 
-const ResizeKernels& resize_kernels(ResizeLevel level) {
-#ifdef __x86_64__
+const ResizeKernels& resize_kernels([[maybe_unused]] ResizeLevel level) {
+#if defined(__x86_64__)
   if (level == ResizeLevel::kAvx512Vnni) return kResizeAvx512Vnni;
   if (level == ResizeLevel::kAvx2) return kResizeAvx2;
+#elif defined(__aarch64__)
+  if (level == ResizeLevel::kNeonI8mm) return kResizeNeonI8mm;
 #endif
-  static_cast<void>(level);
   return kResizePortable;
 }
 
 ResizeLevel best_resize_level() {
-#ifdef __x86_64__
+#if defined(__x86_64__)
   if (__builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vnni")) {
     return ResizeLevel::kAvx512Vnni;
   }
   if (__builtin_cpu_supports("avx2")) return ResizeLevel::kAvx2;
+#elif defined(__aarch64__)
+  if (best_isa() == Isa::kNeonI8mm) return ResizeLevel::kNeonI8mm;
 #endif
   return ResizeLevel::kPortable;
 }

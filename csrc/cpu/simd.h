@@ -2,8 +2,8 @@
 
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
-#include <type_traits>
 
 #include "cpu/float_formats.h"
 #include "cpu/isa.h"
@@ -62,16 +62,27 @@ RTP_MM_INLINE void multiply_add(Vector<Arch>& sum, float a, const Vector<Arch>& 
 // The same of words that hold four bytes each, 0 to 255 in `a` and -128 to 127 in `b`: the four products are added.
 template <class Arch>
 RTP_MM_INLINE void multiply_add(IntVector<Arch>& sum, int32_t a, const IntVector<Arch>& b) {
-  if constexpr (std::is_same_v<Arch, Avx512Vnni>) {
+  if constexpr (Arch::kMultipliesBytes) {
     // gcc 12 spills an array of sums around the intrinsic at every step, and so it does if the assembler's operand is
     // an element of the array itself.
     IntVector<Arch> total = sum;
+#if defined(__x86_64__)
     asm("vpdpbusd %2, %1, %0" : "+v"(total) : "v"(IntVector<Arch>{} + a), "v"(b));
+#elif defined(__aarch64__)
+    asm("usdot %0.4s, %1.16b, %2.16b" : "+w"(total) : "w"(IntVector<Arch>{} + a), "w"(b));
+#endif
     sum = total;
   } else {
     for (int shift = 0; shift < 32; shift += 8) sum += (a >> shift & 0xff) * (b << (24 - shift) >> 24);
   }
 }
+
+// As many lanes as Arch has, or as 16 bytes of narrower elements have: gcc 12 widens and narrows less than that one
+// element at a time.
+template <class Arch, class Narrow>
+struct Wide {
+  static constexpr int kLanes = std::max(Arch::kLanes, static_cast<int>(16 / sizeof(Narrow)));
+};
 
 // kLanes values in float32, exactly.
 template <class Arch>
@@ -96,9 +107,9 @@ RTP_MM_INLINE Vector<Arch> widened(const Float16* p) {
   const auto magnitude = bits & 0x7fff;
   // The product moves the exponent's bias from 15 to 127 and normalises; infinity and NaN go up to the top.
   const Vector<Arch> scaled = reinterpret_cast<Vector<Arch>>(magnitude << 13) * 0x1p112f;
-  const auto top = magnitude >= 0x7c00 ? (bits ^ bits) + 0x7f800000 : (bits ^ bits);
-  const auto word = reinterpret_cast<typename Types::Word>(scaled) | top | (bits & 0x8000) << 16;
-  return reinterpret_cast<Vector<Arch>>(word);
+  const auto top = reinterpret_cast<typename Types::Index>(0x7bff - magnitude) >> 31 & 0x7f800000;
+  const auto word = reinterpret_cast<typename Types::Word>(scaled) | reinterpret_cast<typename Types::Word>(top);
+  return reinterpret_cast<Vector<Arch>>(word | (bits & 0x8000) << 16);
 }
 
 // The sum of a vector's lanes, folded in halves.

@@ -287,8 +287,8 @@ int main() {
     test_vision_positions({2, 5, 7}, 1, window);
     test_vision_positions({}, 2, window);
   }
-  for (const Isa isa : {Isa::kPortable, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Vnni}) {
-    if (isa > best_isa()) break;
+  for (int level = 0; level <= static_cast<int>(best_isa()); ++level) {
+    const Isa isa{level};
     test_packed_linear<float>(isa, Activation::kNone, true, 1, 1, 1);
     test_packed_linear<BFloat16>(isa, Activation::kGelu, false, 29, 129, 33);
     test_packed_linear<Float16>(isa, Activation::kQuickGelu, true, 15, 256, 64);
