@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import arm_compiled
 import numpy as np
 import pytest
 import skimage.data
@@ -43,16 +44,20 @@ FEATURES: dict[str, Callable[[], bool]] = {
     "triton": lambda: _is_installed("triton"),
     "flash": lambda: _is_installed("flash_attn"),
     "dali": lambda: _is_installed("nvidia.dali"),
+    "arm": arm_compiled.is_available,
 }
 
 
-def require(feature: str) -> None:
-    """Skips the test where `feature` is missing, or fails it where `RTP_MM_REQUIRE=cuda,dali` names the feature."""
+def require(feature: str, packages: str = "") -> None:
+    """Skips the test where `feature` is missing, or fails it where `RTP_MM_REQUIRE=cuda,dali` names the feature.
+
+    packages: what to install to have it.
+    """
     if FEATURES[feature]():
         return
     if feature in os.environ.get("RTP_MM_REQUIRE", "").split(","):
         pytest.fail(f"RTP_MM_REQUIRE names {feature}, and it is not here")
-    pytest.skip(f"no {feature}")
+    pytest.skip(f"no {feature}: install {packages}" if packages else f"no {feature}")
 
 
 watch_sockets()
