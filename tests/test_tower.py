@@ -201,7 +201,7 @@ def test_int8_takes_and_gives_bf16_where_the_tower_computes_in_it() -> None:
 def test_int8_is_refused_where_it_gains_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
     for is_delicate in (False, True):
-        with pytest.raises(StartError, match=r"MM_QUANTIZATION=int8 needs a CPU with AVX-512 VNNI, and this one has"):
+        with pytest.raises(StartError, match=r"MM_QUANTIZATION=int8 needs a CPU with AVX-512 VNNI or ARM's i8mm"):
             choose_gemm(torch.device("cpu"), torch.float32, quantization="int8", is_delicate=is_delicate)
     with pytest.raises(StartError, match=r"MM_QUANTIZATION=int8 needs a CPU, and the tower is on cuda"):
         choose_gemm(torch.device("cuda"), torch.bfloat16, quantization="int8")

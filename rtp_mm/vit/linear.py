@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rtp_mm import ops
+from rtp_mm import _core, ops
 from rtp_mm.errors import StartError
 
 
@@ -179,11 +179,11 @@ def choose_gemm(
 
 
 def _check_int8(device: torch.device) -> None:
-    """Raises `StartError` where int8 gains nothing: without VNNI it runs at 0.4 of float32's speed."""
+    """Raises `StartError` where int8 gains nothing: without products of bytes it runs at 0.4 of float32's speed."""
     if device.type != "cpu":
         raise StartError(f"MM_QUANTIZATION=int8 needs a CPU, and the tower is on {device}")
-    if not torch.cpu._is_vnni_supported():
-        raise StartError("MM_QUANTIZATION=int8 needs a CPU with AVX-512 VNNI, and this one has none")
+    if not torch.cpu._is_vnni_supported() and "neon_i8mm" not in _core.resize_levels():
+        raise StartError("MM_QUANTIZATION=int8 needs a CPU with AVX-512 VNNI or ARM's i8mm, and this one has neither")
 
 
 def _check_fp8(device: torch.device, compute_dtype: torch.dtype) -> None:
