@@ -39,15 +39,17 @@ def compile_objects(folder: Path) -> list[Path]:
     """An object of every algorithm file, in `folder`."""
     options = _own_options()
     sources = [path for path in sorted((CSRC / "cpu").glob("*.cpp")) if not path.stem.endswith("_op")]
-
-    def compiled(source: Path) -> Path:
-        target = folder / f"{source.stem}.o"
-        own = options.get(str(source.relative_to(ROOT)), [])
-        subprocess.run([f"{TOOLS}g++", *FLAGS, "-O3", *own, "-c", source, "-o", target], check=True)
-        return target
-
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(compiled, sources))
+        jobs = [
+            pool.submit(compile_object, path, folder, *options.get(str(path.relative_to(ROOT)), [])) for path in sources
+        ]
+        return [job.result() for job in jobs]
+
+
+def compile_object(source: Path, folder: Path, *options: str) -> Path:
+    target = folder / f"{source.stem}.o"
+    subprocess.run([f"{TOOLS}g++", *FLAGS, "-O3", *options, "-c", source, "-o", target], check=True)
+    return target
 
 
 def link(program: Path, source: Path, objects: Sequence[Path]) -> Path:

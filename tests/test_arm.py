@@ -200,6 +200,7 @@ def largest_loop(objects: list[Path], stem: str, function: str, instruction: str
         ("resize_portable", "vertical", "mla", 0.2),
         ("centre_rows", "centre_rows", "scvtf", 0.1),
         ("packed_linear", "PackedLinear<rtp_mm::BFloat16", "uxtl2", 0.05),
+        ("png_rows", "unfilter<3>", "zip1", 0.05),
     ],
 )
 def test_hot_loops_are_vectors(objects: list[Path], stem: str, function: str, instruction: str, share: float) -> None:
@@ -207,3 +208,15 @@ def test_hot_loops_are_vectors(objects: list[Path], stem: str, function: str, in
     loop = largest_loop(objects, stem, function, instruction)
     assert loop.instructions[instruction] >= share * loop.instructions.total(), loop
     assert instruction not in ("fmla", "usdot", "mla") or loop.spills == 0, loop
+
+
+def test_a_loop_of_single_numbers_is_told_from_vectors(objects: list[Path], tmp_path: Path) -> None:
+    """Adding up floats in order is no work for vectors."""
+    source = tmp_path / "planted.cpp"
+    source.write_text(
+        "float dot(const float* a, const float* b, long n) {\n"
+        "  float sum = 0;\n  for (long i = 0; i < n; ++i) sum += a[i] * b[i];\n  return sum;\n}\n"
+    )
+    found = arm_compiled.loops(arm_compiled.compile_object(source, tmp_path, "-ffp-contract=fast"))
+    assert found
+    assert all(loop.function.startswith("dot(") and loop.instructions["fmla"] == 0 for loop in found)
