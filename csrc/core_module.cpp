@@ -118,9 +118,16 @@ py::array resize_patchify_array(const py::array& image, int64_t height, int64_t 
   return rows;
 }
 
+py::buffer_info bytes_of(const py::buffer& data, const char* function) {
+  py::buffer_info file = data.request();
+  if (file.ndim != 1 || file.itemsize != 1 || file.strides[0] != 1) {
+    throw py::value_error(std::string(function) + ": data must be bytes");
+  }
+  return file;
+}
+
 py::object probe_bytes(const py::buffer& data) {
-  const py::buffer_info file = data.request();
-  if (file.ndim != 1 || file.itemsize != 1 || file.strides[0] != 1) throw py::value_error("probe: data must be bytes");
+  const py::buffer_info file = bytes_of(data, "probe");
   const ProbeResult result = [&] {
     py::gil_scoped_release release;
     return probe(static_cast<const uint8_t*>(file.ptr), file.size);
@@ -130,6 +137,16 @@ py::object probe_bytes(const py::buffer& data) {
   if (!header) return py::none();
   const py::object frames = header->frames ? py::object(py::int_(header->frames)) : py::none();
   return py::make_tuple(header->format, header->width, header->height, frames);
+}
+
+py::tuple animation_of_bytes(const py::buffer& data) {
+  const py::buffer_info file = bytes_of(data, "animation");
+  const Animation animation = [&] {
+    py::gil_scoped_release release;
+    return read_animation(static_cast<const uint8_t*>(file.ptr), file.size);
+  }();
+  const auto frames = static_cast<py::ssize_t>(animation.milliseconds.size());
+  return py::make_tuple(animation.width, animation.height, py::array(frames, animation.milliseconds.data()));
 }
 
 py::object unfilter_png_array(const py::buffer& filtered, int64_t height, int64_t width, int64_t channels) {
@@ -171,6 +188,8 @@ PYBIND11_MODULE(_core, m) {
         "Arrow capsules of an image with pixels of four bytes -> [H, W, 3] uint8, a view.");
   m.def("probe", &rtp_mm::probe_bytes, py::arg("data"),
         "An image file's first bytes -> (format, width, height, frames), bytes needed to tell, or None.");
+  m.def("animation", &rtp_mm::animation_of_bytes, py::arg("data"),
+        "A GIF, WebP, PNG or AVIF file -> width and height of its canvas, [frames] milliseconds.");
   m.def("over_white", &rtp_mm::over_white_array, py::arg("rgba"),
         "[H, W, 4] -> [H, W, 3] uint8: RGBA over opaque white, rounded as Pillow does.");
   m.def("unfilter_png", &rtp_mm::unfilter_png_array, py::arg("filtered"), py::arg("height"), py::arg("width"),

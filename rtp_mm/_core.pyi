@@ -46,6 +46,15 @@ def probe(data: Buffer) -> tuple[str, int, int, int | None] | int | None:
     takes to tell; or `None` for what begins no image.
     """
 
+def animation(data: Buffer) -> tuple[int, int, NDArray[np.float64]]:
+    """The frames of a whole GIF, WebP, PNG or AVIF file by its own headers: see `rtp_mm.media.animation`; releases the
+    GIL meanwhile.
+
+    (Width and height of the canvas that holds them all, [frames] milliseconds that each is shown, as Pillow's
+    `info["duration"]`, 0 where it has none.) A GIF's canvas may be larger than its screen. Raises `ValueError` that
+    says what is wrong with the file.
+    """
+
 def over_white(rgba: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """[H, W, 4] over opaque white to [H, W, 3], rounded as Pillow's `alpha_composite` does; releases the GIL."""
 

@@ -1,6 +1,6 @@
 """An image file of every supported format, in its variants: what mutations and fuzzers begin from.
 
-`python tests/image_seeds.py FOLDER` writes them.
+`python tests/image_seeds.py FOLDER` writes them, and some random animations.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from animations import RANDOM
 from PIL import Image
 
 Variant = tuple[str, str, dict[str, Any]]  # format, mode, options of Pillow's encoder
@@ -62,5 +64,10 @@ def seeds(size: tuple[int, int] = (18, 17)) -> Iterator[tuple[str, bytes]]:
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
     folder.mkdir(parents=True, exist_ok=True)
-    for name, data in seeds():
+    animations = [
+        (f"{number}.{kind.lower()}", make(np.random.default_rng(number)))
+        for kind, make in RANDOM.items()
+        for number in range(10)
+    ]
+    for name, data in [*seeds(), *animations]:
         (folder / name).write_bytes(data)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from animations import RANDOM
 from image_seeds import seeds
 from mutations import mutated
 
@@ -51,7 +52,8 @@ def test_cuda_kernels_are_clean_and_agree_with_the_cpu(tmp_path: Path) -> None:
 
 def probe_inputs(rng: np.random.Generator) -> Iterator[bytes]:
     """Files of every format, whole, cut and damaged."""
-    for _, data in seeds():
+    animations = [make(rng) for make in RANDOM.values() for _ in range(10)]
+    for data in [*(data for _, data in seeds()), *animations]:
         yield data
         yield from (mutated(data, rng) for _ in range(100))
 

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import io
 import random
 from collections.abc import Sequence
-from fractions import Fraction
 
 import numpy as np
 import pytest
 from clips import FRAMES, KINDS, decode_all, encode, moving, sound_only
 from numpy.typing import NDArray
-from PIL import Image
 
 from rtp_mm.errors import NotSupportedError, WrongFormatError
-from rtp_mm.media.animation import open_animation
 from rtp_mm.media.clip import ClipLimits
 from rtp_mm.media.video import open_video
 
@@ -121,42 +117,6 @@ def test_a_stream_that_starts_anywhere_is_what_a_decoder_makes_of_it(start: int,
         assert all(map(np.array_equal, clip.read(range(clip.frames)), expected))
 
 
-# --- animations
-
-
-def animate(frames: Sequence[Pixels], kind: str, milliseconds: int | list[int]) -> bytes:
-    file = io.BytesIO()
-    first, *others = [Image.fromarray(frame) for frame in frames]
-    lossless = {"lossless": True} if kind == "WEBP" else {}
-    first.save(file, kind, save_all=True, append_images=others, duration=milliseconds, loop=0, **lossless)
-    return file.getvalue()
-
-
-@pytest.mark.parametrize("kind", ["WEBP", "PNG", "GIF"])
-def test_animations_are_clips(kind: str, frames: list[Pixels]) -> None:
-    data = animate(frames[:10], kind, 50)
-    with open_animation(data, LIMITS) as clip:
-        assert (clip.frames, clip.fps) == (10, Fraction(20))
-        got = list(clip.read([2, 9]))
-    tolerance = 0 if kind != "GIF" else 60  # a palette of 256 colours
-    assert all(np.abs(g.astype(int) - frames[i]).mean() <= tolerance for g, i in zip(got, [2, 9], strict=True))
-    assert clip.decoded == 10
-
-
-def test_frames_of_an_animation_may_last_differently(frames: list[Pixels]) -> None:
-    with open_animation(animate(frames[:4], "GIF", [100, 200, 300, 400]), LIMITS) as clip:
-        assert clip.fps == 4
-
-
-def test_the_picture_for_viewers_without_animation_is_no_frame(frames: list[Pixels]) -> None:
-    file = io.BytesIO()
-    still, *others = [Image.fromarray(frame) for frame in frames[:4]]
-    still.save(file, "PNG", save_all=True, append_images=others, default_image=True, duration=50)
-    with open_animation(file.getvalue(), LIMITS) as clip:
-        assert (clip.frames, clip.fps) == (3, 20)
-        assert all(map(np.array_equal, clip.read(range(3)), frames[1:4]))
-
-
 # --- what is refused
 
 
@@ -169,16 +129,6 @@ def test_thousands_of_streams_are_called_so(plain: bytes) -> None:
     size = int.from_bytes(plain[moov : moov + 4], "big") + len(copies)
     data = plain[:moov] + size.to_bytes(4, "big") + plain[moov + 4 : trak] + copies + plain[trak:]
     with pytest.raises(WrongFormatError, match="over 64 streams"), open_video(data, LIMITS):
-        pass
-
-
-def test_a_still_of_a_format_without_animation_is_told_what_is_taken(frames: list[Pixels]) -> None:
-    file = io.BytesIO()
-    Image.fromarray(frames[0]).save(file, "JPEG")
-    with (
-        pytest.raises(WrongFormatError, match=r"no image in a supported format \(GIF, WEBP, PNG, AVIF\)"),
-        open_animation(file.getvalue(), LIMITS),
-    ):
         pass
 
 

@@ -2,7 +2,9 @@
 
 #include "cpu/probe.h"
 
+#include <stdexcept>
 #include <string_view>
+#include <utility>
 
 #include "cpu/probe_formats.h"
 
@@ -40,6 +42,9 @@ constexpr Signature kSignatures[] = {
     {""sv, tga},  // which has none: whatever the others leave
 };
 
+constexpr std::pair<std::string_view, AnimationReader*> kAnimations[] = {
+    {"PNG", png_animation}, {"GIF", gif_animation}, {"WEBP", webp_animation}, {"AVIF", avif_animation}};
+
 ProbeResult attempt(HeaderReader* read, const uint8_t* data, size_t size) {
   try {
     const ImageHeader header = read(Bytes(data, size));
@@ -62,6 +67,24 @@ ProbeResult probe(const uint8_t* data, size_t size) {
     if (!std::holds_alternative<std::monostate>(result)) return result;
   }
   return {};
+}
+
+Animation read_animation(const uint8_t* data, size_t size) {
+  const ProbeResult result = probe(data, size);
+  const auto* header = std::get_if<ImageHeader>(&result);
+  for (const auto& [format, read] : probing::kAnimations) {
+    if (!header || header->format != format) continue;
+    try {
+      const Animation animation = read(probing::Bytes(data, size, probing::kNoEnd), *header);
+      if (animation.milliseconds.empty()) throw std::invalid_argument("it holds no frame");
+      return animation;
+    } catch (probing::EndsEarly) {
+      throw std::invalid_argument("the file ends within a frame");
+    } catch (probing::NoImage) {
+      break;
+    }
+  }
+  throw std::invalid_argument("its headers are broken");
 }
 
 }  // namespace rtp_mm

@@ -3,6 +3,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <variant>
+#include <vector>
 
 namespace rtp_mm {
 
@@ -25,5 +26,15 @@ using ProbeResult = std::variant<std::monostate, NeedsMore, ImageHeader>;
 //
 // Allocates nothing, and looks at no more than a fixed number of segments, blocks or entries, whatever the header says.
 ProbeResult probe(const uint8_t* data, size_t size);
+
+// The frames of a GIF, WebP, PNG or AVIF file, by its own headers.
+struct Animation {
+  uint64_t width, height;  // pixels of the canvas that holds every frame, those of a GIF that leave its screen too
+  std::vector<double> milliseconds;  // that each frame is shown, as Pillow tells them; 0 where the file does not
+};
+
+// Reads every header of a whole file, in a time that grows with its size. Throws `std::invalid_argument` that says what
+// is wrong with it.
+Animation read_animation(const uint8_t* data, size_t size);
 
 }  // namespace rtp_mm

@@ -1,7 +1,9 @@
 // Files made of boxes: JPEG 2000, AVIF and HEIF (ISO 14496-12, 15444-1, 23008-12).
 
 #include <algorithm>
+#include <cmath>
 #include <optional>
+#include <stdexcept>
 
 #include "cpu/probe_formats.h"
 
@@ -162,10 +164,34 @@ Size track_size(const Bytes& file, const Box& track) {
   return {file.big(at, 4) >> 16, file.big(at + 4, 4) >> 16};
 }
 
+Box descend(const Bytes& file, Box box, std::initializer_list<const char*> types) {
+  for (const char* type : types) box = require(find(file, box, type));
+  return box;
+}
+
 uint64_t track_frames(const Bytes& file, const Box& track) {
-  Box box = track;
-  for (const char* type : {"mdia", "minf", "stbl", "stsz"}) box = require(find(file, box, type));
-  return file.big(box.begin + 8, 4);
+  return file.big(descend(file, track, {"mdia", "minf", "stbl", "stsz"}).begin + 8, 4);
+}
+
+// Of each frame, rounded as Pillow does; the last entry counts for all frames that are left.
+std::vector<double> track_milliseconds(const Bytes& file, const Box& track) {
+  constexpr uint64_t kMostFrames = 1 << 22;  // which nothing but their number takes room for in the file
+  const uint64_t frames = track_frames(file, track);
+  if (frames > kMostFrames) throw std::invalid_argument("it holds over " + std::to_string(kMostFrames) + " frames");
+  const Box header = descend(file, track, {"mdia", "mdhd"});
+  const uint64_t time_scale = file.big(header.begin + (file[header.begin] == 0 ? 12 : 20), 4);
+  if (time_scale == 0) throw std::invalid_argument("its clock stands still");
+  const Box runs = descend(file, track, {"mdia", "minf", "stbl", "stts"});
+  const uint64_t count = file.big(runs.begin + 4, 4);
+  std::vector<double> milliseconds;
+  for (uint64_t run = 0; run < count && milliseconds.size() < frames; ++run) {
+    const uint64_t at = runs.begin + 8 + 8 * run, left = frames - milliseconds.size();
+    const uint64_t length = run + 1 < count ? std::min(file.big(at, 4), left) : left;
+    const double ticks = static_cast<double>(file.big(at + 4, 4)) / static_cast<double>(time_scale);
+    milliseconds.resize(milliseconds.size() + length, std::nearbyint(1000 * ticks));
+  }
+  if (milliseconds.size() < frames) throw std::invalid_argument("its frames have no times");
+  return milliseconds;
 }
 
 }  // namespace
@@ -195,6 +221,13 @@ ImageHeader heif(const Bytes& file) {
   if (brands.format[0] == 'H' && items.is_turned()) std::swap(size.width, size.height);  // Pillow leaves AVIF unturned
   const auto frames = [&] { return track_frames(file, first_track(file)); };
   return {brands.format, size.width, size.height, brands.has_track ? frames_or_unknown(frames) : 1};
+}
+
+// A still image is shown for a second, as in Pillow.
+Animation avif_animation(const Bytes& file, const ImageHeader& header) {
+  Animation animation{header.width, header.height, {1000}};
+  if (Brands::read(file).is_track) animation.milliseconds = track_milliseconds(file, first_track(file));
+  return animation;
 }
 
 }  // namespace rtp_mm::probing

@@ -23,7 +23,9 @@ constexpr uint64_t kNoEnd = uint64_t{1} << 62;  // past every file, and far from
 // The bytes of a file from its beginning. Offsets may be anything: what is not there throws.
 class Bytes {
  public:
-  Bytes(const uint8_t* data, uint64_t size) : data_(data), size_(size) {}
+  // Up to `most_steps` are taken.
+  Bytes(const uint8_t* data, uint64_t size, uint64_t most_steps = kMostSteps)
+      : data_(data), size_(size), most_steps_(most_steps) {}
 
   uint64_t number(uint64_t offset, int bytes, Endian endian) const {
     require(offset, bytes);
@@ -50,22 +52,24 @@ class Bytes {
 
   // Stands in every loop over what a file holds.
   void step() const {
-    if (++steps_ > kMostSteps) throw NoImage{};
+    if (++steps_ > most_steps_) throw NoImage{};
   }
 
- private:
-  // 16 MiB of full GIF blocks, every entry that a TIFF directory can have; 0.1 us each where all of them miss the
-  // caches.
-  static constexpr int kMostSteps = 1 << 16;
+  uint64_t size() const { return size_; }
 
   void require(uint64_t offset, uint64_t count) const {
     if (offset >= kNoEnd) throw NoImage{};
     if (offset + count > size_) throw EndsEarly{offset + count};
   }
 
+ private:
+  // 16 MiB of full GIF blocks, every entry that a TIFF directory can have; 0.1 us each where all of them miss the
+  // caches.
+  static constexpr uint64_t kMostSteps = 1 << 16;
+
   const uint8_t* data_;
-  uint64_t size_;
-  mutable int steps_ = 0;
+  uint64_t size_, most_steps_;
+  mutable uint64_t steps_ = 0;
 };
 
 // The result of `count`, or 0 where the bytes end, or too many of them pass, before it is known.
@@ -87,5 +91,10 @@ HeaderReader jpeg, tiff;
 HeaderReader png, gif, webp;
 HeaderReader bmp, ico, qoi, pnm, tga;
 HeaderReader jpeg2000_boxes, jpeg2000_codestream, heif;
+
+// Reads all frames' headers of a file whose own header is this.
+using AnimationReader = Animation(const Bytes& file, const ImageHeader& header);
+
+AnimationReader png_animation, gif_animation, webp_animation, avif_animation;
 
 }  // namespace rtp_mm::probing

@@ -1,5 +1,5 @@
-"""Animated images (GIF, WebP, APNG, AVIF) as clips, with Pillow. A frame is what a viewer shows: laid over those before
-it, transparent parts over white.
+"""Animated images (GIF, WebP, APNG, AVIF) as clips. What they hold is read from their headers; Pillow decodes. A frame
+is what a viewer shows: laid over those before it, transparent parts over white.
 """
 
 from __future__ import annotations
@@ -9,11 +9,15 @@ from contextlib import contextmanager
 from fractions import Fraction
 from io import BytesIO
 
+import numpy as np
 from PIL import Image, ImageFile
 
+from rtp_mm import _core
+from rtp_mm.errors import WrongFormatError
 from rtp_mm.media.clip import Clip, ClipLimits, Frame
-from rtp_mm.media.image import named_errors, rgb_pixels
+from rtp_mm.media.image import TRUNCATION, named_errors, rgb_pixels
 from rtp_mm.media.limits import check_pixels
+from rtp_mm.media.probe import probe
 
 FORMATS = ("GIF", "WEBP", "PNG", "AVIF")
 _SHORTEST_MS = 20  # browsers show a frame of less for 100 ms
@@ -22,36 +26,52 @@ _DEFAULT_MS = 100
 
 @contextmanager
 def open_animation(data: bytes, limits: ClipLimits) -> Iterator[Clip]:
-    """Raises `WrongFormatError` for what is broken, over a limit or no image that can be animated."""
-    with named_errors(data, FORMATS), Image.open(BytesIO(data), formats=FORMATS) as image:
-        check_pixels(*image.size, limits.max_pixels)
-        yield _Animation(image, limits)
+    """Nothing is decoded until the clip is read. Raises `WrongFormatError` for what is broken, over a limit or no
+    image that can be animated.
+    """
+    with named_errors(data, FORMATS):
+        yield _Animation(data, limits)
 
 
 class _Animation:
-    """Frames build on each other, so all up to the last chosen one are decoded, twice: their times are known then. An
-    APNG may have a picture before the first, for viewers that show no animations: it is none of them.
-    """
+    """Frames build on each other: all up to the last chosen one are decoded, once, and none behind it."""
 
-    def __init__(self, image: ImageFile.ImageFile, limits: ClipLimits) -> None:
-        self._image = image
-        self.width, self.height = image.size
+    def __init__(self, data: bytes, limits: ClipLimits) -> None:
+        header = probe(data)
+        if header is None or header.format not in FORMATS:
+            raise WrongFormatError(f"no image in a supported format ({', '.join(FORMATS)})")
+        self.width, self.height = header.width, header.height
+        check_pixels(self.width, self.height, limits.max_pixels)
+        canvas_width, canvas_height, milliseconds = _core.animation(data)
+        check_pixels(canvas_width, canvas_height, limits.max_pixels)
+        shown = float(np.where(milliseconds < _SHORTEST_MS, _DEFAULT_MS, milliseconds).cumsum()[-1])
+        limits.check_seconds(shown / 1e3)
+        self._data = data
+        self.frames = len(milliseconds)
+        self.fps = Fraction(self.frames * 1000) / Fraction(shown).limit_denominator(1000)
         self.decoded = 0
-        self._first = int(getattr(image, "default_image", False))
-        self.frames = getattr(image, "n_frames", 1) - self._first
-        milliseconds = 0.0
-        for index in range(self.frames):
-            image.seek(self._first + index)
-            image.load()  # WebP tells a frame's duration no sooner
-            shown = float(image.info.get("duration") or 0)
-            milliseconds += shown if shown >= _SHORTEST_MS else _DEFAULT_MS
-            limits.check_seconds(milliseconds / 1e3)
-        self.fps = Fraction(self.frames * 1000) / Fraction(milliseconds).limit_denominator(1000)
 
     def read(self, indices: Sequence[int]) -> Iterator[Frame]:
+        """An APNG may have a picture before the first, for viewers that show no animations: it is none of the frames.
+        What of a GIF's frame leaves the screen is cut off, as browsers do; Pillow makes the screen larger.
+        """
         wanted = set(indices)
-        for index in range(indices[-1] + 1):
-            self._image.seek(self._first + index)
-            self.decoded += 1
-            if index in wanted:
-                yield rgb_pixels(self._image).copy()
+        with self._open() as image:
+            first = int(getattr(image, "default_image", False))
+            self._check(image, getattr(image, "n_frames", 1) - first)
+            for index in range(indices[-1] + 1):
+                with TRUNCATION.decoding(allow_truncated=False):
+                    image.seek(first + index)
+                    self.decoded += 1
+                    frame = rgb_pixels(image)[: self.height, : self.width].copy() if index in wanted else None
+                if frame is not None:
+                    yield frame
+
+    def _open(self) -> ImageFile.ImageFile:
+        with TRUNCATION.decoding(allow_truncated=False):
+            return Image.open(BytesIO(self._data), formats=FORMATS)
+
+    def _check(self, image: ImageFile.ImageFile, frames: int) -> None:
+        if (frames, *image.size) != (self.frames, self.width, self.height):
+            told = f"{self.frames} frames of {self.width}x{self.height}"
+            raise WrongFormatError(f"broken image: its headers tell {told}, a decoder finds {frames} of {image.size}")

@@ -65,7 +65,7 @@ def decode(data: bytes, *, max_pixels: int, allow_truncated: bool, exif_transpos
     """
     if (header := probe(data)) is not None:
         check_pixels(header.width, header.height, max_pixels)  # Pillow opens an icon by decoding it
-    with named_errors(data, FORMATS), _TRUNCATION.decoding(allow_truncated), _open(data) as image:
+    with named_errors(data, FORMATS), TRUNCATION.decoding(allow_truncated), _open(data) as image:
         check_pixels(*image.size, max_pixels)
         pixels = None if exif_transpose else _decode_faster(data, image)
         if pixels is None:
@@ -158,4 +158,4 @@ class _TruncationSwitch:
                 self._changed.notify_all()
 
 
-_TRUNCATION = _TruncationSwitch()  # one per process, as the flag that it guards
+TRUNCATION = _TruncationSwitch()  # one per process, as the flag that it guards

@@ -1,9 +1,12 @@
 // The header probe on any bytes: it stays within them (a heap block of their exact size), its answer is well-formed,
-// and that of a file's beginning is that of the file, or asks for more.
+// and that of a file's beginning is that of the file, or asks for more. The same for the frames of an animation: as
+// many as the probe counts, on a canvas no smaller, or a word of what is wrong.
 
 #include <algorithm>
+#include <cmath>
 #include <cstdlib>
 #include <memory>
+#include <stdexcept>
 #include <string_view>
 
 #include "cpu/probe.h"
@@ -15,9 +18,14 @@ void require(bool condition) {
   if (!condition) std::abort();
 }
 
-ProbeResult probe_exactly(const uint8_t* data, size_t size) {
-  const std::unique_ptr<uint8_t[]> block(new uint8_t[size]);
+std::unique_ptr<uint8_t[]> exactly(const uint8_t* data, size_t size) {
+  std::unique_ptr<uint8_t[]> block(new uint8_t[size]);
   std::copy_n(data, size, block.get());
+  return block;
+}
+
+ProbeResult probe_exactly(const uint8_t* data, size_t size) {
+  const auto block = exactly(data, size);
   const ProbeResult result = probe(block.get(), size);
   if (const auto* more = std::get_if<NeedsMore>(&result)) require(more->bytes > size);
   if (const auto* header = std::get_if<ImageHeader>(&result)) require(header->width > 0 && header->height > 0);
@@ -34,11 +42,27 @@ void check_beginning(const ProbeResult& beginning, const ProbeResult& whole) {
   }
 }
 
+void check_animation(const uint8_t* data, size_t size, const ProbeResult& whole) {
+  const auto block = exactly(data, size);
+  try {
+    const Animation animation = read_animation(block.get(), size);
+    const auto& header = std::get<ImageHeader>(whole);
+    require(animation.width >= header.width && animation.height >= header.height);
+    require(!animation.milliseconds.empty());
+    for (const double shown : animation.milliseconds) require(std::isfinite(shown) && shown >= 0);
+    // Of an AVIF's track the probe tells, even where Pillow shows an item.
+    const bool is_told = header.frames && std::string_view(header.format) != "AVIF";
+    require(!is_told || header.frames == animation.milliseconds.size());
+  } catch (const std::invalid_argument&) {
+  }
+}
+
 }  // namespace
 }  // namespace rtp_mm
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   const rtp_mm::ProbeResult whole = rtp_mm::probe_exactly(data, size);
+  rtp_mm::check_animation(data, size, whole);
   // Where files are cut: at the input's choice, its last byte, and where the probe says that it stopped.
   size_t cut = size ? data[size - 1] * size / 256 : 0;
   for (int i = 0; i < 8 && cut < size; ++i) {

@@ -1,0 +1,346 @@
+"""Animations: what their headers say is what Pillow finds in them, limits come before pixels, and a file is decoded
+once, as far as it is needed.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from animations import RANDOM, png_chunk, riff_chunk
+from clips import moving
+from mutations import mutated
+from numpy.typing import NDArray
+from PIL import Image
+
+from rtp_mm import _core
+from rtp_mm.config import load_settings
+from rtp_mm.errors import WrongFormatError
+from rtp_mm.media import animation
+from rtp_mm.media.animation import FORMATS, open_animation
+from rtp_mm.media.clip import ClipLimits
+from rtp_mm.media.image import decode, rgb_pixels
+from rtp_mm.media.probe import probe
+from rtp_mm.models.qwen2_vl import PUBLISHED_PROCESSOR
+from rtp_mm.preprocess.media import MediaPreprocessor
+from rtp_mm.types import Blob, MMUrlType, PreprocessOptions
+
+LIMITS = ClipLimits(max_pixels=10**6, max_seconds=10**9)
+Pixels = NDArray[np.uint8]
+
+
+def by_pillow(data: bytes) -> tuple[tuple[int, int], list[float], list[Pixels]]:
+    """Size, milliseconds of each frame and frames: the slow way, all decoded. Cut to the first frame's screen."""
+    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        size, first = image.size, int(getattr(image, "default_image", False))
+        milliseconds, frames = [], []
+        for index in range(first, getattr(image, "n_frames", 1)):
+            image.seek(index)
+            image.load()  # WebP tells a frame's duration no sooner
+            milliseconds.append(float(image.info.get("duration") or 0))
+            frames.append(rgb_pixels(image)[: size[1], : size[0]].copy())
+    return size, milliseconds, frames
+
+
+def by_headers(data: bytes) -> tuple[tuple[int, int], list[float], list[Pixels]]:
+    milliseconds = _core.animation(data)[2].tolist()
+    with open_animation(data, LIMITS) as clip:
+        assert clip.frames == len(milliseconds)
+        return (clip.width, clip.height), milliseconds, list(clip.read(range(clip.frames)))
+
+
+def is_same(ours: Any, theirs: Any) -> bool:
+    return ours[:2] == theirs[:2] and len(ours[2]) == len(theirs[2]) and all(map(np.array_equal, ours[2], theirs[2]))
+
+
+def animate(frames: Sequence[Pixels], kind: str, milliseconds: int | list[int], **options: Any) -> bytes:
+    file = io.BytesIO()
+    first, *others = [Image.fromarray(frame) for frame in frames]
+    lossless = {"lossless": True} if kind == "WEBP" else {}
+    options = {"duration": milliseconds, "loop": 0, **lossless, **options}
+    first.save(file, kind, save_all=True, append_images=others, **options)
+    return file.getvalue()
+
+
+def avif(rng: np.random.Generator) -> bytes:
+    frames = [rng.integers(0, 256, (16, 24, 3), np.uint8) for _ in range(rng.integers(1, 6))]
+    return animate(frames, "AVIF", rng.integers(1, 3000, len(frames)).tolist(), speed=10)
+
+
+MAKERS = {**RANDOM, "AVIF": avif}
+
+
+@pytest.fixture(scope="module")
+def frames(photos: dict[str, Pixels]) -> list[Pixels]:
+    return moving(photos["chelsea"])
+
+
+# --- what headers say
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_frames_and_times_are_pillows(kind: str) -> None:
+    compared = 0
+    for seed in range(10 if kind == "AVIF" else 120):
+        data = MAKERS[kind](np.random.default_rng(seed))
+        try:
+            expected = by_pillow(data)
+        except ValueError as error:
+            assert "no palette" in str(error), "Pillow wants one for the transparent index of a grey GIF"  # noqa: PT017
+            continue
+        assert is_same(by_headers(data), expected), seed
+        compared += 1
+    assert compared >= 10
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Image.DecompressionBombWarning")
+def test_a_damaged_animation_is_what_pillow_makes_of_it_or_refused(kind: str) -> None:
+    accepted = refused = 0
+    for seed in range(40 if kind == "AVIF" else 200):
+        rng = np.random.default_rng(seed)
+        data = mutated(MAKERS[kind](rng), rng)
+        try:
+            ours = by_headers(data)
+        except (ValueError, WrongFormatError):
+            refused += 1
+            continue
+        assert is_same(ours, by_pillow(data)), seed
+        accepted += 1
+    assert accepted > 0
+    assert refused > 0
+
+
+@pytest.mark.parametrize("kind", ["WEBP", "PNG", "GIF"])
+def test_animations_are_clips(kind: str, frames: list[Pixels]) -> None:
+    with open_animation(animate(frames[:10], kind, 50), LIMITS) as clip:
+        assert (clip.frames, clip.fps) == (10, 20)
+        got = list(clip.read([2, 9]))
+    tolerance = 0 if kind != "GIF" else 60  # a palette of 256 colours
+    assert all(np.abs(g.astype(int) - frames[i]).mean() <= tolerance for g, i in zip(got, [2, 9], strict=True))
+    assert clip.decoded == 10
+
+
+def test_frames_of_an_animation_may_last_differently(frames: list[Pixels]) -> None:
+    with open_animation(animate(frames[:4], "GIF", [100, 200, 300, 400]), LIMITS) as clip:
+        assert clip.fps == 4
+
+
+def test_frames_that_are_hardly_shown_are_shown_as_browsers_do(frames: list[Pixels]) -> None:
+    with open_animation(animate(frames[:4], "GIF", [0, 10, 20, 100]), LIMITS) as clip:
+        assert clip.fps == pytest.approx(4 / (0.1 + 0.1 + 0.02 + 0.1))
+
+
+def test_the_picture_for_viewers_without_animation_is_no_frame(frames: list[Pixels]) -> None:
+    with open_animation(animate(frames[:4], "PNG", 50, default_image=True), LIMITS) as clip:
+        assert (clip.frames, clip.fps) == (3, 20)
+        assert all(map(np.array_equal, clip.read(range(3)), frames[1:4]))
+
+
+def test_frames_with_a_palette_have_its_colours() -> None:
+    """Pillow loses a PNG's palette where it begins anew, as one does who decodes twice."""
+    images = [Image.new("P", (3, 2), index) for index in (7, 9)]
+    file = io.BytesIO()
+    for image in images:
+        image.putpalette(bytes(range(30)))
+    images[0].save(file, "PNG", save_all=True, append_images=images[1:])
+    with open_animation(file.getvalue(), LIMITS) as clip:
+        assert [frame[0, 0].tolist() for frame in clip.read([0, 1])] == [[21, 22, 23], [27, 28, 29]]
+
+
+@pytest.mark.parametrize("kind", ["WEBP", "PNG", "GIF", "AVIF"])
+def test_a_still_is_a_clip_of_one_frame(kind: str, frames: list[Pixels]) -> None:
+    file = io.BytesIO()
+    Image.fromarray(frames[0]).save(file, kind)
+    assert is_same(by_headers(file.getvalue()), by_pillow(file.getvalue()))
+    with open_animation(file.getvalue(), LIMITS) as clip:
+        assert (clip.frames, clip.fps) == (1, 1 if kind == "AVIF" else 10)
+
+
+def test_a_gif_may_end_without_its_trailer(frames: list[Pixels]) -> None:
+    data = animate(frames[:3], "GIF", 50)
+    assert data[-1:] == b";"
+    assert is_same(by_headers(data[:-1]), by_headers(data))
+
+
+def test_what_leaves_a_gifs_screen_is_cut_off() -> None:
+    """As in browsers; Pillow makes the screen larger from there on."""
+    images = [Image.new("P", (4, 3), 1), Image.new("P", (4, 3), 2)]
+    for image in images:
+        image.putpalette(bytes([0, 0, 0, 10, 20, 30, 40, 50, 60]))
+    file = io.BytesIO()
+    images[0].save(file, "GIF", save_all=True, append_images=images[1:], optimize=False)
+    data = bytearray(file.getvalue())
+    second = data.rindex(b",\0\0\0\0\4\0\3\0")
+    data[second + 1 : second + 5] = struct.pack("<HH", 2, 1)
+    with open_animation(bytes(data), LIMITS) as clip:
+        assert (clip.width, clip.height) == (4, 3)
+        first, last = clip.read([0, 1])
+    assert first.shape == last.shape == (3, 4, 3)
+    changed = np.zeros((3, 4), bool)
+    changed[1:, 2:] = True
+    assert np.array_equal((last == [40, 50, 60]).all(axis=2), changed)
+    data[second + 1 : second + 5] = struct.pack("<HH", 60_000, 60_000)
+    with pytest.raises(WrongFormatError, match="60004x60003 is 3600"), open_animation(bytes(data), LIMITS):
+        pass
+
+
+# --- what is refused
+
+
+def test_a_still_of_a_format_without_animation_is_told_what_is_taken(frames: list[Pixels]) -> None:
+    file = io.BytesIO()
+    Image.fromarray(frames[0]).save(file, "JPEG")
+    with (
+        pytest.raises(WrongFormatError, match=r"no image in a supported format \(GIF, WEBP, PNG, AVIF\)"),
+        open_animation(file.getvalue(), LIMITS),
+    ):
+        pass
+
+
+def apng(announced: Sequence[int], frames: int) -> bytes:
+    """Of 1x1, without pixels."""
+    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", 1, 1, 8, 0, 0, 0, 0))
+    control = [png_chunk(b"acTL", struct.pack(">II", count, 0)) for count in announced]
+    shown = [png_chunk(b"fcTL", struct.pack(">IIIIIHHBB", i, 1, 1, 0, 0, 1, 4, 0, 0)) for i in range(frames)]
+    data = [png_chunk(b"IDAT" if i == 0 else b"fdAT", b"") for i in range(frames)]
+    pairs = b"".join(a + b for a, b in zip(shown, data, strict=True))
+    return b"\x89PNG\r\n\x1a\n" + header + b"".join(control) + pairs + png_chunk(b"IEND", b"")
+
+
+def webp(*chunks: bytes, flags: int = 2) -> bytes:
+    body = b"WEBP" + riff_chunk(b"VP8X", bytes([flags]) + bytes(9)) + b"".join(chunks)
+    return b"RIFF" + struct.pack("<I", len(body)) + body
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (apng([3], 2), "its header announces 3 frames, it holds 2"),
+        (apng([1], 2), "its header announces 1 frames, it holds 2"),
+        (apng([2, 2], 2), "it announces two animations"),
+        (apng([2], 2)[:-20], "the file ends within a frame"),
+        (webp(), "it holds no frame"),
+        (webp(riff_chunk(b"ANMF", bytes(15))), "a frame's header is too short"),
+        (webp(riff_chunk(b"ANMF", bytes(16)))[:-1], "the file ends within a frame"),
+        (b"GIF89a" + bytes(7) + b"," + bytes(4) + b"\1\0\1\0\0\2\2", "the file ends within a frame"),
+    ],
+    ids=repr,
+)
+def test_headers_that_contradict_themselves_are_told(data: bytes, reason: str) -> None:
+    with pytest.raises(WrongFormatError, match=f"broken image: {reason}"), open_animation(data, LIMITS):
+        pass
+
+
+def test_these_headers_are_told_apart_from_good_ones() -> None:
+    assert _core.animation(apng([2], 2))[2].tolist() == [250, 250]
+    assert _core.animation(apng([0], 2))[2].tolist() == [0], "none is announced"
+    assert _core.animation(webp(riff_chunk(b"ANMF", bytes(12) + b"\1\2\0\0")))[2].tolist() == [513]
+    assert _core.animation(webp(flags=0))[2].tolist() == [0]
+
+
+def test_a_decoder_that_finds_other_frames_is_believed_in_nothing(frames: list[Pixels]) -> None:
+    data = animate(frames[:3], "WEBP", 50).replace(b"VP8L", b"VP8?", 1)
+    with (
+        open_animation(data, LIMITS) as clip,
+        pytest.raises(WrongFormatError, match=r"headers tell 3 frames of 112x80, a decoder finds 2"),
+    ):
+        next(clip.read([0]))
+
+
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP"])
+def test_a_file_that_ends_early_is_refused_whatever_images_are_granted(kind: str, frames: list[Pixels]) -> None:
+    data = animate(frames[:3], kind, 50)
+    decode(animate(frames[:1], "PNG", 50), max_pixels=10**6, allow_truncated=True, exif_transpose=False)
+    damaged = data[: -len(data) // 4]
+    with pytest.raises(WrongFormatError, match="broken image"), open_animation(damaged, LIMITS) as clip:
+        list(clip.read(range(clip.frames)))
+
+
+# --- what is spent
+
+
+@pytest.fixture
+def unopened(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow is not asked."""
+    monkeypatch.setattr(animation.Image, "open", None)
+
+
+@pytest.fixture
+def wide_webp() -> bytes:
+    """5 KB that claim 110 frames of 1048640 x 48."""
+    pixel = io.BytesIO()
+    Image.new("RGBA", (1, 1)).save(pixel, "WEBP", lossless=True)
+    size = struct.pack("<I", 1048639)[:3] + struct.pack("<I", 47)[:3]
+    frame = riff_chunk(b"ANMF", bytes(12) + b"\x64\0\0\0" + pixel.getvalue()[12:])
+    chunks = [riff_chunk(b"VP8X", b"\x12\0\0\0" + size), riff_chunk(b"ANIM", bytes(6)), frame * 110]
+    body = b"WEBP" + b"".join(chunks)
+    return b"RIFF" + struct.pack("<I", len(body)) + body
+
+
+def test_limits_come_before_decoding(unopened: None, wide_webp: bytes, frames: list[Pixels], tmp_path: Path) -> None:
+    assert len(wide_webp) < 6000
+    data = animate(frames[:10], "WEBP", 500)
+    for limits, name in [((112 * 80 - 1, 5), "MM_MAX_PIXELS"), ((112 * 80, 4), "MM_MAX_VIDEO_SECONDS")]:
+        with pytest.raises(WrongFormatError, match=name), open_animation(data, ClipLimits(*limits)):
+            pass
+    with open_animation(data, ClipLimits(112 * 80, 5)) as clip:
+        assert (clip.frames, clip.fps, clip.decoded) == (10, 2, 0)
+    settings = load_settings(None, mm_max_frames=8, mm_max_patches_per_item=1000)
+    for file, options, reason in [
+        (wide_webp, PreprocessOptions(max_frames=8), "aspect ratio"),
+        (data, PreprocessOptions(max_frames=9), "MM_MAX_FRAMES"),
+        (data, PreprocessOptions(width=280, height=280, max_frames=8), "MM_MAX_PATCHES_PER_ITEM"),
+    ]:
+        preprocess = MediaPreprocessor.from_checkpoint(tmp_path, PUBLISHED_PROCESSOR, settings)
+        with pytest.raises(WrongFormatError, match=reason):
+            preprocess(Blob(file, b"", ""), MMUrlType.VIDEO, options)
+
+
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP"])
+def test_nothing_behind_the_last_chosen_frame_is_decoded(kind: str, frames: list[Pixels]) -> None:
+    """Damage there is found by who reads it."""
+    good = animate(frames[:6], kind, 50)
+    damaged = bytearray(good)
+    # bits of a GIF's codes, a method of zlib's, VP8L's tables
+    marker, offset = {"GIF": (b",\0\0\0\0", 10 + 768), "PNG": (b"fdAT", 8), "WEBP": (b"VP8L", 13)}[kind]
+    damage = damaged.rindex(marker) + offset
+    length = 100 if kind == "WEBP" else 1
+    damaged[damage : damage + length] = b"\xff" * length
+    whole = by_pillow(good)[2]
+    with open_animation(bytes(damaged), LIMITS) as clip:
+        assert all(map(np.array_equal, clip.read([1, 4]), [whole[1], whole[4]]))
+        assert clip.decoded == 5
+    with pytest.raises(WrongFormatError, match="broken image"), open_animation(bytes(damaged), LIMITS) as clip:
+        list(clip.read([5]))
+
+
+def test_a_file_is_decoded_once(monkeypatch: pytest.MonkeyPatch, frames: list[Pixels]) -> None:
+    """Frame by frame, in order."""
+    sought: list[int] = []
+    opened = Image.open
+
+    def open_(*arguments: Any, **options: Any) -> Any:
+        image = opened(*arguments, **options)
+        seek = image.seek
+        image.seek = lambda index: (sought.append(index), seek(index))  # type: ignore[method-assign]
+        return image
+
+    monkeypatch.setattr(animation.Image, "open", open_)
+    with open_animation(animate(frames[:6], "PNG", 50), LIMITS) as clip:
+        list(clip.read([0, 3]))
+    assert sought == [0, 1, 2, 3]
+
+
+def test_more_frames_than_the_probe_looks_at_are_counted() -> None:
+    frame = b",\0\0\0\0\1\0\1\0\0\7\3\x80\0\x81\0"
+    gif = b"GIF89a\1\0\1\0\0\0\0" + frame * 70_000 + b";"
+    header = probe(gif)
+    assert header is not None
+    assert header.frames is None
+    assert len(_core.animation(gif)[2]) == 70_000
