@@ -128,6 +128,16 @@ def photo_path(photo: bytes, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def sound_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """1.3 s of stereo at 44.1 kHz, which who reads it mixes and resamples."""
+    from sounds import encode, speech
+
+    path = tmp_path_factory.mktemp("sounds") / "speech.wav"
+    path.write_bytes(encode(np.stack([speech(57330), speech(57330, 1)]), 44100))
+    return path
+
+
 @pytest.fixture
 async def source() -> AsyncIterator[Source]:
     """A web server on this machine."""

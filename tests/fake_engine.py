@@ -130,14 +130,14 @@ class Serving:
 
 @asynccontextmanager
 async def serving(
-    engine: FakeEngine | None = None, *, is_loaded: bool = True, **options: Any
+    engine: FakeEngine | None = None, *, is_loaded: bool = True, model: str = "fake", **options: Any
 ) -> AsyncIterator[Serving]:
     """The fake engine behind both ports, on this event loop."""
     engine = engine or FakeEngine()
     options = {"start_port": free_start_port(), "mm_bind_address": "127.0.0.1"} | options
     settings, state = load_settings(None, **options), ServerState()
     if is_loaded:
-        state.serve(Loaded(engine, model="fake", dtype="bf16", device="cpu"))
+        state.serve(Loaded(engine, model=model, dtype="bf16", device="cpu"))
     async with open_ports(state, settings):
         yield Serving(engine, state, settings)
 

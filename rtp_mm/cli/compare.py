@@ -6,6 +6,7 @@ import base64
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -17,7 +18,7 @@ from torch import Tensor
 import rtp_mm
 from rtp_mm.cli.hugging_face import ANY, Peer, peer_for
 from rtp_mm.cli.look import fetch
-from rtp_mm.cli.sounds import check_pixel_limits
+from rtp_mm.cli.sounds import check_pixel_limits, family_of
 from rtp_mm.config import load_settings
 from rtp_mm.models.multimodal_common import ACT_DTYPES
 from rtp_mm.models.registry import choose_device
@@ -81,7 +82,7 @@ def compare(task: Task, report: Callable[[str], None] = lambda step: None) -> Co
     """
     settings = load_settings(checkpoint_path=task.checkpoint)
     peer_type = peer_for(task.checkpoint)
-    check_pixel_limits(task.options, task.checkpoint)
+    check_pixel_limits(task.options, partial(family_of, task.checkpoint))
     data = fetch(task.url, settings, peer_type.mm_type).data
     assert isinstance(data, bytes)
     report(f"ours, {task.act_type}")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 
 import rtp_mm
 from rtp_mm.cli.outputs import check_output, writing
-from rtp_mm.cli.sounds import check_pixel_limits
+from rtp_mm.cli.sounds import check_pixel_limits, family_of
 from rtp_mm.errors import StartError
 from rtp_mm.types import MMEmbeddingRes, MMPreprocessConfig, MMUrlType, PreprocessOptions
 
@@ -32,7 +33,7 @@ def run(
         check_output("--save", save, SUFFIXES)
     if server is None and checkpoint is None:
         raise StartError("name a model: --checkpoint FOLDER, or --server IP:PORT")
-    check_pixel_limits(options, checkpoint if server is None else None, mm_type)
+    check_pixel_limits(options, partial(_family, checkpoint, server), mm_type)
 
     console = Console(stderr=True)
     with console.status("connecting" if server else "loading the tower") as status:
@@ -54,6 +55,19 @@ def run(
         with writing(save):
             save_result(save, result)
     print(*_lines(urls, result), sep="\n")
+
+
+def _family(checkpoint: Path | None, server: str | None) -> str | None:
+    """Of the model that will be asked."""
+    if server is None:
+        return None if checkpoint is None else family_of(checkpoint)
+    from rtp_mm.server.client import RemoteEngine
+
+    engine = RemoteEngine(server)
+    try:
+        return engine.model()
+    finally:
+        engine.close()
 
 
 def absolute(url: str) -> str:

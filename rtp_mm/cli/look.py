@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from rich.console import Console
 
 from rtp_mm.cli.embed import absolute
 from rtp_mm.cli.outputs import check_output, writing
-from rtp_mm.cli.sounds import check_pixel_limits, takes_sounds
+from rtp_mm.cli.sounds import check_pixel_limits, family_of, takes_sounds
 from rtp_mm.cli.spectrogram import describe, draw_spectrogram
 from rtp_mm.config import Settings, load_settings
 from rtp_mm.media.fetch import Fetcher
@@ -42,7 +43,7 @@ def run(url: str, checkpoint: Path, out: Path, options: PreprocessOptions) -> No
     """Raises `StartError` and `MMError`."""
     settings = load_settings(checkpoint_path=checkpoint)
     check_output("--out", out, SUFFIXES)
-    check_pixel_limits(options, checkpoint)
+    check_pixel_limits(options, partial(family_of, checkpoint))
     if takes_sounds(checkpoint):
         rule = mel_rule(checkpoint, PUBLISHED_RULE)
         sound = AudioPreprocessor(rule)(fetch(url, settings, MMUrlType.AUDIO), MMUrlType.AUDIO, options)

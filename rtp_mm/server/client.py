@@ -140,6 +140,11 @@ class RemoteEngine:
             max_batch_tokens=status.max_batch_tokens_size,
         )
 
+    def model(self) -> str | None:
+        """The family that the server runs, as in `MODEL_TYPE`; `None` where it does not say, or is still loading."""
+        _, call = self._call(self._stub.GetWorkerStatus, StatusVersionPB())
+        return dict(call.initial_metadata()).get(wire.MODEL_METADATA)
+
     def cache_status(self, *, with_keys: bool = False) -> CacheStatus:
         asked = CacheVersionPB(latest_cache_version=-1, need_cache_keys=with_keys)
         status = self._ask(self._stub.GetCacheStatus, asked)
@@ -186,10 +191,15 @@ class RemoteEngine:
         return result
 
     def _ask(self, method: Any, request: Any) -> Any:
+        return self._call(method, request)[0]
+
+    def _call(self, method: Any, request: Any) -> tuple[Any, Any]:
+        """The reply, and the call with its metadata."""
         try:
-            return method(request, timeout=_STATUS_TIMEOUT_S, metadata=authorization(self._token))
+            reply, call = method.with_call(request, timeout=_STATUS_TIMEOUT_S, metadata=authorization(self._token))
         except grpc.RpcError as error:
             raise self._as_mm_error(error) from None
+        return reply, call
 
     def _as_mm_error(self, error: Any) -> MMError:
         """The class whose name and status the server sent; `RemoteCallError` for what is no answer of a server."""

@@ -72,6 +72,7 @@ class MultimodalServicer(MultimodalRpcServiceServicer):
         loaded = self._state.loaded
         if loaded is None:
             return WorkerStatusPB(role="VIT", dp_size=1, tp_size=1)
+        await context.send_initial_metadata(((wire.MODEL_METADATA, loaded.model),))
         status = loaded.engine.worker_status()
         return WorkerStatusPB(
             role="VIT",

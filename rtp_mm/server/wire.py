@@ -46,6 +46,7 @@ WIRE_METADATA = "rtp-mm-wire"
 RETRY_AFTER_METADATA = "retry-after-ms"
 SECONDS_METADATA = "rtp-mm-second-per-grid"
 CUT_METADATA = "rtp-mm-audio-cut-s"
+MODEL_METADATA = "rtp-mm-model"  # a status' initial metadata
 _CONFIG_FIELDS = tuple(MMPreprocessConfigPB.DESCRIPTOR.fields_by_name)  # MMPreprocessConfig has the same names
 
 
