@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any
@@ -38,6 +39,15 @@ KINDS: dict[str, tuple[str, str, Mapping[str, str]]] = {
     "mjpeg avi": ("mjpeg", "avi", {}),
     "mjpeg mov": ("mjpeg", "mov", {}),
     "av1 mp4": ("libsvtav1", "mp4", {"preset": "12", "svtav1-params": "lp=1"}),
+    "av1 webm": ("libsvtav1", "webm", {"preset": "12", "svtav1-params": "lp=1"}),
+    "vp8 webm": ("libvpx", "webm", {"deadline": "good", "cpu-used": "5", "auto-alt-ref": "1", "lag-in-frames": "25"}),
+    "vp9 webm, alpha": ("libvpx-vp9", "webm", {"deadline": "realtime", "cpu-used": "8", "pixel_format": "yuva420p"}),
+    "mpeg2 ts": ("mpeg2video", "mpegts", {"bf": "2"}),
+    "mpeg1 mpg": ("mpeg1video", "mpeg", {"bf": "2"}),
+    "h264 flv": ("libx264", "flv", {"bf": "2"}),
+    "wmv asf": ("wmv2", "asf", {}),
+    "divx 3 avi": ("msmpeg4", "avi", {}),
+    "prores mov": ("prores_ks", "mov", {"pixel_format": "yuv422p10le"}),
 }
 
 
@@ -72,7 +82,7 @@ def encode(
     with av.open(file, "w", format=container, options=dict(muxer or {})) as out:
         stream: Any = out.add_stream(codec, rate=rate, options=dict(options or {}))
         stream.height, stream.width = frames[0].shape[:2]
-        stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+        stream.pix_fmt = (options or {}).get("pixel_format", "yuvj420p" if codec == "mjpeg" else "yuv420p")
         stream.codec_context.gop_size = group
         stream.codec_context.thread_count = 1
         if rotation:
@@ -89,6 +99,34 @@ def encode(
             silence.sample_rate = 16000
             out.mux([*sound.encode(silence), *sound.encode(None)])
     return file.getvalue()
+
+
+def packed_divx(frames: Sequence[NDArray[np.uint8]], container: str) -> bytes:
+    """MPEG-4 as DivX 5 wrote it: a B-frame comes in the packet of the frame before it, and a packet that shows nothing
+    stands in its place.
+    """
+    marker = b"\0\0\1\xb6"
+    with av.open(io.BytesIO(encode(frames, "mpeg4", "avi", {"bf": "1"}))) as source:
+        stream: Any = source.streams.video[0]
+        packets = [bytes(packet) for packet in source.demux(stream) if packet.size]
+        kinds = [packet[packet.index(marker) + 4] >> 6 for packet in packets]  # 0: I, 1: P, 2: B
+        packed: list[bytes] = []
+        for kind, packet in zip(kinds, packets, strict=True):
+            if kind == 2:
+                packed[-1] += packet
+                packed.append(marker + b"\x50\x7f")
+            else:
+                packed.append(packet)
+        file = io.BytesIO()
+        with av.open(file, "w", format=container) as out:
+            copy: Any = out.add_stream_from_template(stream)
+            for index, data in enumerate(packed):
+                packet = av.Packet(data)
+                packet.pts = packet.dts = index
+                packet.time_base, packet.stream = Fraction(1, 24), copy
+                packet.is_keyframe = data[data.index(marker) + 4] >> 6 == 0
+                out.mux(packet)
+    return re.sub(rb"Lavc[0-9.]+", lambda found: b"DivX503b1393p".ljust(len(found[0]), b"\0"), file.getvalue(), count=1)
 
 
 def sound_only() -> bytes:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+import struct
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 
+import av
 import numpy as np
 import pytest
-from clips import FRAMES, KINDS, decode_all, encode, moving, sound_only
+from clips import FRAMES, KINDS, decode_all, encode, moving, packed_divx, sound_only
 from numpy.typing import NDArray
 
 from rtp_mm.errors import NotSupportedError, WrongFormatError
 from rtp_mm.media.clip import ClipLimits
-from rtp_mm.media.video import open_video
+from rtp_mm.media.video import CODECS, open_video, open_video_header
 
 LIMITS = ClipLimits(max_pixels=10**8, max_seconds=1000)
 Pixels = NDArray[np.uint8]
@@ -89,6 +92,64 @@ def test_frames_are_turned_as_the_container_says(degrees: int, frames: list[Pixe
         [frame] = clip.read([7])
         assert (clip.height, clip.width) == frame.shape[:2]
     assert np.array_equal(frame, np.rot90(decode_all(data)[7], degrees // 90))
+
+
+ONE = 1 << 16
+
+
+@pytest.mark.parametrize(
+    ("matrix", "shown"),
+    [
+        ((-ONE, 0, 0, ONE), lambda frame: frame[:, ::-1]),
+        ((ONE, 0, 0, -ONE), lambda frame: frame[::-1]),
+        ((0, ONE, ONE, 0), lambda frame: frame.swapaxes(0, 1)),
+        ((0, -ONE, -ONE, 0), lambda frame: frame.swapaxes(0, 1)[::-1, ::-1]),
+    ],
+    ids=["left to right", "upside down", "along one diagonal", "along the other"],
+)
+def test_frames_are_mirrored_as_the_container_says(
+    matrix: tuple[int, int, int, int], shown: Callable[[Pixels], Pixels], plain: bytes
+) -> None:
+    """x' = a x + c y, y' = b x + d y. FFmpeg's angle says nothing of it: a mirror alone would be half a turn."""
+    a, b, c, d = matrix
+    at = plain.index(b"tkhd") + 4 + 40
+    data = plain[:at] + struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30) + plain[at + 36 :]
+    with open_video(data, LIMITS) as clip:
+        [frame] = clip.read([7])
+        assert (clip.height, clip.width) == frame.shape[:2]
+    assert np.array_equal(frame, shown(decode_all(plain)[7]))
+    with open_video_header(data, LIMITS) as (header, _):
+        assert header.turn, "which is not for a device's decoder"
+
+
+@pytest.mark.parametrize("container", ["avi", "matroska"])
+def test_frames_that_share_a_packet_are_each_shown(container: str, frames: list[Pixels]) -> None:
+    data = packed_divx(frames, container)
+    expected = decode_all(data)
+    assert len(expected) == FRAMES
+    with open_video(data, LIMITS) as clip:
+        assert clip.frames == FRAMES
+        for indices in choices():
+            assert all(map(np.array_equal, clip.read(indices), [expected[i] for i in indices]))
+
+
+@pytest.mark.parametrize(
+    "flags", ["frag_keyframe+empty_moov", "frag_every_frame+empty_moov", "dash", "cmaf+delay_moov", "hybrid_fragmented"]
+)
+def test_fragments_are_read_as_one_file(flags: str, frames: list[Pixels]) -> None:
+    data = encode(frames, options={"bf": "3"}, muxer={"movflags": flags})
+    expected = decode_all(data)
+    with open_video(data, LIMITS) as clip:
+        assert (clip.frames, clip.fps) == (FRAMES, 24)
+        for indices in choices():
+            assert all(map(np.array_equal, clip.read(indices), [expected[i] for i in indices]))
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_decoders_are_named_as_ffmpeg_names_them(name: str) -> None:
+    """A codec's name, msmpeg4v3, may find another: a stream would not be known by it."""
+    with suppress(av.codec.codec.UnknownCodecError):  # not in every build
+        assert av.codec.Codec(name, "r").name == name
 
 
 def test_a_singular_display_matrix_turns_nothing(plain: bytes) -> None:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from rtp_mm.errors import WrongFormatError
 
 Frame = NDArray[np.uint8]  # [H, W, 3] RGB
+MIRRORED = 4  # of `ClipHeader.turn`; a multiple of a whole turn
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +54,8 @@ class ClipHeader(NamedTuple):
     pixel_format: FFmpeg's.
     matrix:       from YCbCr to RGB, as ITU-T H.273 counts them; 2: it does not say.
     width, height: pixels, before it is turned.
-    turn:         by so many times 90 degrees, counter-clockwise, it is shown.
+    turn:         by so many times 90 degrees, counter-clockwise, it is shown; with `MIRRORED` added, after it was put
+                  upside down, as in a mirror.
     is_indexed:   every packet is shown, and tells when.
     """
 

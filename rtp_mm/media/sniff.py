@@ -23,6 +23,7 @@ _SIGNATURES: tuple[tuple[MMUrlType, re.Pattern[bytes]], ...] = (
         MMUrlType.VIDEO,
         re.compile(
             rb"\x1a\x45\xdf\xa3|RIFF....AVI |FLV\x01|\0\0\x01[\xba\xb3]|\x47.{187}\x47.{187}\x47"
+            rb"|.{4}\x47.{191}\x47.{191}\x47"  # a camcorder's transport stream: each packet behind its time
             rb"|\x30\x26\xb2\x75\x8e\x66\xcf\x11|....(?:moov|mdat|wide|free)|OggS.{24,60}theora",
             re.DOTALL,
         ),
@@ -30,8 +31,8 @@ _SIGNATURES: tuple[tuple[MMUrlType, re.Pattern[bytes]], ...] = (
     (
         MMUrlType.AUDIO,
         re.compile(
-            rb"ID3|RIFF....WAVE|fLaC|OggS|\xff[\xe2-\xe7\xf2-\xf7\xfa-\xff]|\xff[\xf0\xf1\xf8\xf9]|FORM....AIF[FC]"
-            rb"|\.snd|#!AMR",
+            rb"ID3|(?:RIFF|RF64)....WAVE|fLaC|OggS|\xff[\xe2-\xe7\xf2-\xf7\xfa-\xff]|\xff[\xf0\xf1\xf8\xf9]"
+            rb"|FORM....AIF[FC]|\.snd|#!AMR|riff\x2e\x91\xcf\x11|caff\0\x01|wvpk",
             re.DOTALL,
         ),
     ),

@@ -3,12 +3,13 @@
 Frame i is the i-th that a decoder gives which decodes the whole file; what the container's edit list hides is none.
 Pixels are libswscale's conversion to RGB as PyAV asks for it (bilinear chroma where the frame's layout has no direct
 conversion; the frame's own matrix and range). They are turned as the container's display matrix says, as decord and
-torchcodec (0.11) do; the sample aspect ratio is ignored.
+torchcodec (0.11) do, and mirrored, as FFmpeg does and these do not; the sample aspect ratio is ignored.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
+import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rtp_mm.errors import NotSupportedError, WrongFormatError
-from rtp_mm.media.clip import Clip, ClipHeader, ClipLimits, Frame
+from rtp_mm.media.clip import MIRRORED, Clip, ClipHeader, ClipLimits, Frame
 from rtp_mm.media.container import opened
 from rtp_mm.media.limits import check_pixels
 from rtp_mm.media.nal import NalReader
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 CONTAINERS = ("mov", "mp4", "matroska", "webm", "avi", "flv", "mpegts", "mpeg", "ogg", "asf")
 CODECS = ("h264", "hevc", "vp8", "vp9", "libdav1d", "av1", "mpeg4", "mjpeg", "mpeg1video", "mpeg2video", "theora",
-          "h263", "msmpeg4v3", "wmv2", "vc1", "prores", "ffv1", "rawvideo", "png")  # fmt: skip
+          "h263", "msmpeg4", "wmv2", "vc1", "prores", "ffv1", "rawvideo", "png")  # fmt: skip
 _TIMED = ("mov", "matroska")  # demuxers whose packets all tell when they are shown
 
 
@@ -102,10 +103,17 @@ def _header(stream: VideoStream, turn: int, *, is_indexed: bool) -> ClipHeader:
     )
 
 
-def _quarter_turns(frame: VideoFrame) -> int:
-    """0 where the display matrix is none that turns: of one that is singular FFmpeg's angle is no number."""
+def _turn(frame: VideoFrame) -> int:
+    """As `ClipHeader.turn`. 0 where the display matrix is none that turns: of one that is singular FFmpeg's angle is no
+    number.
+    """
+    matrix: Any = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return 0
     degrees = frame.rotation
-    return round(degrees / 90) % 4 if -360 <= degrees <= 360 else 0
+    quarters = round(degrees / 90) % 4 if -360 <= degrees <= 360 else 0
+    a, b, _, c, d = struct.unpack_from("5i", matrix)
+    return quarters if a * d >= b * c else quarters + MIRRORED
 
 
 class _NotIndexedError(Exception):
@@ -133,7 +141,7 @@ class _Video:
         for duration, unit in ((stream.duration, stream.time_base), (container.duration, Fraction(1, 1_000_000))):
             if duration is not None and unit is not None:
                 limits.check_seconds(float(duration * unit))
-        self.turn = 0  # by so many times 90 degrees, counter-clockwise
+        self.turn = 0  # as `ClipHeader.turn`
         self._index = PacketIndex(self._packets(), NalReader.of(self._context.name, self._context.extradata))
         self.is_trimmed = self._index.is_trimmed
         self._is_indexed = self._index.is_exact and self._is_timed() and self._context.field_order in (0, 1)
@@ -155,15 +163,19 @@ class _Video:
     # --- what there is
 
     def _is_timed(self) -> bool:
-        """Whether the times of packets are those of frames, and not of decoding."""
-        return self._container.format.name.split(",")[0] in _TIMED or not self._context.has_b_frames
+        """Whether the times of packets are those of frames, and not of decoding. A packet of DivX may hold two frames,
+        before one that stands for the second.
+        """
+        container = self._container.format.name.split(",")[0]
+        is_packed = container == "matroska" and self._context.name == "mpeg4"
+        return not self._context.has_b_frames or (container in _TIMED and not is_packed)
 
     def _find_turn(self) -> None:
         """By the first packet: a container's display matrix comes with its frame, even where that is hidden."""
         self._rewind()
         for packet in islice(self._packets(), 1):
             for frame in self._decode(iter([type(packet)(bytes(packet))])):  # a copy is not marked as hidden
-                self.turn = _quarter_turns(frame)
+                self.turn = _turn(frame)
 
     def _count(self) -> list[int]:
         """When each frame is shown, of all that a decoder gives."""
@@ -171,7 +183,7 @@ class _Video:
         times = []
         for frame in self._decode(self._packets()):
             times.append(frame.pts or 0)
-            self.turn = _quarter_turns(frame)
+            self.turn = _turn(frame)
         return times
 
     def _rate(self) -> Fraction:
@@ -235,4 +247,5 @@ class _Video:
     def _pixels(self, frame: VideoFrame) -> Frame:
         check_pixels(frame.width, frame.height, self._limits.max_pixels)
         pixels: Any = frame.to_ndarray(format="rgb24")
-        return np.ascontiguousarray(np.rot90(pixels, self.turn)) if self.turn else pixels
+        upright = pixels[::-1] if self.turn >= MIRRORED else pixels
+        return np.ascontiguousarray(np.rot90(upright, self.turn)) if self.turn else pixels
