@@ -85,6 +85,35 @@ def test_the_sound_of_a_video_is_taken() -> None:
     assert np.abs(samples[1000:15000] - sine(1)[1000:15000]).max() < 3e-2
 
 
+def id3(size: int) -> bytes:
+    """A tag of so many bytes with a picture, as music files have before their sound."""
+    body = b"APIC" + syncsafe(size - 10) + b"\0\0\0image/png\0\3\0\x89PNG".ljust(size - 4, b"\0")
+    return b"ID3\4\0\0" + syncsafe(size) + body[:size]
+
+
+def syncsafe(value: int) -> bytes:
+    return bytes(value >> shift & 127 for shift in (21, 14, 7, 0))
+
+
+@pytest.mark.parametrize("tags", [[100], [2_000_000], [5000, 300_000]], ids=str)
+@pytest.mark.parametrize("name", ["mp3", "flac", "opus"])
+def test_a_tag_before_a_sound_changes_nothing(name: str, tags: list[int]) -> None:
+    container, codec, rate, _ = FORMATS[name]
+    data = encode(sine(1, rate), rate, container, codec)
+    bare = decode_audio(data, rate=RATE, max_samples=LONGEST)
+    tagged = decode_audio(b"".join(map(id3, tags)) + data, rate=RATE, max_samples=LONGEST)
+    assert np.array_equal(tagged.samples, bare.samples)
+
+
+def test_the_cover_of_an_album_is_no_sound_and_no_video() -> None:
+    data = encode(sine(1), RATE, "flac", "flac")
+    picture = struct.pack(">II9sIIIIII", 3, 9, b"image/png", 0, 1, 1, 24, 0, 100_000) + bytes(100_000)
+    head = 8 + 34  # the signature and STREAMINFO, no longer the last block of metadata
+    covered = data[:4] + b"\0" + data[5:head] + b"\6" + len(picture).to_bytes(3, "big") + picture + data[head:]
+    expected = decode_audio(data, rate=RATE, max_samples=LONGEST)
+    assert np.array_equal(decode_audio(covered, rate=RATE, max_samples=LONGEST).samples, expected.samples)
+
+
 def silent_video() -> bytes:
     file = io.BytesIO()
     import av

@@ -7,6 +7,7 @@ it. So does librosa, with which the models' makers read sound; FFmpeg's own defa
 from __future__ import annotations
 
 import importlib.metadata
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -34,6 +35,7 @@ CODECS = (
 CHUNK = 1 << 16  # samples of each channel that are converted and resampled at a time
 MAX_CHANNELS = 64
 RATES = range(1000, 768_001)  # Hz
+_ID3 = re.compile(rb"ID3[^\xff]{2}(.[\0-\x7f]{4})", re.DOTALL)  # version; flags and size
 MAX_DAMAGED = 0.1  # of the packets; FFmpeg's own tools leave any number out
 
 
@@ -58,7 +60,7 @@ def decode_audio(data: bytes, *, rate: int, max_samples: int) -> Sound:
     Raises `WrongFormatError` for what is broken or holds no sound, `NotSupportedError` for other containers and codecs,
     or without PyAV.
     """
-    with opened(data, CONTAINERS, "sound") as container:
+    with opened(_behind_tags(data), CONTAINERS, "sound") as container:
         stream = _stream(container)
         parts: list[NDArray[np.float32]] = []
         count = 0
@@ -82,7 +84,7 @@ def decode_channels(data: bytes, *, max_seconds: float) -> tuple[NDArray[np.floa
     """
     parts: list[NDArray[np.float32]] = []
     count = rate = 0
-    with opened(data, CONTAINERS, "sound") as container:
+    with opened(_behind_tags(data), CONTAINERS, "sound") as container:
         for frame in _joined(_frames(container, _stream(container))):
             parts.append(_channels(frame))
             count, rate = count + parts[-1].shape[1], rate or frame.sample_rate
@@ -93,6 +95,18 @@ def decode_channels(data: bytes, *, max_seconds: float) -> tuple[NDArray[np.floa
     if not count:
         raise WrongFormatError("a sound without samples")
     return np.concatenate(parts, axis=1), rate
+
+
+def _behind_tags(data: bytes) -> bytes:
+    """Without the ID3v2 tags before a sound: behind more than 1 MiB of them, which is a large picture, FFmpeg looks for
+    nothing but MP3. Source: id3.org, ID3v2.4.0 (3.1).
+    """
+    at = 0
+    while tag := _ID3.match(data, at):
+        flags, *size = tag[1]
+        at += 10 + sum(seven << shift for seven, shift in zip(size, (21, 14, 7, 0), strict=True))
+        at += 10 if flags & 0x10 else 0  # a footer
+    return data[at:]
 
 
 def _stream(container: InputContainer) -> AudioStream:
