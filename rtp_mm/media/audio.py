@@ -35,6 +35,7 @@ CODECS = (
 CHUNK = 1 << 16  # samples of each channel that are converted and resampled at a time
 MAX_CHANNELS = 64
 RATES = range(1000, 768_001)  # Hz
+MAX_TAGS = 16
 _ID3 = re.compile(rb"ID3[^\xff]{2}(.[\0-\x7f]{4})", re.DOTALL)  # version; flags and size
 MAX_DAMAGED = 0.1  # of the packets; FFmpeg's own tools leave any number out
 
@@ -102,7 +103,9 @@ def _behind_tags(data: bytes) -> bytes:
     nothing but MP3. Source: id3.org, ID3v2.4.0 (3.1).
     """
     at = 0
-    while tag := _ID3.match(data, at):
+    for _ in range(MAX_TAGS):
+        if (tag := _ID3.match(data, at)) is None:
+            break
         flags, *size = tag[1]
         at += 10 + sum(seven << shift for seven, shift in zip(size, (21, 14, 7, 0), strict=True))
         at += 10 if flags & 0x10 else 0  # a footer
