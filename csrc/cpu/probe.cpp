@@ -79,7 +79,7 @@ Animation read_animation(const uint8_t* data, size_t size) {
       if (animation.milliseconds.empty()) throw std::invalid_argument("it holds no frame");
       return animation;
     } catch (probing::EndsEarly) {
-      throw std::invalid_argument("the file ends within a frame");
+      throw std::invalid_argument("the file ends within a block");
     } catch (probing::NoImage) {
       break;
     }

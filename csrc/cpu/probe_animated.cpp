@@ -34,7 +34,7 @@ double png_milliseconds(const Bytes& file, uint64_t chunk) {
 // A GIF's blocks: of extensions, only how long the next frame is shown is read.
 struct GifBlocks {
   const Bytes& file;
-  uint64_t at;
+  uint64_t at, block = at;  // where the one begins that `find_frame` came to
   double milliseconds = 0;
 
   void skip_color_table(uint8_t flags) {
@@ -55,6 +55,7 @@ struct GifBlocks {
   // Whether there is another frame before the trailer; its descriptor begins at `at`.
   bool find_frame() {
     for (milliseconds = 0;; file.step()) {
+      block = at;
       switch (file[at++]) {
         case ',':
           return true;
@@ -162,6 +163,7 @@ Animation gif_animation(const Bytes& file, const ImageHeader& header) {
     try {
       return blocks.find_frame();
     } catch (EndsEarly) {
+      if (blocks.block < file.size()) throw;
       return false;
     }
   };

@@ -58,7 +58,7 @@ class _Animation:
         wanted = set(indices)
         with self._open() as image:
             first = int(getattr(image, "default_image", False))
-            self._check(image, getattr(image, "n_frames", 1) - first)
+            self._check(image, self.frames if image.format == "GIF" else getattr(image, "n_frames", 1) - first)
             for index in range(indices[-1] + 1):
                 with TRUNCATION.decoding(allow_truncated=False):
                     image.seek(first + index)
@@ -72,6 +72,7 @@ class _Animation:
             return Image.open(BytesIO(self._data), formats=FORMATS)
 
     def _check(self, image: ImageFile.ImageFile, frames: int) -> None:
+        """Pillow would count a GIF's frames by a pass over its blocks; one that is not there it does not find."""
         if (frames, *image.size) != (self.frames, self.width, self.height):
             told = f"{self.frames} frames of {self.width}x{self.height}"
             raise WrongFormatError(f"broken image: its headers tell {told}, a decoder finds {frames} of {image.size}")
