@@ -34,8 +34,14 @@ async def test_the_remote_engine_answers_as_the_local_one() -> None:
         assert_same(answer, expected)
         assert answer.timings_ms == TIMINGS_MS
         assert await asyncio.to_thread(engine.worker_status) == local.worker_status()
+        assert await asyncio.to_thread(engine.model) == "fake"
         statuses = await asyncio.to_thread(lambda: [engine.cache_status(with_keys=keys) for keys in (False, True)])
         assert [set(status.keys) for status in statuses] == [set(), {-3, 1 << 60}]
+
+
+async def test_a_server_that_is_loading_tells_no_model() -> None:
+    async with serving(is_loaded=False) as server, remote(server.grpc_address) as engine:
+        assert await asyncio.to_thread(engine.model) is None
 
 
 async def test_messages_over_grpcs_default_limit_go_both_ways() -> None:

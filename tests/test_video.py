@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import random
 import struct
 from collections.abc import Callable, Sequence
@@ -198,6 +199,22 @@ def test_a_file_without_video_is_refused() -> None:
         pytest.raises(WrongFormatError, match="no video in this file, it holds audio"),
         open_video(sound_only(), LIMITS),
     ):
+        pass
+
+
+def test_a_file_without_key_frames_is_called_so(frames: list[Pixels]) -> None:
+    """And not an operation that is not permitted, which is what FFmpeg's -1 reads as."""
+    file = io.BytesIO()
+    with (
+        av.open(io.BytesIO(encode(frames, "mpeg4", "matroska"))) as whole,
+        av.open(file, "w", format="matroska") as rest,
+    ):
+        stream = rest.add_stream_from_template(whole.streams.video[0])
+        for packet in whole.demux(video=0):
+            if packet.size and not packet.is_keyframe:
+                packet.stream = stream
+                rest.mux(packet)
+    with pytest.raises(WrongFormatError, match="no key frame"), open_video(file.getvalue(), LIMITS):
         pass
 
 
