@@ -8,12 +8,18 @@ from __future__ import annotations
 import io
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
+from rtp_mm.media.animation import FORMATS
+from rtp_mm.media.image import rgb_pixels
+
 Random = np.random.Generator
+Pixels = NDArray[np.uint8]
 Size = tuple[int, int]  # width, height
 
 
@@ -159,3 +165,28 @@ def webp_image(rng: Random, size: Size) -> bytes:
 
 
 RANDOM: dict[str, Callable[[Random], bytes]] = {"GIF": random_gif, "PNG": random_apng, "WEBP": random_webp}
+
+
+# --- Pillow
+
+
+def animate(frames: Sequence[Pixels], kind: str, milliseconds: int | list[int], **options: Any) -> bytes:
+    file = io.BytesIO()
+    first, *others = [Image.fromarray(frame) for frame in frames]
+    lossless = {"lossless": True} if kind == "WEBP" else {}
+    options = {"duration": milliseconds, "loop": 0, **lossless, **options}
+    first.save(file, kind, save_all=True, append_images=others, **options)
+    return file.getvalue()
+
+
+def by_pillow(data: bytes) -> tuple[tuple[int, int], list[float], list[Pixels]]:
+    """Size, milliseconds of each frame and frames: the slow way, all decoded. Cut to the first frame's screen."""
+    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        size, first = image.size, int(getattr(image, "default_image", False))
+        milliseconds, frames = [], []
+        for index in range(first, getattr(image, "n_frames", 1)):
+            image.seek(index)
+            image.load()  # WebP tells a frame's duration no sooner
+            milliseconds.append(float(image.info.get("duration") or 0))
+            frames.append(rgb_pixels(image)[: size[1], : size[0]].copy())
+    return size, milliseconds, frames
