@@ -212,7 +212,7 @@ async def test_the_calls_deadline_reaches_the_engine() -> None:
     async with serving() as server:
         await call_raw(server.grpc_address, request("img:1").SerializeToString(), timeout=17.0)
         await call_raw(server.grpc_address, request("img:1", mm_timeout_ms=4000).SerializeToString())
-    assert 10 < server.engine.asked[0][2] <= 17
+    assert 10 < server.engine.asked[0][2] < 18  # gRPC rounds it up on its way
     assert server.engine.asked[1][2] == 4
 
 
