@@ -120,11 +120,11 @@ async def overload(options: argparse.Namespace, servers: list[Contender], client
     client = clients["ours"]
     rates, costs = await capacities(options, servers, clients, 1)
     half = (await client.open_loop(0.5 * rates["ours"][0], options.seconds)).summary()
-    minutes, shares = [], []
+    minutes, halves_again, shares = [], [], []
     for _ in track(range(options.rounds), "overload"):
         before = rates["ours"][-1]
         minutes.append(await client.open_loop(OVERLOAD * before, options.overload_seconds))
-        again = (await client.open_loop(0.5 * before, options.seconds)).summary()
+        halves_again.append(await client.open_loop(0.5 * before, options.seconds))
         [after] = (await capacities(options, servers, clients, 1))[0]["ours"]
         rates["ours"].append(after)
         shares.append(minutes[-1].per_second / statistics.mean([before, after]))
@@ -132,7 +132,11 @@ async def overload(options: argparse.Namespace, servers: list[Contender], client
         "capacity_per_second": {"ours": statistics.median(rates["ours"])},
         "rounds": rates,
         "cost": costs,
-        "levels": {"0.5x": {"ours": half}, "3x": {"ours": pooled(minutes).summary()}, "0.5x again": {"ours": again}},
+        "levels": {
+            "0.5x": {"ours": half},
+            "3x": {"ours": pooled(minutes).summary()},
+            "0.5x again": {"ours": pooled(halves_again).summary()},
+        },
         "goodput_shares": shares,
         "goodput_share": statistics.median(shares),
     }

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "arrow_pixels.h"
+#include "cpu/isa.h"
 #include "cpu/over_white.h"
 #include "cpu/png_rows.h"
 #include "cpu/probe.h"
@@ -194,5 +195,8 @@ PYBIND11_MODULE(_core, m) {
         "[H, W, 4] -> [H, W, 3] uint8: RGBA over opaque white, rounded as Pillow does.");
   m.def("unfilter_png", &rtp_mm::unfilter_png_array, py::arg("filtered"), py::arg("height"), py::arg("width"),
         py::arg("channels"), "An inflated PNG image's rows -> [H, W, C] uint8, or None for an unknown filter.");
+  m.def(
+      "multiplies_bytes", [] { return rtp_mm::multiplies_bytes(rtp_mm::best_isa()); },
+      "Whether this CPU multiplies words of four bytes (AVX-512 VNNI, ARM's i8mm).");
   m.def("resize_levels", &rtp_mm::resize_levels, "Instruction sets that this CPU can run, slowest first.");
 }

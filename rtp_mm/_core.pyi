@@ -64,5 +64,8 @@ def unfilter_png(filtered: Buffer, height: int, width: int, channels: int) -> ND
     filtered: height * (1 + width * channels) bytes; 1 to 4 channels. `None` for a filter type that there is not.
     """
 
+def multiplies_bytes() -> bool:
+    """Whether this CPU multiplies words of four bytes in one instruction (AVX-512 VNNI, ARM's i8mm)."""
+
 def resize_levels() -> list[str]:
     """The instruction sets that this CPU can run, slowest first."""

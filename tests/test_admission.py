@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from rtp_mm.engine.admission import Admission, Cost
+from rtp_mm.engine.admission import Admission, Cost, Visit
 from rtp_mm.errors import QueueFullError
 
 
@@ -39,29 +39,50 @@ def test_the_oldest_request_is_never_refused_and_the_next_becomes_it() -> None:
 def test_a_download_begins_only_where_its_patches_will_probably_fit() -> None:
     """Before anything is known an item counts as a thirty-second of the queue; then as items have been of late."""
     admission = new_admission()
-    with admission.visiting(0, 0) as first, admission.visiting(0, 0) as second:
+    with admission.visiting(0, 0) as first:
         admission.patches = 96
-        admission.check_room(second, downloads=0)
-        with pytest.raises(QueueFullError, match="beside 1 downloads"):
-            admission.check_room(second, downloads=1)
+        admission.check_room(Visit(0, 0), downloads=0)
+        with pytest.raises(QueueFullError, match="downloads under way: 1"):
+            admission.check_room(Visit(0, 0), downloads=1)
         admission.check_room(first, downloads=1)
         admission.patches = 0
         for _ in range(100):
             with admission.holding(first, Cost(10, 0)):
                 pass
         admission.patches = 71
-        admission.check_room(second, downloads=1)
+        admission.check_room(Visit(0, 0), downloads=1)
         with pytest.raises(QueueFullError):
-            admission.check_room(second, downloads=2)
+            admission.check_room(Visit(0, 0), downloads=2)
 
 
 def test_downloads_that_never_end_leave_half_of_the_queue_to_others() -> None:
     admission = new_admission()
-    with admission.visiting(0, 0) as first, admission.visiting(0, 0) as second:
+    with admission.visiting(0, 0) as first:
         with admission.holding(first, Cost(50, 0)):
-            admission.check_room(second, downloads=1000)
+            admission.check_room(Visit(0, 0), downloads=1000)
         with admission.holding(first, Cost(51, 0)), pytest.raises(QueueFullError):
-            admission.check_room(second, downloads=1000)
+            admission.check_room(Visit(0, 0), downloads=1000)
+
+
+def test_downloads_of_one_request_count_for_each_other_before_any_has_begun() -> None:
+    admission = new_admission()
+    with admission.visiting(0, 0), admission.visiting(0, 0) as second:
+        admission.patches = 96
+        admission.check_room(second, downloads=0)
+        with pytest.raises(QueueFullError, match="downloads under way: 1"):
+            admission.check_room(second, downloads=0)
+
+
+def test_what_is_refused_tells_what_downloads_come_to() -> None:
+    admission = new_admission()
+    with admission.visiting(0, 0):
+        admission.patches = 60
+        admission.check_room(Visit(0, 0), downloads=0)
+        for _ in range(50):
+            with pytest.raises(QueueFullError), admission.holding(Visit(0, 0), Cost(50, 0)):
+                pass
+        with pytest.raises(QueueFullError):
+            admission.check_room(Visit(0, 0), downloads=0)
 
 
 def test_requests_are_counted_below_at_and_above_the_limit() -> None:

@@ -35,7 +35,7 @@ async def test_a_server_of_sounds_is_sent_no_limits_of_pixels(
     option: str, sound_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """What a sound is, it tells from the bytes; what it takes, its client asks first."""
-    for model, status, asked in (("qwen2_audio", 1, 0), ("qwen2_vl", 0, 1)):
+    for model, status, asked in (("qwen2_audio", 1, 0), ("qwen2_vl", 0, 1), ("模型", 0, 1)):
         async with serving(model=model) as server:
             command = ["embed", str(sound_path), "--server", server.grpc_address, option, "50000"]
             assert await asyncio.to_thread(main, command) == status, capsys.readouterr().err

@@ -16,6 +16,7 @@ import pytest
 import torch
 from watched_engine import as_data_url
 
+from rtp_mm import _core
 from rtp_mm.config import load_settings
 from rtp_mm.engine.process_engine import MMProcessEngine
 from rtp_mm.errors import BadItemsError, DeadlineError, DrainingError, ProcessError, QueueFullError
@@ -72,7 +73,7 @@ def test_the_cache_knows_the_options(engine: MMProcessEngine, photo_path: Path) 
 
 
 def test_the_cache_knows_how_the_tower_runs(tiny_qwen2_5_vl: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True)
+    monkeypatch.setattr(_core, "multiplies_bytes", lambda: True)
     engines = [new_engine(tiny_qwen2_5_vl, mm_quantization=q) for q in ("none", "int8", "none")]
     exact, int8, again = (engine._items.answers._tower_key for engine in engines)
     assert exact == again != int8

@@ -75,7 +75,7 @@ async def test_patches_in_the_queue_are_limited(
 
 
 async def test_nothing_is_downloaded_for_a_full_queue(tiny_qwen2_5_vl: Path, urls: list[str], source: Source) -> None:
-    """Unless somebody else downloads it anyway, or it is there already."""
+    """Unless somebody else downloads it anyway, or it is there already. Nor is anything else of its request begun."""
     url = source.answers_with("/image", body=base64.b64decode(urls[1].partition(",")[2]))
     async with watched(tiny_qwen2_5_vl, mm_max_queue_patches=16) as w:
         w.may_forward.clear()
@@ -83,6 +83,8 @@ async def test_nothing_is_downloaded_for_a_full_queue(tiny_qwen2_5_vl: Path, url
         await until(lambda: len(w.forwards) == 1)
         with pytest.raises(QueueFullError, match="MM_MAX_QUEUE_PATCHES"):
             await w.ask(url)
+        with pytest.raises(QueueFullError, match="MM_MAX_QUEUE_PATCHES"):
+            await w.ask("data:image/png;base64,AAAA", url)
         assert not source.requests
         w.may_forward.set()
         await first

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from towers import Load, check_batching_is_invisible, loader
 
+from rtp_mm import _core
 from rtp_mm.config import load_settings
 from rtp_mm.errors import StartError
 from rtp_mm.models.registry import load_model
@@ -172,7 +173,7 @@ def test_int8_is_some_thousandths_off_and_not_for_delicate_layers(
     tiny_checkpoint: Path, peer: HuggingFace, images: list[NDArray[np.uint8]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where the native code has no VNNI to use: the portable kernel gives the same bits."""
-    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True)
+    monkeypatch.setattr(_core, "multiplies_bytes", lambda: True)
     settings = load_settings(checkpoint_path=tiny_checkpoint, act_type="fp32", device="cpu", mm_quantization="int8")
     part: Any = load_model(settings).mm_part
     items = [as_patches(peer, image) for image in images]
@@ -199,7 +200,7 @@ def test_int8_takes_and_gives_bf16_where_the_tower_computes_in_it() -> None:
 
 
 def test_int8_is_refused_where_it_gains_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
+    monkeypatch.setattr(_core, "multiplies_bytes", lambda: False)
     for is_delicate in (False, True):
         with pytest.raises(StartError, match=r"MM_QUANTIZATION=int8 needs a CPU with AVX-512 VNNI or ARM's i8mm"):
             choose_gemm(torch.device("cpu"), torch.float32, quantization="int8", is_delicate=is_delicate)

@@ -6,7 +6,6 @@ import io
 import random
 import struct
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 
 import av
 import numpy as np
@@ -149,8 +148,11 @@ def test_fragments_are_read_as_one_file(flags: str, frames: list[Pixels]) -> Non
 @pytest.mark.parametrize("name", CODECS)
 def test_decoders_are_named_as_ffmpeg_names_them(name: str) -> None:
     """A codec's name, msmpeg4v3, may find another: a stream would not be known by it."""
-    with suppress(av.codec.codec.UnknownCodecError):  # not in every build
-        assert av.codec.Codec(name, "r").name == name
+    try:
+        codec = av.codec.Codec(name, "r")
+    except av.codec.codec.UnknownCodecError:
+        pytest.skip(f"this build of FFmpeg has no {name}")
+    assert codec.name == name
 
 
 def test_a_singular_display_matrix_turns_nothing(plain: bytes) -> None:

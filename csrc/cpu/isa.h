@@ -29,6 +29,15 @@ inline Isa best_isa() {  // of this CPU
   return Isa::kPortable;
 }
 
+// Whether one instruction multiplies words of four bytes: without, int8 products are slower than float32's.
+inline bool multiplies_bytes(Isa isa) {
+#ifdef __aarch64__
+  return isa == Isa::kNeonI8mm;
+#else
+  return isa == Isa::kAvx512Vnni;
+#endif
+}
+
 // What a kernel knows of an instruction set: floats in a vector, and how many vectors a matrix product may hold; and
 // whether one instruction multiplies words of four bytes (see multiply_add).
 // Without FMA a product and its sum need a few of the 16 registers. kVectors is the width of the widest strip: the

@@ -9,18 +9,19 @@
 namespace rtp_mm::probing {
 namespace {
 
-// Frames that an animation control chunk announces: as in Pillow, a number that cannot be makes a still image.
+// Frames that an animation control chunk announces: as in Pillow, one with a number that cannot be counts for nothing.
 uint64_t announced_frames(const Bytes& file, uint64_t chunk) {
   const uint64_t frames = file.big(chunk + 8, 4);
   return frames <= uint64_t{1} << 31 ? frames : 0;
 }
 
-// Frames of the animation that a chunk between `at` and the image data announces, else 1.
-uint64_t count_png_frames(const Bytes& file, uint64_t at) {
-  for (;; at = Bytes::end_of(at + 12, file.big(at, 4))) {
+// Frames of the animation that a chunk before the image data announces, else 1.
+uint64_t count_png_frames(const Bytes& file) {
+  for (uint64_t at = 8;; at = Bytes::end_of(at + 12, file.big(at, 4))) {
     file.step();
     if (file.has(at + 4, "IDAT")) return 1;
-    if (file.has(at + 4, "acTL")) return std::max<uint64_t>(announced_frames(file, at), 1);
+    if (!file.has(at + 4, "acTL")) continue;
+    if (const uint64_t frames = announced_frames(file, at)) return frames;
   }
 }
 
@@ -107,9 +108,8 @@ ImageHeader png(const Bytes& file) {
     file.step();
     if (file.has(at + 4, "IDAT")) throw NoImage{};
     if (!file.has(at + 4, "IHDR")) continue;
-    const uint64_t next = Bytes::end_of(at + 12, file.big(at, 4));
     return {"PNG", file.big(at + 8, 4), file.big(at + 12, 4),
-            frames_or_unknown([&] { return count_png_frames(file, next); })};
+            frames_or_unknown([&] { return count_png_frames(file); })};
   }
 }
 

@@ -175,7 +175,7 @@ uint64_t track_frames(const Bytes& file, const Box& track) {
 
 // Of each frame, rounded as Pillow does; the last entry counts for all frames that are left.
 std::vector<double> track_milliseconds(const Bytes& file, const Box& track) {
-  constexpr uint64_t kMostFrames = 1 << 22;  // which nothing but their number takes room for in the file
+  constexpr uint64_t kMostFrames = 1 << 19;  // which nothing but their number takes room for in the file
   const uint64_t frames = track_frames(file, track);
   if (frames > kMostFrames) throw std::invalid_argument("it holds over " + std::to_string(kMostFrames) + " frames");
   const Box header = descend(file, track, {"mdia", "mdhd"});

@@ -43,6 +43,7 @@ class Visit:
 
     nbytes: int
     ends_at: float  # its deadline, by the loop's clock
+    downloads: int = 0  # that it was granted
 
 
 class Admission:
@@ -103,8 +104,8 @@ class Admission:
     @contextmanager
     def holding(self, visit: Visit, cost: Cost) -> Iterator[None]:
         """Work for `visit` that costs so much while it is under way. Raises `QueueFullError`."""
-        self._check(visit, cost)
         self._usual_patches += (cost.patches - self._usual_patches) / MEMORY
+        self._check(visit, cost)
         self.patches += cost.patches
         self._add(cost.nbytes)
         try:
@@ -114,12 +115,15 @@ class Admission:
             self._add(-cost.nbytes)
 
     def check_room(self, visit: Visit, downloads: int) -> None:
-        """Before a download for `visit`, beside so many others. Raises `QueueFullError` where there is no room for what
-        they usually come to: it would be thrown away, and the work with it.
+        """Before a download for `visit`, of whose others none has begun yet, beside so many that have. Raises
+        `QueueFullError` where there is no room for what they usually come to: it would be thrown away, and the work
+        with it.
         """
+        downloads += visit.downloads
         coming = min((downloads + 1) * self._usual_patches, DOWNLOADS_SHARE * self._max_patches)
         if self.patches + coming > self._max_patches and not self._is_oldest(visit):
-            raise self._patches_refusal(f" beside {downloads} downloads")
+            raise self._patches_refusal(f", downloads under way: {downloads}")
+        visit.downloads += 1
 
     @contextmanager
     def metering(self, visit: Visit) -> Iterator[Callable[[int], None]]:
@@ -176,8 +180,8 @@ class Admission:
         with self._lock:
             return next(iter(self._visits), visit) is visit
 
-    def _patches_refusal(self, beside: str = "") -> QueueFullError:
-        return self._refusal("patches", f"{self.patches} patches are waiting or running{beside} (MM_MAX_QUEUE_PATCHES)")
+    def _patches_refusal(self, more: str = "") -> QueueFullError:
+        return self._refusal("patches", f"{self.patches} patches are waiting or running{more} (MM_MAX_QUEUE_PATCHES)")
 
     def _refusal(self, reason: str, text: str) -> QueueFullError:
         with self._lock:

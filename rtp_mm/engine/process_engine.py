@@ -12,7 +12,7 @@ from rtp_mm.engine.home import Home, closed
 from rtp_mm.engine.interface import as_inputs, time_limit_s
 from rtp_mm.engine.item_pipeline import ItemPipeline
 from rtp_mm.engine.response import Answer, as_response
-from rtp_mm.errors import DeadlineError, MMError
+from rtp_mm.errors import DeadlineError, MMError, QueueFullError
 from rtp_mm.models.multimodal_mixin import MultimodalMixin
 from rtp_mm.types import (
     LIBRARY_CALLER,
@@ -79,10 +79,9 @@ class MMProcessEngine:
                 if limit_s <= 0:
                     raise _late(limit_s)
                 begun = [self._items.begin(item, caller, visit) for item in inputs]
-                outcomes: Sequence[Answer | BaseException] = [
-                    each.outcome for each in begun if each.outcome is not None
-                ]
-                if len(outcomes) < len(begun):
+                outcomes: Sequence[Answer | BaseException | None] = [each.outcome for each in begun]
+                is_refused = any(isinstance(outcome, QueueFullError) for outcome in outcomes)  # and so are its others
+                if not is_refused and any(outcome is None for outcome in outcomes):
                     ways = [
                         self._items.end(each, item, caller, visit) for each, item in zip(begun, inputs, strict=True)
                     ]

@@ -43,9 +43,10 @@ class Stopwatch:
 
 
 def as_response(
-    inputs: Sequence[MultimodalInput], outcomes: Sequence[Answer | BaseException], *, is_own: bool
+    inputs: Sequence[MultimodalInput], outcomes: Sequence[Answer | BaseException | None], *, is_own: bool
 ) -> MMEmbeddingRes:
-    """All items' answers, or `BadItemsError` that names every bad one; a bug is raised as it is.
+    """All items' answers, or `BadItemsError` that names every bad one; a bug is raised as it is. An outcome is `None`
+    where the item was given up because another one's error refuses the request.
 
     `is_own`: the answer is ours to read; a library's caller, who may write into it, gets copies of what is cached.
     """
@@ -56,7 +57,7 @@ def as_response(
             failed[index] = outcome
         elif isinstance(outcome, BaseException):
             raise outcome
-        else:
+        elif outcome is not None:
             answers.append(outcome)
     if failed:
         raise _as_one_error(inputs, failed)

@@ -44,7 +44,7 @@ class _Animation:
         check_pixels(self.width, self.height, limits.max_pixels)
         canvas_width, canvas_height, milliseconds = _core.animation(data)
         check_pixels(canvas_width, canvas_height, limits.max_pixels)
-        shown = float(np.where(milliseconds < _SHORTEST_MS, _DEFAULT_MS, milliseconds).cumsum()[-1])
+        shown = sum(np.where(milliseconds < _SHORTEST_MS, _DEFAULT_MS, milliseconds).tolist())
         limits.check_seconds(shown / 1e3)
         self._data = data
         self.frames = len(milliseconds)

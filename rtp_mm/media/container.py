@@ -39,6 +39,6 @@ def opened(data: bytes, demuxers: Sequence[str], kind: str) -> Iterator[InputCon
             raise MemoryError from None
         if error.errno == errno.ENOMEM:  # which is what FFmpeg says of too many streams
             raise WrongFormatError(f"broken {kind}: over {MAX_STREAMS} streams, or larger than memory") from None
-        if error.errno == errno.EPERM:  # -1, which is all that FFmpeg says where it finds no place to seek to
-            raise WrongFormatError(f"broken {kind}: no key frame to decode from") from None
+        if error.errno == errno.EPERM:  # -1, which is all that some of FFmpeg's decoders say
+            raise WrongFormatError(f"broken {kind}: it cannot be decoded") from None
         raise WrongFormatError(f"broken {kind}: {error.strerror or type(error).__name__}") from None

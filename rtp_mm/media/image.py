@@ -136,18 +136,21 @@ def named_errors(data: bytes, formats: Sequence[str]) -> Iterator[None]:
 class _TruncationSwitch:
     """Pillow's tolerance of truncated files is one flag of the process that its readers look at all through a decode.
 
-    Decodes that agree on the flag run side by side; one that disagrees waits for them. A process has one setting, so
-    in practice nobody waits; but no decode ever runs under the flag of another.
+    Decodes that agree on the flag run side by side; one that disagrees waits for those that run, and later ones for it.
+    In a worker, which does one thing at a time, nobody waits.
     """
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._running = 0
+        self._waiting = {False: 0, True: 0}
 
     @contextmanager
     def decoding(self, allow_truncated: bool) -> Iterator[None]:
         with self._changed:
-            self._changed.wait_for(lambda: self._running == 0 or allow_truncated == ImageFile.LOAD_TRUNCATED_IMAGES)
+            self._waiting[allow_truncated] += 1
+            self._changed.wait_for(lambda: self._running == 0 or self._may_join(allow_truncated))
+            self._waiting[allow_truncated] -= 1
             ImageFile.LOAD_TRUNCATED_IMAGES = allow_truncated
             self._running += 1
         try:
@@ -156,6 +159,9 @@ class _TruncationSwitch:
             with self._changed:
                 self._running -= 1
                 self._changed.notify_all()
+
+    def _may_join(self, allow_truncated: bool) -> bool:
+        return allow_truncated == ImageFile.LOAD_TRUNCATED_IMAGES and not self._waiting[not allow_truncated]
 
 
 TRUNCATION = _TruncationSwitch()  # one per process, as the flag that it guards

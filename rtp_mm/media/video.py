@@ -222,7 +222,7 @@ class _Video:
     def _packets_from(self, run: Run) -> Iterator[Packet[Any]]:
         """From a run's first or from before it. A container that seeks past it is read from its start."""
         if run.first and run.seek_time is not None:
-            self._container.seek(run.seek_time, stream=self._stream)
+            self._seek(run.seek_time)
             packets = self._packets()
             found = next(packets, None)
             if found and self._index.is_before(found, run):
@@ -231,7 +231,13 @@ class _Video:
         return self._packets()
 
     def _rewind(self) -> None:
-        self._container.seek(self._index.start, stream=self._stream)
+        self._seek(self._index.start)
+
+    def _seek(self, time: int) -> None:
+        try:
+            self._container.seek(time, stream=self._stream)
+        except PermissionError:  # -1, which is all that FFmpeg says where it finds no place to seek to
+            raise WrongFormatError("broken video: no key frame to decode from") from None
 
     def _packets(self) -> Iterator[Packet[Any]]:
         """Of the stream, but for the empty one that ends it."""

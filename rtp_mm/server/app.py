@@ -131,7 +131,8 @@ async def open_ports(state: ServerState, settings: Settings) -> AsyncIterator[he
 
 def _spare_garbage_collector() -> None:
     """What is there by now stays to the end: modules, the model. Looking through it again and again would stop all
-    threads for 0.1 s each time."""
+    threads for 0.13 s each time.
+    """
     gc.collect()
     gc.freeze()
 

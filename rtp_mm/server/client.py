@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
 
 import grpc
 
@@ -143,7 +144,8 @@ class RemoteEngine:
     def model(self) -> str | None:
         """The family that the server runs, as in `MODEL_TYPE`; `None` where it does not say, or is still loading."""
         _, call = self._call(self._stub.GetWorkerStatus, StatusVersionPB())
-        return dict(call.initial_metadata()).get(wire.MODEL_METADATA)
+        name = dict(call.initial_metadata()).get(wire.MODEL_METADATA)
+        return None if name is None else unquote(name)
 
     def cache_status(self, *, with_keys: bool = False) -> CacheStatus:
         asked = CacheVersionPB(latest_cache_version=-1, need_cache_keys=with_keys)

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Awaitable, Callable
 from functools import lru_cache
 from typing import Any
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 import grpc
 
@@ -72,7 +72,7 @@ class MultimodalServicer(MultimodalRpcServiceServicer):
         loaded = self._state.loaded
         if loaded is None:
             return WorkerStatusPB(role="VIT", dp_size=1, tp_size=1)
-        await context.send_initial_metadata(((wire.MODEL_METADATA, loaded.model),))
+        await context.send_initial_metadata(((wire.MODEL_METADATA, quote(loaded.model)),))
         status = loaded.engine.worker_status()
         return WorkerStatusPB(
             role="VIT",

@@ -182,7 +182,7 @@ def _check_int8(device: torch.device) -> None:
     """Raises `StartError` where int8 gains nothing: without products of bytes it runs at 0.4 of float32's speed."""
     if device.type != "cpu":
         raise StartError(f"MM_QUANTIZATION=int8 needs a CPU, and the tower is on {device}")
-    if not torch.cpu._is_vnni_supported() and "neon_i8mm" not in _core.resize_levels():
+    if not _core.multiplies_bytes():
         raise StartError("MM_QUANTIZATION=int8 needs a CPU with AVX-512 VNNI or ARM's i8mm, and this one has neither")
 
 
