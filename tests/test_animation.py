@@ -66,8 +66,8 @@ def frames(photos: dict[str, Pixels]) -> list[Pixels]:
 
 @pytest.mark.parametrize("kind", MAKERS)
 def test_frames_and_times_are_pillows(kind: str) -> None:
-    compared = 0
-    for seed in range(10 if kind == "AVIF" else 120):
+    compared, count = 0, 10 if kind == "AVIF" else 120
+    for seed in range(count):
         data = MAKERS[kind](np.random.default_rng(seed))
         try:
             expected = by_pillow(data)
@@ -76,7 +76,7 @@ def test_frames_and_times_are_pillows(kind: str) -> None:
             continue
         assert is_same(by_headers(data), expected), seed
         compared += 1
-    assert compared >= 10
+    assert compared >= 0.9 * count
 
 
 @pytest.mark.parametrize("kind", MAKERS)

@@ -7,8 +7,6 @@ import json
 import struct
 import subprocess
 import sys
-import threading
-import time
 import zlib
 from typing import Any
 
@@ -21,7 +19,7 @@ from transformers.image_transforms import convert_to_rgb
 
 from rtp_mm import _core
 from rtp_mm.errors import NotSupportedError, WrongFormatError
-from rtp_mm.media.image import FORMATS, TRUNCATION, decode
+from rtp_mm.media.image import FORMATS, decode
 from rtp_mm.media.jpeg import decode_jpeg
 from rtp_mm.media.probe import probe
 from rtp_mm.media.sniff import sniff
@@ -223,67 +221,6 @@ def test_a_truncated_image_is_decoded_as_far_as_it_goes_when_allowed(chelsea: Im
     assert (partial[-20:] != whole[-20:]).any()
     with pytest.raises(WrongFormatError):  # and the next one is strict again
         pixels(data[: len(data) * 2 // 3])
-
-
-def test_no_decode_runs_under_the_tolerance_of_another(photo: bytes) -> None:
-    truncated = photo[: len(photo) * 2 // 3]
-    wrong: list[str] = []
-
-    def strict() -> None:
-        for _ in range(20):
-            try:
-                pixels(truncated)
-            except WrongFormatError:
-                continue
-            wrong.append("a strict decode let a truncated image pass")
-
-    def tolerant() -> None:
-        for _ in range(20):
-            try:
-                pixels(truncated, allow_truncated=True)
-            except WrongFormatError:
-                wrong.append("a tolerant decode refused a truncated image")
-
-    threads = [threading.Thread(target=work) for work in (strict, tolerant) * 2]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
-
-
-def test_decodes_that_disagree_on_truncated_files_take_turns() -> None:
-    """Else those that agree, one after the other, would keep out the one that waits for them."""
-    order = []
-
-    def decoding(name: str, allow_truncated: bool, inside: threading.Event) -> threading.Thread:
-        def run() -> None:
-            with TRUNCATION.decoding(allow_truncated):
-                order.append(name)
-                inside.wait()
-
-        thread = threading.Thread(target=run)
-        thread.start()
-        return thread
-
-    def wait_for(count: int) -> None:
-        while sum(TRUNCATION._waiting.values()) < count:
-            time.sleep(0.001)
-
-    may_end, at_once = threading.Event(), threading.Event()
-    at_once.set()
-    threads = [decoding("first", True, may_end)]
-    while not order:
-        time.sleep(0.001)
-    threads.append(decoding("other", False, at_once))
-    wait_for(1)
-    threads.append(decoding("later", True, at_once))
-    wait_for(2)
-    assert order == ["first"]
-    may_end.set()
-    for thread in threads:
-        thread.join(60)
-    assert sorted(order) == ["first", "later", "other"]
 
 
 @pytest.mark.parametrize(

@@ -148,11 +148,7 @@ def test_fragments_are_read_as_one_file(flags: str, frames: list[Pixels]) -> Non
 @pytest.mark.parametrize("name", CODECS)
 def test_decoders_are_named_as_ffmpeg_names_them(name: str) -> None:
     """A codec's name, msmpeg4v3, may find another: a stream would not be known by it."""
-    try:
-        codec = av.codec.Codec(name, "r")
-    except av.codec.codec.UnknownCodecError:
-        pytest.skip(f"this build of FFmpeg has no {name}")
-    assert codec.name == name
+    assert av.codec.Codec(name, "r").name == name
 
 
 def test_a_singular_display_matrix_turns_nothing(plain: bytes) -> None:

@@ -17,8 +17,8 @@ from rtp_mm.errors import QueueFullError, WrongFormatError
 from rtp_mm.media.probe import probe
 from rtp_mm.types import Blob, MMUrlType, PreprocessOptions
 
-FIRST_GUESS = 1 / 32  # of the patches that may wait: what a download comes to, before any has shown it
-MEMORY = 16  # items that this is learnt from, about
+FIRST_GUESS_SHARE = 1 / 32  # of the patches that may wait: what a download comes to, before any has shown it
+AVERAGED_ITEMS = 16  # that this is learnt from, about: an exponential average
 DOWNLOADS_SHARE = 1 / 2  # of the patches that may wait, at most, for what downloads come to: slow ones idle no device
 MIN_RETRY_AFTER_MS = 100  # before any forward has shown how long one takes
 
@@ -62,7 +62,7 @@ class Admission:
         self._seconds_for = seconds_for
         self._visits: dict[Visit, None] = {}  # the oldest first
         self.patches = 0
-        self._usual_patches = FIRST_GUESS * max_patches  # of an item
+        self._usual_patches = FIRST_GUESS_SHARE * max_patches  # of an item
         self._nbytes = 0
         self._lock = threading.RLock()  # over `_visits`, `_nbytes` and `rejections`
         self._returned: deque[int] = deque()  # bytes that are held no more
@@ -104,7 +104,7 @@ class Admission:
     @contextmanager
     def holding(self, visit: Visit, cost: Cost) -> Iterator[None]:
         """Work for `visit` that costs so much while it is under way. Raises `QueueFullError`."""
-        self._usual_patches += (cost.patches - self._usual_patches) / MEMORY
+        self._usual_patches += (cost.patches - self._usual_patches) / AVERAGED_ITEMS
         self._check(visit, cost)
         self.patches += cost.patches
         self._add(cost.nbytes)

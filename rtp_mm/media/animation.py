@@ -15,9 +15,10 @@ from PIL import Image, ImageFile
 from rtp_mm import _core
 from rtp_mm.errors import WrongFormatError
 from rtp_mm.media.clip import Clip, ClipLimits, Frame
-from rtp_mm.media.image import TRUNCATION, named_errors, rgb_pixels
+from rtp_mm.media.image import named_errors, rgb_pixels
 from rtp_mm.media.limits import check_pixels
 from rtp_mm.media.probe import probe
+from rtp_mm.media.truncation import TRUNCATION
 
 FORMATS = ("GIF", "WEBP", "PNG", "AVIF")
 _SHORTEST_MS = 20  # browsers show a frame of less for 100 ms

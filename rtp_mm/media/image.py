@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import struct
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from io import BytesIO
@@ -21,6 +20,7 @@ from rtp_mm.media.limits import check_pixels
 from rtp_mm.media.png import decode_png
 from rtp_mm.media.probe import probe
 from rtp_mm.media.sniff import sniff
+from rtp_mm.media.truncation import TRUNCATION
 from rtp_mm.types import MMUrlType
 
 # TGA comes last: it has no signature, so its reader tries whatever the others leave.
@@ -131,37 +131,3 @@ def named_errors(data: bytes, formats: Sequence[str]) -> Iterator[None]:
     except _DECODE_ERRORS as error:
         text = " ".join(str(error).split())  # on one line
         raise WrongFormatError(f"broken image: {text or type(error).__name__}") from None
-
-
-class _TruncationSwitch:
-    """Pillow's tolerance of truncated files is one flag of the process that its readers look at all through a decode.
-
-    Decodes that agree on the flag run side by side; one that disagrees waits for those that run, and later ones for it.
-    In a worker, which does one thing at a time, nobody waits.
-    """
-
-    def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._running = 0
-        self._waiting = {False: 0, True: 0}
-
-    @contextmanager
-    def decoding(self, allow_truncated: bool) -> Iterator[None]:
-        with self._changed:
-            self._waiting[allow_truncated] += 1
-            self._changed.wait_for(lambda: self._running == 0 or self._may_join(allow_truncated))
-            self._waiting[allow_truncated] -= 1
-            ImageFile.LOAD_TRUNCATED_IMAGES = allow_truncated
-            self._running += 1
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._running -= 1
-                self._changed.notify_all()
-
-    def _may_join(self, allow_truncated: bool) -> bool:
-        return allow_truncated == ImageFile.LOAD_TRUNCATED_IMAGES and not self._waiting[not allow_truncated]
-
-
-TRUNCATION = _TruncationSwitch()  # one per process, as the flag that it guards

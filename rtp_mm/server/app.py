@@ -71,7 +71,7 @@ async def serve(settings: Settings, load_engine: LoadEngine) -> bool:
             await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
             if not stopped.done():
                 loaded = loading.result()
-                _spare_garbage_collector()
+                _freeze_heap()
                 state.serve(loaded)
                 await _set_health(healths, state)
                 _log_ready(loaded, settings, time.perf_counter() - started)
@@ -129,9 +129,9 @@ async def open_ports(state: ServerState, settings: Settings) -> AsyncIterator[he
         await asyncio.to_thread(spans.close)
 
 
-def _spare_garbage_collector() -> None:
-    """What is there by now stays to the end: modules, the model. Looking through it again and again would stop all
-    threads for 0.13 s each time.
+def _freeze_heap() -> None:
+    """What is there by now stays to the end: modules, the model. Python's garbage collector would stop all threads
+    each time it looks through all of it again.
     """
     gc.collect()
     gc.freeze()
