@@ -43,6 +43,15 @@ def accuracy() -> str:
     return markdown(header, rows)
 
 
+def bf16_products() -> str:
+    rows = []
+    for name, result in results("bf16_products_*"):
+        figures = result["summary"]
+        errors = [f"{figures[key]:.1e}" for key in ("mean_ours_bf16", "mean_hugging_face_bf16")]
+        rows.append([f"`{name}`", str(len(result["images"])), *errors, f"{figures['worst_ratio_bf16']:.2f}"])
+    return markdown(["model", "images", "ours, mean", "Hugging Face bf16, mean", "worst ratio to it"], rows)
+
+
 def load() -> str:
     rows = []
     for name, result in results("load_*"):
@@ -215,6 +224,7 @@ def media(name: str, what: str, peer: str) -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "accuracy": accuracy,
+    "bf16_products": bf16_products,
     "load": load,
     "preprocess": preprocess,
     "tower": tower,

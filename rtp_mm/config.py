@@ -201,6 +201,11 @@ class Settings(BaseSettings):
     mm_batch_invariant: bool = Field(
         True, description="0: on CUDA, GEMMs whose bits may depend on what else is in the batch"
     )
+    mm_compute_type: Literal["auto", "fp32", "bf16"] = Field(
+        "auto",
+        description="what a tower with ACT_TYPE=bf16 multiplies on a CPU; auto: bf16 where the CPU has AVX-512 BF16, "
+        "else fp32, which is more exact",
+    )
     mm_quantization: Literal["none", "fp8", "int8"] = Field(
         "none",
         description="fp8: linear layers in e4m3 on GPUs that can, less exact; int8: most of them on CPUs with AVX-512 "

@@ -12,9 +12,9 @@ from pathlib import Path
 import arm_compiled
 import numpy as np
 import pytest
-from arm_compiled import Loop
 from conftest import require
 from image_seeds import seeds
+from machine_code import AARCH64, Loop, loops
 from mutations import mutated
 from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
@@ -183,7 +183,7 @@ def test_the_tests_of_the_algorithms_pass(program: Callable[[str], Path], name: 
 def largest_loop(objects: list[Path], stem: str, function: str, instruction: str) -> Loop:
     """Of the functions with that word in their name, the innermost loop with most of these instructions."""
     compiled = next(path for path in objects if path.stem == stem)
-    found = [loop for loop in arm_compiled.loops(compiled) if function in loop.function]
+    found = [loop for loop in loops(compiled, AARCH64) if function in loop.function]
     return max(found, key=lambda loop: loop.instructions[instruction])
 
 
@@ -217,6 +217,6 @@ def test_a_loop_of_single_numbers_is_told_from_vectors(objects: list[Path], tmp_
         "float dot(const float* a, const float* b, long n) {\n"
         "  float sum = 0;\n  for (long i = 0; i < n; ++i) sum += a[i] * b[i];\n  return sum;\n}\n"
     )
-    found = arm_compiled.loops(arm_compiled.compile_object(source, tmp_path, "-ffp-contract=fast"))
+    found = loops(arm_compiled.compile_object(source, tmp_path, "-ffp-contract=fast"), AARCH64)
     assert found
     assert all(loop.function.startswith("dot(") and loop.instructions["fmla"] == 0 for loop in found)

@@ -226,10 +226,75 @@ def test_int8_sums_do_not_overflow() -> None:
         int8(more, more, torch.zeros(1))
 
 
+def bf16(x: Tensor, weight: Tensor, bias: Tensor, activation: str = "none") -> Tensor:
+    return ops.packed_linear(x, ops.pack_bf16_linear(weight, 2 if activation == "silu_gate" else 1), bias, activation)
+
+
+def random_bf16_layer(m: int, k: int, n: int) -> tuple[Tensor, Tensor, Tensor]:
+    x, weight, bias = random_layer(m, k, n, torch.bfloat16)
+    return x.bfloat16(), weight, bias
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(("m", "k", "n"), [(230, 301, 100), (7, 1280, 66), (40, 129, 32), (3, 5, 6), (30, 16, 330)])
+def test_bf16_rounds_the_answer_and_nothing_else(m: int, k: int, n: int, activation: str) -> None:
+    """Whatever K is modulo 2 and 256; nearly all bits are those of the exact answer, rounded."""
+    x, weight, bias = random_bf16_layer(m, k, n)
+    exact = reference.packed_linear(x, weight, bias, activation)
+    ours = bf16(x, weight, bias, activation)
+    assert ours.dtype == torch.bfloat16
+    assert error(ours, exact) <= 1.001 * error(exact.bfloat16(), exact)
+    assert float((ours != exact.bfloat16()).double().mean()) < 2e-3
+    added = ops.packed_linear_add_(torch.zeros(m, n), x, ops.pack_bf16_linear(weight), bias)
+    assert error(added, reference.packed_linear(x, weight, bias, "none")) < 1e-6
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_batching_is_invisible_in_bf16(activation: str) -> None:
+    x, weight, bias = random_bf16_layer(460, 1030, 70)
+    together = bf16(x, weight, bias, activation)
+    for begin, m in ((0, 1), (1, 2), (13, 3), (222, 9), (5, 300)):
+        assert torch.equal(bf16(x[begin : begin + m], weight, bias, activation), together[begin : begin + m])
+
+
+def test_bf16_cuts_as_floats_do() -> None:
+    x, weight, bias = random_bf16_layer(50, 200, 72)
+    blocks = ops.packed_linear_blocks(x, ops.pack_bf16_linear(weight), bias, 3)
+    assert torch.equal(blocks, bf16(x, weight, bias).unflatten(1, (3, -1)).transpose(0, 1))
+
+
+def test_bf16_keeps_nan_and_infinity_in_their_rows() -> None:
+    x, weight, bias = random_bf16_layer(20, 40, 64)
+    x[3, 7], x[5, 0] = torch.nan, -torch.inf
+    for activation in ACTIVATIONS:
+        is_finite = bf16(x, weight, bias, activation).isfinite().all(1)
+        assert [i for i, finite in enumerate(is_finite) if not finite] == [3, 5], activation
+
+
+def test_bf16_rounds_to_nearest_ties_to_even_up_to_infinity() -> None:
+    """Of every float32 with a bit or two below a bfloat16's last, as of NaN with any payload."""
+    upper = torch.arange(2**16, dtype=torch.int32) << 16
+    for lower in (0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF):
+        values = (upper | lower).view(torch.float32)
+        ours = bf16(torch.zeros(1, 1).bfloat16(), torch.zeros(2**16, 1).bfloat16(), values)[0]
+        assert torch.equal(ours.isnan(), values.isnan())
+        assert torch.equal(ours[~ours.isnan()], values.bfloat16()[~ours.isnan()])
+
+
 def bad_arguments() -> list[tuple[str, dict[str, object], str]]:
     return [
-        ("a batch of matrices", {"x": torch.ones(1, 4, 6)}, r"x must be contiguous \[M, K\] float32, got \[1, 4, 6\]"),
-        ("bfloat16 x", {"x": torch.ones(4, 6).bfloat16()}, r"x must be .*, got \[4, 6\] bfloat16"),
+        ("a batch of matrices", {"x": torch.ones(1, 4, 6)}, r"x must be contiguous \[M, K\] .*, got \[1, 4, 6\]"),
+        ("float16 x", {"x": torch.ones(4, 6).half()}, r"x must be .*, got \[4, 6\] float16"),
+        (
+            "bfloat16 x, packed for float32",
+            {"x": torch.ones(4, 6).bfloat16(), "packed": ops.pack_linear(torch.ones(8, 6).bfloat16())},
+            r"packed must be what pack_bf16_linear made of \[8, 6\], got \[1, 6, 16\] bfloat16",
+        ),
+        (
+            "float32 x, packed for bfloat16",
+            {"packed": ops.pack_bf16_linear(torch.ones(8, 6).bfloat16())},
+            r"packed must be what pack_linear made of \[8, 6\], got \[1, 3, 32\] bfloat16",
+        ),
         ("another K", {"x": torch.ones(4, 5)}, r"packed must be what pack_linear made of \[8, 5\], got \[1, 6, 16\]"),
         (
             "unpacked",
@@ -281,5 +346,7 @@ def test_schema_and_fake_agree_with_the_kernel(dtype: torch.dtype) -> None:
         for pack in (ops.pack_linear, ops.pack_int8_linear):
             arguments = (x, *pack(weight, parts), bias, activation, 2)
             torch.library.opcheck(torch.ops.rtp_mm.packed_linear.default, arguments)
+        halves = (x.bfloat16(), *ops.pack_bf16_linear(weight.bfloat16(), parts), bias, activation, 2)
+        torch.library.opcheck(torch.ops.rtp_mm.packed_linear.default, halves)
     adding = (torch.ones(4, 40), x, *ops.pack_linear(weight), bias)
     torch.library.opcheck(torch.ops.rtp_mm.packed_linear_add_.default, adding)

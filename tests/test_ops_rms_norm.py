@@ -45,6 +45,13 @@ def test_batching_is_invisible() -> None:
         assert torch.equal(ops.rms_norm(x[begin : begin + n], weight, EPS), together[begin : begin + n])
 
 
+def test_bf16_is_float32_rounded() -> None:
+    x, weight = random_rows(40, 83)
+    assert torch.equal(ops.rms_norm(x, weight, EPS, torch.bfloat16), ops.rms_norm(x, weight, EPS).bfloat16())
+    with pytest.raises(RuntimeError, match=r"^rms_norm: out_dtype must be float32 or bfloat16, got float16"):
+        ops.rms_norm(x, weight, EPS, torch.float16)
+
+
 def test_a_bad_argument_is_refused_with_what_came() -> None:
     with pytest.raises(RuntimeError, match=r"^rms_norm: x must be contiguous \[N, D\] float32, got \[4\] float32"):
         ops.rms_norm(torch.ones(4), torch.ones(4), EPS)
@@ -53,4 +60,5 @@ def test_a_bad_argument_is_refused_with_what_came() -> None:
 
 
 def test_schema_and_fake_agree_with_the_kernel() -> None:
-    torch.library.opcheck(torch.ops.rtp_mm.rms_norm.default, (*random_rows(5, 20), EPS))
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.library.opcheck(torch.ops.rtp_mm.rms_norm.default, (*random_rows(5, 20), EPS, dtype))

@@ -11,15 +11,16 @@ import torch
 from huggingface import HuggingFace, relative_l2
 from numpy.typing import NDArray
 from torch import Tensor
-from towers import Load, check_batching_is_invisible, loader
+from towers import Load, check_batching_is_invisible, loader, multiplying_bf16
 
 from rtp_mm import _core
 from rtp_mm.config import load_settings
 from rtp_mm.errors import StartError
+from rtp_mm.models.multimodal_common import ACT_DTYPES
 from rtp_mm.models.registry import load_model
 from rtp_mm.types import Patches
 from rtp_mm.vit.attention import Attention, Segments, choose_attention
-from rtp_mm.vit.linear import Gemm, Int8Gemm, Linear, OnednnGemm, PackedGemm, choose_gemm
+from rtp_mm.vit.linear import Bf16Gemm, Gemm, Int8Gemm, Linear, OnednnGemm, PackedGemm, choose_gemm, compute_dtype
 from rtp_mm.vit.rope import RotaryTable
 
 # Merged tokens 1, 2, 3, 5, 7, then windows whole, cut and both; sides of 28 are one merged cell.
@@ -104,11 +105,73 @@ def test_batching_is_invisible(act_type: str, model: Load, peer: HuggingFace, im
     check_batching_is_invisible(model(act_type), [*items, clip])
 
 
-@pytest.mark.parametrize("gemm", [PackedGemm, OnednnGemm])
+@pytest.fixture(scope="module")
+def bf16_products(tiny_checkpoint: Path) -> Any:
+    return multiplying_bf16(tiny_checkpoint)
+
+
+def test_bf16_products_are_as_close_to_float32_as_hugging_face_bf16(
+    bf16_products: Any, peer: HuggingFace, tiny_checkpoint: Path, images: list[NDArray[np.uint8]]
+) -> None:
+    peer_bf16 = HuggingFace(tiny_checkpoint, torch.bfloat16)
+    exact = [peer.embed(i) for i in images]
+    ours = [
+        relative_l2(bf16_products.mm_process(as_patches(peer, i))[0], e) for i, e in zip(images, exact, strict=True)
+    ]
+    theirs = [relative_l2(peer_bf16.embed(i), e) for i, e in zip(images, exact, strict=True)]
+    assert 2e-3 < np.mean(ours) <= 0.9 * np.mean(theirs)  # rounding the answer alone costs 1.7e-3
+    assert all(o <= 1.1 * t for o, t in zip(ours, theirs, strict=True))
+
+
+def test_batching_is_invisible_with_bf16_products(
+    bf16_products: Any, peer: HuggingFace, images: list[NDArray[np.uint8]]
+) -> None:
+    assert bf16_products.is_reentrant
+    check_batching_is_invisible(bf16_products, [as_patches(peer, image) for image in images])
+
+
+@pytest.mark.parametrize(
+    ("act_type", "has_bf16", "has_amx", "choice", "gemm", "attention"),
+    [
+        ("bf16", False, False, "auto", PackedGemm, "packed"),
+        ("bf16", True, False, "auto", Bf16Gemm, "packed"),
+        ("bf16", True, True, "auto", OnednnGemm, "sdpa"),
+        ("bf16", True, True, "fp32", PackedGemm, "packed"),
+        ("bf16", False, False, "bf16", Bf16Gemm, "packed"),
+        ("fp16", True, True, "auto", PackedGemm, "packed"),
+        ("fp32", True, False, "auto", PackedGemm, "packed"),
+    ],
+)
+def test_what_a_cpu_multiplies_follows_its_instructions(
+    monkeypatch: pytest.MonkeyPatch,
+    act_type: str,
+    has_bf16: bool,
+    has_amx: bool,
+    choice: str,
+    gemm: type[Gemm],
+    attention: str,
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_bf16)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_amx)
+    cpu = torch.device("cpu")
+    dtype = compute_dtype(ACT_DTYPES[act_type], cpu, choice)
+    assert choose_gemm(cpu, dtype) is gemm
+    assert choose_attention("auto", dtype, cpu) == attention
+
+
+def test_a_compute_type_that_there_is_not_is_refused() -> None:
+    with pytest.raises(StartError, match=r"MM_COMPUTE_TYPE=bf16 needs ACT_TYPE=bf16"):
+        compute_dtype(torch.float16, torch.device("cpu"), "bf16")
+    with pytest.raises(StartError, match=r"MM_COMPUTE_TYPE=fp32 needs a CPU, and the tower is on cuda"):
+        compute_dtype(torch.bfloat16, torch.device("cuda"), "fp32")
+
+
+@pytest.mark.parametrize("gemm", [PackedGemm, Bf16Gemm, OnednnGemm])
 def test_rows_of_the_chosen_gemm_do_not_depend_on_the_batch(gemm: type[Gemm]) -> None:
     """The property that batch invariance stands on, at a real layer's size."""
     generator = torch.Generator().manual_seed(0)
-    x, weight = (torch.randn(rows, 3420, generator=generator) for rows in (528, 1280))
+    dtype = torch.bfloat16 if gemm is Bf16Gemm else torch.float32
+    x, weight = (torch.randn(rows, 3420, generator=generator).to(dtype) for rows in (528, 1280))
     product = gemm(weight, torch.zeros(1280), "none")
     whole = product(x)
     for rows in (1, 2, 3, 7, 16):

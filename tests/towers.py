@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from conftest import require
 from torch_threads import torch_threads
@@ -30,6 +31,14 @@ def loader(folder: Path, device: str) -> Load:
         return load_model(load_settings(checkpoint_path=folder, act_type=act_type, device=device)).mm_part
 
     return load
+
+
+def multiplying_bf16(folder: Path) -> Any:
+    """The checkpoint's `mm_part` as on a CPU with AVX-512 BF16; elsewhere with the same bits, slowly."""
+    if torch.cpu._is_amx_tile_supported():
+        pytest.skip("this CPU has AMX: products of bf16 are oneDNN's")
+    settings = load_settings(checkpoint_path=folder, act_type="bf16", device="cpu", mm_compute_type="bf16")
+    return load_model(settings).mm_part
 
 
 def check_batching_is_invisible(part: Any, items: Sequence[Any]) -> None:

@@ -12,14 +12,15 @@ namespace rtp_mm {
 #ifdef __aarch64__
 enum class Isa { kPortable, kNeonI8mm };
 #else
-enum class Isa { kPortable, kAvx2, kAvx512, kAvx512Vnni };
+enum class Isa { kPortable, kAvx2, kAvx512, kAvx512Vnni, kAvx512Bf16 };
 #endif
 
 inline Isa best_isa() {  // of this CPU
 #if defined(__x86_64__)
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl")) {
-    return __builtin_cpu_supports("avx512vnni") ? Isa::kAvx512Vnni : Isa::kAvx512;
+    if (!__builtin_cpu_supports("avx512vnni")) return Isa::kAvx512;
+    return __builtin_cpu_supports("avx512bf16") ? Isa::kAvx512Bf16 : Isa::kAvx512Vnni;
   }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Isa::kAvx2;
 #elif defined(__aarch64__)
@@ -34,12 +35,12 @@ inline bool multiplies_bytes(Isa isa) {
 #ifdef __aarch64__
   return isa == Isa::kNeonI8mm;
 #else
-  return isa == Isa::kAvx512Vnni;
+  return isa >= Isa::kAvx512Vnni;
 #endif
 }
 
 // What a kernel knows of an instruction set: floats in a vector, and how many vectors a matrix product may hold; and
-// whether one instruction multiplies words of four bytes (see multiply_add).
+// whether one instruction multiplies words of four bytes, or of two bfloat16s (see multiply_add).
 // Without FMA a product and its sum need a few of the 16 registers. kVectors is the width of the widest strip: the
 // wider, the fewer loads, until too few rows are left.
 struct Portable {
@@ -48,21 +49,24 @@ struct Portable {
 #else
   static constexpr int kLanes = 4, kRegisters = 12, kVectors = 2;
 #endif
-  static constexpr bool kMultipliesBytes = false;
+  static constexpr bool kMultipliesBytes = false, kMultipliesPairs = false;
 };
 struct NeonI8mm : Portable {
   static constexpr bool kMultipliesBytes = true;
 };
 struct Avx2 {
   static constexpr int kLanes = 8, kRegisters = 16, kVectors = 2;
-  static constexpr bool kMultipliesBytes = false;
+  static constexpr bool kMultipliesBytes = false, kMultipliesPairs = false;
 };
 struct Avx512 {
   static constexpr int kLanes = 16, kRegisters = 32, kVectors = 4;
-  static constexpr bool kMultipliesBytes = false;
+  static constexpr bool kMultipliesBytes = false, kMultipliesPairs = false;
 };
 struct Avx512Vnni : Avx512 {
   static constexpr bool kMultipliesBytes = true;
+};
+struct Avx512Bf16 : Avx512Vnni {
+  static constexpr bool kMultipliesPairs = true;
 };
 
 #define RTP_MM_INLINE [[gnu::always_inline]] inline
@@ -106,13 +110,17 @@ void on_portable(Args... args) {
 }  // namespace detail
 
 // Kernel::run<Arch>(args...), compiled for `isa`. All that it calls must be RTP_MM_INLINE, as it is itself: only what
-// is inlined gets the caller's instructions. A kernel whose kMultipliesBytes is true is compiled for those that do too.
+// is inlined gets the caller's instructions. A kernel whose kMultipliesBytes or kMultipliesPairs is true is compiled
+// for those that do too.
 template <class Kernel, class... Args>
 void run([[maybe_unused]] Isa isa, Args... args) {
   [[maybe_unused]] constexpr bool kMultipliesBytes = requires { requires Kernel::kMultipliesBytes; };
 #if defined(__x86_64__)
+  if constexpr (requires { requires Kernel::kMultipliesPairs; }) {
+    if (isa == Isa::kAvx512Bf16) return detail::on_avx512<Avx512Bf16, Kernel, Args...>(args...);
+  }
   if constexpr (kMultipliesBytes) {
-    if (isa == Isa::kAvx512Vnni) return detail::on_avx512<Avx512Vnni, Kernel, Args...>(args...);
+    if (isa >= Isa::kAvx512Vnni) return detail::on_avx512<Avx512Vnni, Kernel, Args...>(args...);
   }
   if (isa >= Isa::kAvx512) return detail::on_avx512<Avx512, Kernel, Args...>(args...);
   if (isa == Isa::kAvx2) return detail::on_avx2<Kernel, Args...>(args...);

@@ -12,17 +12,20 @@ namespace {
 template <class Word, bool kIsTransposed>
 struct Multiply {
   static constexpr bool kMultipliesBytes = std::is_same_v<Word, FourBytes>;
+  static constexpr bool kMultipliesPairs = std::is_same_v<Word, BFloat16Pair>;
 
-  // Accumulators, a row of the panel and one element of the left operand fill the registers.
+  // Accumulators, a row of the panel and one element of the left operand fill the registers. Where pairs are multiplied
+  // without the instruction, speed does not matter, and compile time does.
   template <class Arch>
   static constexpr int max_rows(int vectors) {
-    return std::min((Arch::kRegisters - 1 - vectors) / vectors, 14);
+    const int most = kMultipliesPairs && !Arch::kMultipliesPairs ? 2 : 14;
+    return std::min((Arch::kRegisters - 1 - vectors) / vectors, most);
   }
 
   template <class Arch, int kRows, int kVectors>
-  RTP_MM_INLINE static void block(const Product<Word>& p, const Word* left, int64_t stride, int64_t column, Word* sums,
-                                  const char* ahead, int64_t ahead_step) {
-    Vector<Arch, Word> acc[kRows][kVectors] = {};
+  RTP_MM_INLINE static void block(const Product<Word>& p, const Word* left, int64_t stride, int64_t column,
+                                  Sum<Word>* sums, const char* ahead, int64_t ahead_step) {
+    Vector<Arch, Sum<Word>> acc[kRows][kVectors] = {};
     const Word* panel = p.panel + column;
     const int64_t depth = p.depth, panel_stride = p.panel_stride;
     for (int64_t i = 0; i < depth; ++i, panel += panel_stride) {
@@ -39,7 +42,7 @@ struct Multiply {
     }
     for (int r = 0; r < kRows; ++r) {
       for (int v = 0; v < kVectors; ++v) {
-        Vector<Arch, Word>& sum = at<Arch>(sums + r * p.sums_stride + v * Arch::kLanes);
+        Vector<Arch, Sum<Word>>& sum = at<Arch>(sums + r * p.sums_stride + v * Arch::kLanes);
         sum = p.is_added ? sum + acc[r][v] : acc[r][v];
       }
     }
@@ -48,7 +51,7 @@ struct Multiply {
   // A strip of `rows`, at most kRows of them.
   template <class Arch, int kRows, int kVectors>
   RTP_MM_INLINE static void strip(const Product<Word>& p, int64_t rows, const Word* left, int64_t stride,
-                                  int64_t column, Word* sums, const char* ahead, int64_t ahead_step) {
+                                  int64_t column, Sum<Word>* sums, const char* ahead, int64_t ahead_step) {
     if (rows == kRows) {
       block<Arch, kRows, kVectors>(p, left, stride, column, sums, ahead, ahead_step);
     } else if constexpr (kRows > 1) {
@@ -90,8 +93,16 @@ void multiply(Isa isa, const FourBytes* left, const Product<FourBytes>& product,
   run<Multiply<FourBytes, false>>(isa, product, left, kStripDepth, ahead);
 }
 
+void multiply(Isa isa, const BFloat16Pair* left, const Product<BFloat16Pair>& product, Ahead ahead) {
+  run<Multiply<BFloat16Pair, false>>(isa, product, left, kStripDepth, ahead);
+}
+
 void multiply_transposed(Isa isa, const float* left, int64_t left_stride, const Product<float>& product) {
   run<Multiply<float, true>>(isa, product, left, left_stride, Ahead{});
+}
+
+void multiply_transposed(Isa isa, const BFloat16Pair* left, int64_t left_stride, const Product<BFloat16Pair>& product) {
+  run<Multiply<BFloat16Pair, true>>(isa, product, left, left_stride, Ahead{});
 }
 
 }  // namespace rtp_mm

@@ -4,7 +4,9 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
+#include "cpu/float_formats.h"
 #include "cpu/isa.h"
 
 namespace rtp_mm {
@@ -26,15 +28,19 @@ struct Ahead {
 // an int32, exactly, and in all else such a word stands where a float does.
 using FourBytes = int32_t;
 
+// What products of words are added to.
+template <class Word>
+using Sum = std::conditional_t<std::is_same_v<Word, FourBytes>, int32_t, float>;
+
 // The right operand and the result of sums[rows, columns] = left[rows, depth] * panel[depth, columns]; with is_added,
-// sums += that. Each element is summed over the depth in order, whatever the other rows and columns. Word: float or
-// FourBytes.
+// sums += that. Each element is summed over the depth in order, whatever the other rows and columns. Word: float,
+// FourBytes or BFloat16Pair.
 template <class Word>
 struct Product {
-  int64_t rows, columns, depth;
+  int64_t rows, columns, depth;  // depth in words
   const Word* panel;
   int64_t panel_stride;
-  Word* sums;
+  Sum<Word>* sums;
   int64_t sums_stride;
   bool is_added;
 };
@@ -42,8 +48,10 @@ struct Product {
 // left: rows kStripDepth apart, depth <= kStripDepth.
 void multiply(Isa isa, const float* left, const Product<float>& product, Ahead ahead = {});
 void multiply(Isa isa, const FourBytes* left, const Product<FourBytes>& product, Ahead ahead = {});
+void multiply(Isa isa, const BFloat16Pair* left, const Product<BFloat16Pair>& product, Ahead ahead = {});
 
 // left[depth, rows], rows of memory left_stride apart.
 void multiply_transposed(Isa isa, const float* left, int64_t left_stride, const Product<float>& product);
+void multiply_transposed(Isa isa, const BFloat16Pair* left, int64_t left_stride, const Product<BFloat16Pair>& product);
 
 }  // namespace rtp_mm

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "cpu/multiply.h"
@@ -12,41 +14,59 @@ namespace rtp_mm {
 namespace {
 
 // Queries go in panels of two AVX-512 vectors, a query to a lane: what a softmax does with a row of scores it does with
-// 32 of them at once, and no key or value is moved but to rotate the keys. Scores are [keys][queries], values times
-// probabilities [dim][queries].
+// 32 of them at once, and no key or value is moved but to rotate the keys, and to pair values of bfloat16. Scores are
+// [keys][queries], values times probabilities [dim][queries].
 constexpr int64_t kPanel = 32;
 constexpr int64_t kQueries = 4 * kPanel;  // of a block, which reads keys and values from memory once
 constexpr int64_t kKeys = 128;            // of a block: their scores (16 KB) stay in L1, they and their values in L2
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 
-static_assert(kMaxHeadDim <= kStripDepth);
+static_assert(kMaxHeadDim <= kStripDepth && kKeys % 2 == 0);
+
+// What elements are multiplied as: the dimensions of a query or a key in pairs, and values and probabilities of two
+// keys.
+template <class Element>
+using WordOf = std::conditional_t<std::is_same_v<Element, BFloat16>, BFloat16Pair, float>;
 
 int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
-// dst[r] = scale * the rotated src[r], rows of dst kStripDepth apart.
+// dst[r] = scale * the rotated src[r], rows of dst kStripDepth words apart.
 struct Rotate {
-  template <class Arch>
-  RTP_MM_INLINE static void run(const float* src, int64_t src_stride, const float* cos, const float* sin, int64_t rows,
-                                int64_t dim, float scale, float* __restrict dst) {
+  template <class Arch, class Element>
+  RTP_MM_INLINE static void run(const Element* src, int64_t src_stride, const float* cos, const float* sin,
+                                int64_t rows, int64_t dim, float scale, WordOf<Element>* words) {
+    using Lanes = Wide<Arch, Element>;
     const int64_t half = dim / 2;
-    for (; rows > 0; --rows, src += src_stride, dst += kStripDepth, cos += half, sin += half) {
+    for (; rows > 0; --rows, src += src_stride, words += kStripDepth, cos += half, sin += half) {
+      auto* __restrict dst = reinterpret_cast<Element*>(words);
       int64_t i = 0;
-      for (; i + Arch::kLanes <= half; i += Arch::kLanes) {
-        const Vector<Arch> x = at<Arch>(src + i), y = at<Arch>(src + half + i);
-        const Vector<Arch> c = scale * at<Arch>(cos + i), s = scale * at<Arch>(sin + i);
-        at<Arch>(dst + i) = x * c - y * s;
-        at<Arch>(dst + half + i) = y * c + x * s;
+      for (; i + Lanes::kLanes <= half; i += Lanes::kLanes) {
+        const Vector<Lanes> x = widened<Lanes>(src + i), y = widened<Lanes>(src + half + i);
+        const Vector<Lanes> c = scale * at<Lanes>(cos + i), s = scale * at<Lanes>(sin + i);
+        narrow<Lanes>(x * c - y * s, dst + i);
+        narrow<Lanes>(y * c + x * s, dst + half + i);
       }
       for (; i < half; ++i) {
-        const float x = src[i], y = src[half + i], c = scale * cos[i], s = scale * sin[i];
-        dst[i] = x * c - y * s;
-        dst[half + i] = y * c + x * s;
+        const float x = widened(src[i]), y = widened(src[half + i]), c = scale * cos[i], s = scale * sin[i];
+        narrow(x * c - y * s, dst + i);
+        narrow(y * c + x * s, dst + half + i);
       }
     }
   }
 };
 
-// dst[columns][rows] = src[rows][columns], both multiples of kColumnUnit.
+// Rows of values, two to a row of dst; the last of an odd number has zeros beside it.
+struct PairRows {
+  template <class Arch>
+  RTP_MM_INLINE static void run(const BFloat16* src, int64_t src_stride, int64_t rows, int64_t dim, BFloat16Pair* dst) {
+    for (int64_t r = 0; r < rows; r += 2, src += 2 * src_stride, dst += dim) {
+      const BFloat16* next = r + 1 < rows ? src + src_stride : nullptr;
+      for (int64_t i = 0; i < dim; ++i) dst[i] = src[i].bits | (next ? BFloat16Pair{next[i].bits} << 16 : 0);
+    }
+  }
+};
+
+// dst[columns][rows] = src[rows][columns], both multiples of kColumnUnit; of any words.
 struct Transpose {
   template <class Arch>
   RTP_MM_INLINE static void run(const float* src, int64_t src_stride, int64_t rows, int64_t columns, float* dst,
@@ -62,17 +82,33 @@ struct Transpose {
   }
 };
 
+// rows of dim floats, kStripDepth apart, to rows of elements.
+struct Narrow {
+  template <class Arch, class Element>
+  RTP_MM_INLINE static void run(const float* src, int64_t rows, int64_t dim, Element* dst, int64_t dst_stride) {
+    using Lanes = Wide<Arch, Element>;
+    for (; rows > 0; --rows, src += kStripDepth, dst += dst_stride) {
+      int64_t i = 0;
+      for (; i + Lanes::kLanes <= dim; i += Lanes::kLanes) narrow<Lanes>(at<Lanes>(src + i), dst + i);
+      for (; i < dim; ++i) narrow(src[i], dst + i);
+    }
+  }
+};
+
 // A panel of queries between blocks of keys.
+template <class Word>
 struct Panel {
-  std::vector<float> queries;   // [dim][kPanel]
+  std::vector<Word> queries;    // [words of dim][kPanel]
   std::vector<float> weighted;  // [dim][kPanel], values times probabilities so far
   float largest[kPanel], sum[kPanel];
 
-  // scores[keys][kPanel] -> e^(score - largest so far). What was summed relative to a smaller score is scaled down.
+  // scores[keys][kPanel] -> e^(score - largest so far), as words in their place. What was summed relative to a smaller
+  // score is scaled down.
   struct Softmax {
     template <class Arch>
     RTP_MM_INLINE static void run(Panel* panel, float* scores, int64_t keys) {
       constexpr int kVectors = kPanel / Arch::kLanes;
+      constexpr int64_t kValues = std::is_same_v<Word, BFloat16Pair> ? 2 : 1;
       Vector<Arch> largest[kVectors], total[kVectors] = {}, shrink[kVectors];
       for (int v = 0; v < kVectors; ++v) largest[v] = at<Arch>(panel->largest + v * Arch::kLanes);
       for (int64_t key = 0; key < keys; ++key) {
@@ -81,11 +117,20 @@ struct Panel {
           largest[v] = largest[v] < score ? score : largest[v];
         }
       }
-      for (int64_t key = 0; key < keys; ++key) {
+      for (int64_t key = 0; key < keys; key += kValues) {
         for (int v = 0; v < kVectors; ++v) {
-          Vector<Arch>& score = at<Arch>(scores + key * kPanel + v * Arch::kLanes);
-          score = exp<Arch>(score - largest[v]);
-          total[v] += score;
+          const float* score = scores + key * kPanel + v * Arch::kLanes;
+          float* word = scores + key / kValues * kPanel + v * Arch::kLanes;
+          const Vector<Arch> first = exp<Arch>(at<Arch>(score) - largest[v]);
+          total[v] += first;
+          if constexpr (kValues == 1) {
+            at<Arch>(word) = first;
+          } else {
+            const bool is_last = key + 1 == keys;
+            const Vector<Arch> second = is_last ? Vector<Arch>{} : exp<Arch>(at<Arch>(score + kPanel) - largest[v]);
+            total[v] += second;
+            at<Arch>(reinterpret_cast<Word*>(word)) = rounded<Arch>(first) >> 16 | (rounded<Arch>(second) & 0xffff0000);
+          }
         }
       }
       for (int v = 0; v < kVectors; ++v) {
@@ -111,20 +156,32 @@ struct Panel {
 };
 
 // What one thread holds, in the layouts of `multiply`.
+template <class Element>
 class Workspace {
+  using Word = WordOf<Element>;
+  static constexpr int64_t kValues = sizeof(Word) / sizeof(Element);  // in a word
+
  public:
-  explicit Workspace(const PackedAttention& job) : job_(job), padded_dim_(round_up(job.dim, kColumnUnit)) {
-    for (Panel& panel : panels_) {
-      panel.queries.resize(padded_dim_ * kPanel);
+  explicit Workspace(const PackedAttention<Element>& job)
+      : job_(job),
+        depth_(job.dim / kValues),
+        padded_depth_(round_up(depth_, kColumnUnit)),
+        padded_dim_(round_up(job.dim, kColumnUnit)) {
+    for (Panel<Word>& panel : panels_) {
+      panel.queries.resize(padded_depth_ * kPanel);
       panel.weighted.resize(padded_dim_ * kPanel);
     }
   }
 
-  // Takes over the keys of rows [first, first + length); values are read where they are.
+  // Takes over the keys of rows [first, first + length), and pairs of their values; floats are read where they are.
   void load_segment(int64_t head, int64_t first, int64_t length) {
     head_ = head, first_ = first, length_ = length;
     keys_.resize(length * kStripDepth);
     rotate(1, first, length, 1, keys_.data());
+    if constexpr (kValues == 2) {
+      values_.resize((length + 1) / 2 * job_.dim);
+      rtp_mm::run<PairRows>(job_.isa, row(2, first), job_.row_stride, length, job_.dim, values_.data());
+    }
   }
 
   // Answers queries [first, first + count) of the segment that was loaded last.
@@ -139,64 +196,75 @@ class Workspace {
   }
 
  private:
-  void begin(Panel& panel, int64_t first, int64_t rows) {
-    rotate(0, first, rows, 1 / std::sqrt(static_cast<float>(job_.dim)), rotated_);
-    rtp_mm::run<Transpose>(job_.isa, static_cast<const float*>(rotated_), kStripDepth, kPanel, padded_dim_,
-                           panel.queries.data(), kPanel);
+  void begin(Panel<Word>& panel, int64_t first, int64_t rows) {
+    auto* words = reinterpret_cast<Word*>(rotated_);
+    rotate(0, first, rows, 1 / std::sqrt(static_cast<float>(job_.dim)), words);
+    rtp_mm::run<Transpose>(job_.isa, static_cast<const float*>(rotated_), kStripDepth, kPanel, padded_depth_,
+                           reinterpret_cast<float*>(panel.queries.data()), kPanel);
     std::fill(panel.weighted.begin(), panel.weighted.end(), 0.0f);
     std::fill_n(panel.largest, kPanel, kMinusInfinity);
     std::fill_n(panel.sum, kPanel, 0.0f);
   }
 
-  void step(Panel& panel, int64_t rows, int64_t key, int64_t keys) {
+  void step(Panel<Word>& panel, int64_t rows, int64_t key, int64_t keys) {
     const int64_t columns = round_up(rows, kColumnUnit);
     multiply(job_.isa, keys_.data() + key * kStripDepth,
-             {.rows = keys,
-              .columns = columns,
-              .depth = job_.dim,
-              .panel = panel.queries.data(),
-              .panel_stride = kPanel,
-              .sums = scores_,
-              .sums_stride = kPanel,
-              .is_added = false});
-    rtp_mm::run<Panel::Softmax>(job_.isa, &panel, static_cast<float*>(scores_), keys);
-    multiply_transposed(job_.isa, row(2, first_ + key), job_.row_stride,
-                        {.rows = job_.dim,
-                         .columns = columns,
-                         .depth = keys,
-                         .panel = scores_,
-                         .panel_stride = kPanel,
-                         .sums = panel.weighted.data(),
-                         .sums_stride = kPanel,
-                         .is_added = true});
+             Product<Word>{.rows = keys,
+                           .columns = columns,
+                           .depth = depth_,
+                           .panel = panel.queries.data(),
+                           .panel_stride = kPanel,
+                           .sums = scores_,
+                           .sums_stride = kPanel,
+                           .is_added = false});
+    rtp_mm::run<typename Panel<Word>::Softmax>(job_.isa, &panel, static_cast<float*>(scores_), keys);
+    const auto [values, stride] = values_from(key);
+    multiply_transposed(job_.isa, values, stride,
+                        Product<Word>{.rows = job_.dim,
+                                      .columns = columns,
+                                      .depth = (keys + kValues - 1) / kValues,
+                                      .panel = reinterpret_cast<const Word*>(scores_),
+                                      .panel_stride = kPanel,
+                                      .sums = panel.weighted.data(),
+                                      .sums_stride = kPanel,
+                                      .is_added = true});
   }
 
-  void finish(Panel& panel, int64_t first, int64_t rows) {
-    rtp_mm::run<Panel::Divide>(job_.isa, &panel);
+  void finish(Panel<Word>& panel, int64_t first, int64_t rows) {
+    rtp_mm::run<typename Panel<Word>::Divide>(job_.isa, &panel);
     rtp_mm::run<Transpose>(job_.isa, static_cast<const float*>(panel.weighted.data()), kPanel, padded_dim_, kPanel,
                            static_cast<float*>(rotated_), kStripDepth);
-    for (int64_t r = 0; r < rows; ++r) {
-      std::copy_n(rotated_ + r * kStripDepth, job_.dim, job_.out + ((first + r) * job_.heads + head_) * job_.dim);
-    }
+    rtp_mm::run<Narrow>(job_.isa, static_cast<const float*>(rotated_), rows, job_.dim,
+                        job_.out + (first * job_.heads + head_) * job_.dim, job_.heads * job_.dim);
   }
 
   // Part: 0 query, 1 key, 2 value.
-  const float* row(int64_t part, int64_t i) const {
+  const Element* row(int64_t part, int64_t i) const {
     return job_.qkv + i * job_.row_stride + part * job_.part_stride + head_ * job_.head_stride;
   }
 
+  // The words of values from that key of the segment on, an even one, and how far apart their rows are.
+  std::pair<const Word*, int64_t> values_from(int64_t key) const {
+    if constexpr (kValues == 2) {
+      return {values_.data() + key / 2 * job_.dim, job_.dim};
+    } else {
+      return {row(2, first_ + key), job_.row_stride};
+    }
+  }
+
   // Rows [first, first + rows), rotated and scaled.
-  void rotate(int64_t part, int64_t first, int64_t rows, float scale, float* dst) {
+  void rotate(int64_t part, int64_t first, int64_t rows, float scale, Word* dst) {
     const int64_t half = job_.dim / 2;
     rtp_mm::run<Rotate>(job_.isa, row(part, first), job_.row_stride, job_.cos + first * half, job_.sin + first * half,
                         rows, job_.dim, scale, dst);
   }
 
-  const PackedAttention& job_;
-  const int64_t padded_dim_;  // to whole vectors
+  const PackedAttention<Element>& job_;
+  const int64_t depth_, padded_depth_, padded_dim_;  // words of a dim; padded to whole vectors
   int64_t head_ = 0, first_ = 0, length_ = 0;
-  std::vector<float> keys_;  // [length][kStripDepth]
-  Panel panels_[kQueries / kPanel];
+  std::vector<Word> keys_;    // [length][kStripDepth]
+  std::vector<Word> values_;  // of pairs: [length / 2][dim]
+  Panel<Word> panels_[kQueries / kPanel];
   alignas(64) float rotated_[kPanel * kStripDepth] = {};
   alignas(64) float scores_[kKeys * kPanel] = {};
 };
@@ -205,14 +273,16 @@ int64_t blocks(int64_t length) { return (length + kQueries - 1) / kQueries; }
 
 }  // namespace
 
-int64_t PackedAttention::tasks() const {
+template <class Element>
+int64_t PackedAttention<Element>::tasks() const {
   int64_t count = 0;
   for (int64_t s = 0; s < segments; ++s) count += heads * blocks(cu_seqlens[s + 1] - cu_seqlens[s]);
   return count;
 }
 
-void PackedAttention::run(int64_t begin, int64_t end) const {
-  Workspace workspace(*this);
+template <class Element>
+void PackedAttention<Element>::run(int64_t begin, int64_t end) const {
+  Workspace<Element> workspace(*this);
   int64_t task = 0;
   for (int64_t s = 0; s < segments && task < end; ++s) {
     const int64_t first = cu_seqlens[s], length = cu_seqlens[s + 1] - first;
@@ -226,5 +296,8 @@ void PackedAttention::run(int64_t begin, int64_t end) const {
     }
   }
 }
+
+template struct PackedAttention<float>;
+template struct PackedAttention<BFloat16>;
 
 }  // namespace rtp_mm

@@ -2,18 +2,20 @@
 
 #include <cstdint>
 
+#include "cpu/float_formats.h"
 #include "cpu/isa.h"
 
 namespace rtp_mm {
 
-// softmax(rotate(q) @ rotate(k).T / sqrt(dim)) @ v within each segment and head, in float32. Dimension i of q and k is
-// rotated together with i + dim / 2.
+// softmax(rotate(q) @ rotate(k).T / sqrt(dim)) @ v within each segment and head. Dimension i of q and k is rotated
+// together with i + dim / 2. Element: float, or BFloat16, which what is multiplied is rounded to; all else is float32.
+template <class Element>
 struct PackedAttention {
-  const float* qkv;  // [n, 3, heads, dim] with these strides, and dim contiguous
+  const Element* qkv;  // [n, 3, heads, dim] with these strides, and dim contiguous and even
   int64_t row_stride, part_stride, head_stride;
   const float *cos, *sin;     // [n, dim / 2]
   const int32_t* cu_seqlens;  // [segments + 1], ascending from 0
-  float* out;                 // [n, heads, dim]
+  Element* out;               // [n, heads, dim]
   int64_t segments, heads, dim;
   Isa isa;
 

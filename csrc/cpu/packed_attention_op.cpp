@@ -24,31 +24,41 @@ int64_t check_segments(const Tensor& cu_seqlens, int64_t n) {
   return cu[segments];
 }
 
+template <class Element>
+void packed_attention_into(const Tensor& qkv, const Tensor& cos, const Tensor& sin, const Tensor& cu_seqlens,
+                           int64_t rows, Tensor& out) {
+  const int64_t n = qkv.size(0), heads = qkv.size(2), dim = qkv.size(3);
+  auto* result = static_cast<Element*>(out.mutable_data_ptr());
+  std::fill(result + rows * heads * dim, result + n * heads * dim, Element{});
+  const PackedAttention<Element> job{.qkv = static_cast<const Element*>(qkv.const_data_ptr()),
+                                     .row_stride = qkv.stride(0),
+                                     .part_stride = qkv.stride(1),
+                                     .head_stride = qkv.stride(2),
+                                     .cos = cos.const_data_ptr<float>(),
+                                     .sin = sin.const_data_ptr<float>(),
+                                     .cu_seqlens = cu_seqlens.const_data_ptr<int32_t>(),
+                                     .out = result,
+                                     .segments = cu_seqlens.size(0) - 1,
+                                     .heads = heads,
+                                     .dim = dim,
+                                     .isa = best_isa()};
+  torch::stable::parallel_for(0, job.tasks(), 1, [&](int64_t begin, int64_t end) { job.run(begin, end); });
+}
+
 Tensor packed_attention_cpu(const Tensor& qkv, const Tensor& cos, const Tensor& sin, const Tensor& cu_seqlens) {
-  check(qkv.dim() == 4 && qkv.size(1) == 3 && qkv.size(3) % 2 == 0 && 0 < qkv.size(3) && qkv.size(3) <= kMaxHeadDim &&
-            qkv.scalar_type() == ScalarType::Float && qkv.stride(3) == 1,
-        "packed_attention: qkv must be [N, 3, heads, dim] float32 with contiguous heads of an even dim of at most ",
-        kMaxHeadDim, ", got ", describe(qkv));
+  const bool is_bf16 = qkv.scalar_type() == ScalarType::BFloat16;
+  check(
+      qkv.dim() == 4 && qkv.size(1) == 3 && qkv.size(3) % 2 == 0 && 0 < qkv.size(3) && qkv.size(3) <= kMaxHeadDim &&
+          (is_bf16 || qkv.scalar_type() == ScalarType::Float) && qkv.stride(3) == 1,
+      "packed_attention: qkv must be [N, 3, heads, dim] float32 or bfloat16 with contiguous heads of an even dim of at "
+      "most ",
+      kMaxHeadDim, ", got ", describe(qkv));
   const int64_t n = qkv.size(0), heads = qkv.size(2), dim = qkv.size(3);
   check_table("cos", cos, n, dim / 2);
   check_table("sin", sin, n, dim / 2);
   const int64_t rows = check_segments(cu_seqlens, n);
   Tensor out = torch::stable::new_empty(qkv, {n, heads, dim});
-  float* result = out.mutable_data_ptr<float>();
-  std::fill(result + rows * heads * dim, result + n * heads * dim, 0.0f);
-  const PackedAttention job{.qkv = qkv.const_data_ptr<float>(),
-                            .row_stride = qkv.stride(0),
-                            .part_stride = qkv.stride(1),
-                            .head_stride = qkv.stride(2),
-                            .cos = cos.const_data_ptr<float>(),
-                            .sin = sin.const_data_ptr<float>(),
-                            .cu_seqlens = cu_seqlens.const_data_ptr<int32_t>(),
-                            .out = result,
-                            .segments = cu_seqlens.size(0) - 1,
-                            .heads = heads,
-                            .dim = dim,
-                            .isa = best_isa()};
-  torch::stable::parallel_for(0, job.tasks(), 1, [&](int64_t begin, int64_t end) { job.run(begin, end); });
+  (is_bf16 ? packed_attention_into<BFloat16> : packed_attention_into<float>)(qkv, cos, sin, cu_seqlens, rows, out);
   return out;
 }
 

@@ -70,16 +70,18 @@ struct Activate {
 struct Write {
   static constexpr int64_t kRowsAhead = 4;  // each is in a page of its own, where no hardware looks ahead
 
-  template <class Arch>
-  RTP_MM_INLINE static void run(const float* sums, int64_t rows, int64_t columns, bool is_added, float* out,
+  template <class Arch, class Out>
+  RTP_MM_INLINE static void run(const float* sums, int64_t rows, int64_t columns, bool is_added, Out* out,
                                 int64_t out_stride) {
+    using Lanes = Wide<Arch, Out>;
     for (int64_t r = 0; r < rows; ++r, sums += kTileColumns, out += out_stride) {
       int64_t j = 0;
-      for (; j + Arch::kLanes <= columns; j += Arch::kLanes) {
+      for (; j + Lanes::kLanes <= columns; j += Lanes::kLanes) {
         if (r + kRowsAhead < rows) __builtin_prefetch(out + kRowsAhead * out_stride + j, 1, 3);
-        at<Arch>(out + j) = is_added ? at<Arch>(out + j) + at<Arch>(sums + j) : at<Arch>(sums + j);
+        const Vector<Lanes> sum = at<Lanes>(sums + j);
+        narrow<Lanes>(is_added ? widened<Lanes>(out + j) + sum : sum, out + j);
       }
-      for (; j < columns; ++j) out[j] = is_added ? out[j] + sums[j] : sums[j];
+      for (; j < columns; ++j) narrow(is_added ? widened(out[j]) + sums[j] : sums[j], out + j);
     }
   }
 };
@@ -105,8 +107,8 @@ struct Scale {
   }
 };
 
-template <class Weight, class Rows>
-TileColumns tile_columns(const PackedLinear<Weight, Rows>& job, int64_t first_panel, int64_t end_panel) {
+template <class Weight, class Rows, class Out>
+TileColumns tile_columns(const PackedLinear<Weight, Rows, Out>& job, int64_t first_panel, int64_t end_panel) {
   TileColumns columns{};
   const int64_t panel = job.layout.panel();
   for (int64_t j = 0; j < (end_panel - first_panel) * panel; ++j) {
@@ -129,14 +131,31 @@ void pack_strips(const float* x, int64_t rows, int64_t k, float* strips) {
   }
 }
 
+// The same of pairs; the last one of an odd k has a zero.
+void pack_strips(const BFloat16* x, int64_t rows, int64_t k, BFloat16Pair* strips) {
+  constexpr int64_t kDepth = 2 * kStripDepth;
+  for (int64_t begin = 0; begin < k; begin += kDepth) {
+    const int64_t depth = std::min(kDepth, k - begin);
+    for (int64_t r = 0; r < rows; ++r, strips += kStripDepth) {
+      auto* strip = reinterpret_cast<BFloat16*>(strips);
+      std::copy_n(x + r * k + begin, depth, strip);
+      if (depth % 2) strip[depth] = {};
+    }
+  }
+}
+
+// What a weight is multiplied as: 16-bit floats are widened first.
+template <class Weight>
+using WordOf = std::conditional_t<sizeof(Weight) == sizeof(uint16_t), float, Weight>;
+
 // What the product reads of `count` elements of the weight.
 template <class Weight>
-const auto* widened_panel(Isa isa, const Weight* weight, int64_t count, float* scratch) {
-  if constexpr (std::is_same_v<Weight, float> || std::is_same_v<Weight, FourBytes>) {
+const WordOf<Weight>* widened_panel(Isa isa, const Weight* weight, int64_t count, float* scratch) {
+  if constexpr (std::is_same_v<Weight, WordOf<Weight>>) {
     return weight;
   } else {
     rtp_mm::run<Widen>(isa, weight, count, scratch);
-    return static_cast<const float*>(scratch);
+    return scratch;
   }
 }
 
@@ -155,15 +174,15 @@ void pack_linear_panel(const Weight* weight, const PanelLayout& layout, int64_t 
   }
 }
 
-template <class Weight, class Rows>
-int64_t PackedLinear<Weight, Rows>::tiles() const {
+template <class Weight, class Rows, class Out>
+int64_t PackedLinear<Weight, Rows, Out>::tiles() const {
   return ceil_div(m, kMaxTileRows) * ceil_div(layout.panels(), kTilePanels);
 }
 
-template <class Weight, class Rows>
-void PackedLinear<Weight, Rows>::run(std::atomic<int64_t>& next_tile) const {
+template <class Weight, class Rows, class Out>
+void PackedLinear<Weight, Rows, Out>::run(std::atomic<int64_t>& next_tile) const {
   constexpr bool kIsBytes = std::is_same_v<Weight, FourBytes>;
-  using Word = std::conditional_t<kIsBytes, FourBytes, float>;
+  using Word = WordOf<Weight>;
   const int64_t panel_count = layout.panels(), panel_columns = layout.panel(),
                 groups = ceil_div(panel_count, kTilePanels), end = tiles();
   const int64_t block_rows = tile_rows(m), words = depth(), steps = ceil_div(words, kStripDepth);
@@ -200,7 +219,7 @@ void PackedLinear<Weight, Rows>::run(std::atomic<int64_t>& next_tile) const {
                   .depth = depth,
                   .panel = wide,
                   .panel_stride = panel_columns,
-                  .sums = reinterpret_cast<Word*>(sums.get()) + (panel - first_panel) * panel_columns,
+                  .sums = reinterpret_cast<Sum<Word>*>(sums.get()) + (panel - first_panel) * panel_columns,
                   .sums_stride = kTileColumns,
                   .is_added = step > 0},
                  {next, depth * panel_columns * static_cast<int64_t>(sizeof(Weight))});
@@ -228,10 +247,13 @@ template void pack_linear_panel(const float*, const PanelLayout&, int64_t, int64
 template void pack_linear_panel(const BFloat16*, const PanelLayout&, int64_t, int64_t, BFloat16*);
 template void pack_linear_panel(const Float16*, const PanelLayout&, int64_t, int64_t, Float16*);
 template void pack_linear_panel(const FourBytes*, const PanelLayout&, int64_t, int64_t, FourBytes*);
+template void pack_linear_panel(const BFloat16Pair*, const PanelLayout&, int64_t, int64_t, BFloat16Pair*);
 template struct PackedLinear<float>;
 template struct PackedLinear<BFloat16>;
 template struct PackedLinear<Float16>;
 template struct PackedLinear<FourBytes>;
 template struct PackedLinear<float, ByteRows>;
+template struct PackedLinear<BFloat16Pair, const BFloat16*, BFloat16>;
+template struct PackedLinear<BFloat16Pair, const BFloat16*, float>;
 
 }  // namespace rtp_mm

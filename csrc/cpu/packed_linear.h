@@ -33,23 +33,23 @@ struct PanelLayout {
   }
 };
 
-// Writes weight[parts * width, k] to dst[k][layout.panel()]. Weight: float, BFloat16, Float16, or FourBytes, with k in
-// words.
+// Writes weight[parts * width, k] to dst[k][layout.panel()]. Weight: float, BFloat16, Float16, or a word of several
+// values, with k in words.
 template <class Weight>
 void pack_linear_panel(const Weight* weight, const PanelLayout& layout, int64_t k, int64_t panel, Weight* dst);
 
-// out = activation(x @ weight.T + bias), or out += that, in float32; for kSiluGate silu(gate) * up. The output may be
-// cut into blocks of columns that stand one after another in memory. With FourBytes, x is quantized row by row (see
-// quantize_rows), the weight is scales * its bytes, and the products before bias and activation have the same bits on
-// every instruction set. With ByteRows, x is 128 less than its bytes.
-template <class Weight, class Rows = const float*>
+// out = activation(x @ weight.T + bias), or out += that, summed in float32; for kSiluGate silu(gate) * up. The output
+// may be cut into blocks of columns that stand one after another in memory. With FourBytes, x is quantized row by row
+// (see quantize_rows), the weight is scales * its bytes, and the products before bias and activation have the same bits
+// on every instruction set. With BFloat16Pair, x is BFloat16. With ByteRows, x is 128 less than its bytes.
+template <class Weight, class Rows = const float*, class Out = float>
 struct PackedLinear {
   Rows x;                // [m, k]
   const Weight* panels;  // [layout.panels(), depth(), layout.panel()]
   const float* scales;   // of bytes only: [layout.parts * layout.width]
   const int32_t* sums;   // of bytes only: the sum of each row of the weight, [layout.parts * layout.width]
   const float* bias;     // [layout.parts * layout.width]
-  float* out;            // [layout.width / block_width, m, block_width]
+  Out* out;              // [layout.width / block_width, m, block_width]; float if is_added
   int64_t block_width;
   int64_t m, k;
   PanelLayout layout;
@@ -59,7 +59,7 @@ struct PackedLinear {
 
   // Words in a row of x.
   int64_t depth() const {
-    constexpr int64_t kValues = std::is_same_v<Weight, FourBytes> ? sizeof(FourBytes) : 1;
+    constexpr int64_t kValues = std::is_same_v<Weight, FourBytes> ? 4 : std::is_same_v<Weight, BFloat16Pair> ? 2 : 1;
     return (k + kValues - 1) / kValues;
   }
 

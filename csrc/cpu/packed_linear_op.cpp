@@ -57,14 +57,26 @@ struct Layer {
   PanelLayout layout;
 };
 
+template <class Weight, class Element, class Out>
 void packed_linear_into(const Tensor& x, const Layer& layer, Activation activation, bool is_added, Tensor& out,
                         int64_t block_width) {
+  run_tiles(PackedLinear<Weight, const Element*, Out>{
+      static_cast<const Element*>(x.const_data_ptr()), static_cast<const Weight*>(layer.packed.const_data_ptr()),
+      layer.scales ? layer.scales->const_data_ptr<float>() : nullptr,
+      layer.sums ? layer.sums->const_data_ptr<int32_t>() : nullptr, layer.bias.const_data_ptr<float>(),
+      static_cast<Out*>(out.mutable_data_ptr()), block_width, x.size(0), x.size(1), layer.layout, activation, is_added,
+      best_isa()});
+}
+
+void packed_linear_into(const Tensor& x, const Layer& layer, Activation activation, bool is_added, Tensor& out,
+                        int64_t block_width) {
+  if (x.scalar_type() == ScalarType::BFloat16) {
+    const auto into = is_added ? packed_linear_into<BFloat16Pair, BFloat16, float>
+                               : packed_linear_into<BFloat16Pair, BFloat16, BFloat16>;
+    return into(x, layer, activation, is_added, out, block_width);
+  }
   with_weight_type(layer.packed.scalar_type(), [&]<class Weight>(Weight*) {
-    run_tiles(PackedLinear<Weight>{x.const_data_ptr<float>(), static_cast<const Weight*>(layer.packed.const_data_ptr()),
-                                   layer.scales ? layer.scales->const_data_ptr<float>() : nullptr,
-                                   layer.sums ? layer.sums->const_data_ptr<int32_t>() : nullptr,
-                                   layer.bias.const_data_ptr<float>(), out.mutable_data_ptr<float>(), block_width,
-                                   x.size(0), x.size(1), layer.layout, activation, is_added, best_isa()});
+    packed_linear_into<Weight, float, float>(x, layer, activation, is_added, out, block_width);
   });
 }
 
@@ -79,16 +91,19 @@ void check_of_bytes(const std::optional<Tensor>& tensor, const char* name, int64
 
 Layer checked_layer(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& scales,
                     const std::optional<Tensor>& sums, const Tensor& bias, int64_t parts) {
-  check(x.dim() == 2 && x.size(1) > 0 && x.scalar_type() == ScalarType::Float && x.is_contiguous(),
-        "packed_linear: x must be contiguous [M, K] float32, got ", describe(x));
+  const bool is_pairs = x.scalar_type() == ScalarType::BFloat16;
+  check(x.dim() == 2 && x.size(1) > 0 && (is_pairs || x.scalar_type() == ScalarType::Float) && x.is_contiguous(),
+        "packed_linear: x must be contiguous [M, K] float32 or bfloat16, got ", describe(x));
   check(bias.dim() == 1 && bias.size(0) % parts == 0 && bias.scalar_type() == ScalarType::Float && bias.is_contiguous(),
         "packed_linear: bias must be contiguous [N] float32, N divisible by ", parts, ", got ", describe(bias));
   const PanelLayout layout{bias.size(0) / parts, parts};
   const bool is_bytes = packed.scalar_type() == ScalarType::Int;
-  const int64_t k = x.size(1), depth = is_bytes ? (k + 3) / 4 : k;
+  const int64_t k = x.size(1), depth = is_pairs ? (k + 1) / 2 : is_bytes ? (k + 3) / 4 : k;
+  const bool has_dtype = is_pairs ? packed.scalar_type() == ScalarType::BFloat16 : is_weight(packed.scalar_type());
   check(packed.dim() == 3 && packed.size(0) == layout.panels() && packed.size(1) == depth &&
-            packed.size(2) == layout.panel() && is_weight(packed.scalar_type()) && packed.is_contiguous(),
-        "packed_linear: packed must be what pack_linear made of [", bias.size(0), ", ", k, "], got ", describe(packed));
+            packed.size(2) == (is_pairs ? 2 : 1) * layout.panel() && has_dtype && packed.is_contiguous(),
+        "packed_linear: packed must be what ", is_pairs ? "pack_bf16_linear" : "pack_linear", " made of [",
+        bias.size(0), ", ", k, "], got ", describe(packed));
   check_of_bytes(scales, "scales", bias.size(0), ScalarType::Float, is_bytes);
   check_of_bytes(sums, "sums", bias.size(0), ScalarType::Int, is_bytes);
   // 2^16 products of at most 255 * 127 fit into an int32.

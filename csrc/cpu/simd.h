@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <bit>
 #include <cstdint>
 
 #include "cpu/float_formats.h"
@@ -21,7 +22,7 @@ struct Simd {
   typedef uint8_t Byte __attribute__((vector_size(kLanes), aligned(1), may_alias));
 };
 
-// float or int32_t. A vector loads from and stores to any of them.
+// float, int32_t or uint32_t. A vector loads from and stores to any of them.
 template <int kLanes, class Word>
 struct WordVector {
   typedef Word Type __attribute__((vector_size(kLanes * sizeof(Word)), aligned(sizeof(Word)), may_alias));
@@ -53,6 +54,19 @@ RTP_MM_INLINE const IntVector<Arch>& at(const int32_t* p) {
   return *reinterpret_cast<const IntVector<Arch>*>(p);
 }
 
+template <class Arch>
+using PairVector = Vector<Arch, BFloat16Pair>;
+
+template <class Arch>
+RTP_MM_INLINE PairVector<Arch>& at(BFloat16Pair* p) {
+  return *reinterpret_cast<PairVector<Arch>*>(p);
+}
+
+template <class Arch>
+RTP_MM_INLINE const PairVector<Arch>& at(const BFloat16Pair* p) {
+  return *reinterpret_cast<const PairVector<Arch>*>(p);
+}
+
 // sum += a * b
 template <class Arch>
 RTP_MM_INLINE void multiply_add(Vector<Arch>& sum, float a, const Vector<Arch>& b) {
@@ -74,6 +88,23 @@ RTP_MM_INLINE void multiply_add(IntVector<Arch>& sum, int32_t a, const IntVector
     sum = total;
   } else {
     for (int shift = 0; shift < 32; shift += 8) sum += (a >> shift & 0xff) * (b << (24 - shift) >> 24);
+  }
+}
+
+// The same of words that hold two bfloat16s each, whose products are exact in float32: that of the upper halves is
+// added first. Without the instruction, which takes subnormal numbers for zero, all others come out the same.
+template <class Arch>
+RTP_MM_INLINE void multiply_add(Vector<Arch>& sum, BFloat16Pair a, const PairVector<Arch>& b) {
+  if constexpr (Arch::kMultipliesPairs) {
+    Vector<Arch> total = sum;  // as for bytes
+#if defined(__x86_64__)
+    asm("vdpbf16ps %2, %1, %0" : "+v"(total) : "v"(PairVector<Arch>{} + a), "v"(b));
+#endif
+    sum = total;
+  } else {
+    constexpr BFloat16Pair kUpper = 0xffff0000;
+    sum += std::bit_cast<float>(a & kUpper) * reinterpret_cast<Vector<Arch>>(b & kUpper);
+    sum += std::bit_cast<float>(a << 16) * reinterpret_cast<Vector<Arch>>(b << 16);
   }
 }
 
@@ -111,6 +142,43 @@ RTP_MM_INLINE Vector<Arch> widened(const Float16* p) {
   const auto word = reinterpret_cast<typename Types::Word>(scaled) | reinterpret_cast<typename Types::Word>(top);
   return reinterpret_cast<Vector<Arch>>(word | (bits & 0x8000) << 16);
 }
+
+template <class Arch>
+RTP_MM_INLINE Vector<Arch> widened(const float* p) {
+  return at<Arch>(p);
+}
+
+// Rounded to bfloat16, ties to even, in the upper half of each word; the lower half is what was rounded away. NaN stays
+// NaN.
+template <class Arch>
+RTP_MM_INLINE PairVector<Arch> rounded(Vector<Arch> x) {
+  const auto bits = reinterpret_cast<PairVector<Arch>>(x);
+  const PairVector<Arch> carried = bits + 0x7fff + (bits >> 16 & 1);
+  return x == x ? carried : bits | 0x00400000;
+}
+
+template <class Arch>
+RTP_MM_INLINE void narrow(Vector<Arch> x, BFloat16* dst) {
+  using Half = typename Simd<Arch::kLanes>::Half;
+  *reinterpret_cast<Half*>(dst) = __builtin_convertvector(rounded<Arch>(x) >> 16, Half);
+}
+
+template <class Arch>
+RTP_MM_INLINE void narrow(Vector<Arch> x, float* dst) {
+  at<Arch>(dst) = x;
+}
+
+// One number, as the vectors do it.
+inline void narrow(float x, BFloat16* dst) {
+  const auto bits = std::bit_cast<uint32_t>(x);
+  dst->bits = static_cast<uint16_t>((x == x ? bits + 0x7fff + (bits >> 16 & 1) : bits | 0x00400000) >> 16);
+}
+
+inline void narrow(float x, float* dst) { *dst = x; }
+
+inline float widened(BFloat16 x) { return std::bit_cast<float>(uint32_t{x.bits} << 16); }
+
+inline float widened(float x) { return x; }
 
 // The sum of a vector's lanes, folded in halves.
 template <class Arch>

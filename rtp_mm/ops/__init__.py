@@ -6,6 +6,7 @@ from rtp_mm.ops.fixed_linear import fixed_linear, fixed_linear_add_, pack_fixed_
 from rtp_mm.ops.packed_attention import packed_attention
 from rtp_mm.ops.packed_linear import (
     PackedWeight,
+    pack_bf16_linear,
     pack_int8_linear,
     pack_linear,
     packed_linear,
@@ -13,7 +14,7 @@ from rtp_mm.ops.packed_linear import (
     packed_linear_blocks,
 )
 from rtp_mm.ops.patch_embed import packed_patch_embed, patch_embed
-from rtp_mm.ops.pointwise import ACTIVATIONS, activate, add_norm, rotate_qk_, uses_triton
+from rtp_mm.ops.pointwise import ACTIVATIONS, activate, add_norm, rotate_qk_, uses_onednn, uses_triton
 from rtp_mm.ops.positions import VisionPositions, vision_positions
 from rtp_mm.ops.resize_patchify import resize_patchify
 from rtp_mm.ops.rms_norm import rms_norm
@@ -26,6 +27,7 @@ __all__ = [
     "add_norm",
     "fixed_linear",
     "fixed_linear_add_",
+    "pack_bf16_linear",
     "pack_fixed_linear",
     "pack_int8_linear",
     "pack_linear",
@@ -39,6 +41,7 @@ __all__ = [
     "resize_patchify",
     "rms_norm",
     "rotate_qk_",
+    "uses_onednn",
     "uses_triton",
     "vision_positions",
 ]

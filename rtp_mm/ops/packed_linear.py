@@ -1,4 +1,4 @@
-"""Linear layers on a CPU: weights packed once, bias, activation and residual fused into the product. In float32."""
+"""Linear layers on a CPU: weights packed once; bias, activation and residual fused into products summed in float32."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 import rtp_mm.ops.library  # noqa: F401  # the schema must be there before its fake
 
@@ -17,7 +18,8 @@ class PackedWeight(NamedTuple):
     """A weight [N, K] as `packed_linear` reads it.
 
     panels: [panels, K, columns of a panel] in the weight's dtype; or [panels, K / 4 rounded up, columns] int32, each
-            the int8 of four steps of k.
+            the int8 of four steps of k; or [panels, K / 2 rounded up, 2 * columns] bfloat16, two steps of k beside
+            each other.
     scales: [N] float32 and
     sums:   [N] int32, of int8 only: the weight is `scales * int8`, and row n of the int8 adds up to `sums[n]`.
     """
@@ -52,19 +54,29 @@ def pack_int8_linear(weight: Tensor, parts: int = 1) -> PackedWeight:
     return PackedWeight(panels, scales, rounded.sum(1, dtype=torch.int32))
 
 
+def pack_bf16_linear(weight: Tensor, parts: int = 1) -> PackedWeight:
+    """As `pack_linear`, of bfloat16 and for an x of bfloat16: two steps of k are multiplied at once.
+
+    By AVX-512 BF16 where the CPU has it. Elsewhere the sums have the same bits, but for subnormal numbers, and it is
+    slower than float32.
+    """
+    words = F.pad(weight, (0, weight.shape[1] % 2)).view(torch.int32)
+    return PackedWeight(torch.ops.rtp_mm.pack_linear.default(words, parts).view(torch.bfloat16))
+
+
 def packed_linear(x: Tensor, packed: PackedWeight, bias: Tensor, activation: str = "none") -> Tensor:
-    """`activation(x @ weight.T + bias)`: [M, N] float32. `packed_linear_blocks` with one block."""
+    """`activation(x @ weight.T + bias)`: [M, N] in x's dtype. `packed_linear_blocks` with one block."""
     return packed_linear_blocks(x, packed, bias, 1, activation)[0]
 
 
 def packed_linear_blocks(
     x: Tensor, packed: PackedWeight, bias: Tensor, blocks: int, activation: str = "none"
 ) -> Tensor:
-    """`activation(x @ weight.T + bias)`, its columns in blocks of equal width: [blocks, M, N / blocks] float32.
+    """`activation(x @ weight.T + bias)`, its columns in blocks of equal width: [blocks, M, N / blocks] in x's dtype.
 
-    x:          [M, K] float32.
-    packed:     what `pack_linear` made of the weight: its elements are widened exactly as they are used; or
-                `pack_int8_linear`.
+    x:          [M, K] float32, or bfloat16.
+    packed:     of float32, what `pack_linear` made of the weight: its elements are widened exactly as they are used; or
+                `pack_int8_linear`. Of bfloat16, `pack_bf16_linear`.
     bias:       [N] float32.
     activation: "none", "gelu" (with erf), "quick_gelu", or "silu_gate": `silu(gate) * up`, [M, N / 2], with a weight
                 packed in two parts.

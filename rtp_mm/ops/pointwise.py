@@ -18,6 +18,12 @@ def uses_triton(device: torch.device) -> bool:
     return device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def uses_onednn(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether products of this dtype on `device` go to oneDNN: those of bf16 on a CPU with AMX, which ours know nothing
+    of, and which has eight times AVX-512 BF16's rate."""
+    return device.type == "cpu" and dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
+
+
 def add_norm(
     x: Tensor, delta: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, dtype: torch.dtype
 ) -> Tensor:
@@ -32,8 +38,9 @@ def add_norm(
         return pointwise_triton.add_norm(x, delta, weight, bias, eps, dtype)
     if delta is not None:
         x += delta
-    out = rms_norm(x, weight, eps) if bias is None else F.layer_norm(x, weight.shape, weight, bias, eps)
-    return out.to(dtype)
+    if bias is None:
+        return rms_norm(x, weight, eps, dtype)
+    return F.layer_norm(x, weight.shape, weight, bias, eps).to(dtype)
 
 
 def rotate_qk_(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -86,7 +86,7 @@ def sdpa(qkv: Tensor, rotary: RotaryTable, segments: Segments) -> Tensor:
 
 
 def packed(qkv: Tensor, rotary: RotaryTable, segments: Segments) -> Tensor:
-    """Our own: CPU, float32."""
+    """Our own: CPU, float32 or bfloat16."""
     return ops.packed_attention(qkv, rotary.cos, rotary.sin, segments.cu)
 
 
@@ -126,7 +126,7 @@ def is_usable(name: str, dtype: torch.dtype, device: torch.device) -> bool:
     if name == "sdpa":
         return True
     if name == "packed":
-        return device.type == "cpu" and dtype == torch.float32
+        return device.type == "cpu" and dtype != torch.float16 and not ops.uses_onednn(device, dtype)
     if device.type != "cuda" or dtype not in HALF:
         return False
     return name == "torch" or importlib.util.find_spec("flash_attn") is not None

@@ -57,6 +57,15 @@ class PackedGemm(Gemm):
         ops.packed_linear_add_(residual, x, self._weight, self._bias)
 
 
+class Bf16Gemm(PackedGemm):
+    """As `PackedGemm`, in bfloat16 but for the sums: by AVX-512 BF16 where the CPU has it."""
+
+    def __init__(self, weight: Tensor, bias: Tensor, activation: str) -> None:
+        self._weight = ops.pack_bf16_linear(weight.bfloat16(), 2 if activation == "silu_gate" else 1)
+        self._bias = bias
+        self._activation = activation
+
+
 class Int8Gemm(PackedGemm):
     """As `PackedGemm`, with weights and activations in int8, a scale per row of either; sums are exact."""
 
@@ -175,7 +184,9 @@ def choose_gemm(
         return Fp8Gemm
     if ops.uses_triton(device):
         return FixedGemm if is_invariant else CublasGemm
-    return PackedGemm if compute_dtype == torch.float32 else OnednnGemm
+    if ops.uses_onednn(device, compute_dtype):
+        return OnednnGemm
+    return Bf16Gemm if compute_dtype == torch.bfloat16 else PackedGemm
 
 
 def _check_int8(device: torch.device) -> None:
@@ -200,15 +211,21 @@ def _check_fp8(device: torch.device, compute_dtype: torch.dtype) -> None:
         raise StartError("MM_QUANTIZATION=fp8 needs ACT_TYPE=bf16 or fp16")
 
 
-def compute_dtype(act_dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype that GEMMs and attention run in.
+def compute_dtype(act_dtype: torch.dtype, device: torch.device, choice: str = "auto") -> torch.dtype:
+    """The dtype that GEMMs and attention run in; `choice` is the setting `MM_COMPUTE_TYPE`.
 
     A CPU without bf16 instructions emulates them: float32 is several times faster there and more exact. fp16 has no
-    instructions on any CPU that we know.
+    instructions on any CPU that we know. Raises `StartError` for a choice that there is not.
     """
-    if device.type == "cpu" and not (act_dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported()):
-        return torch.float32
-    return act_dtype
+    if choice == "auto":
+        if device.type == "cpu" and not (act_dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported()):
+            return torch.float32
+        return act_dtype
+    if device.type != "cpu":
+        raise StartError(f"MM_COMPUTE_TYPE={choice} needs a CPU, and the tower is on {device}; there it is ACT_TYPE")
+    if choice == "bf16" and act_dtype != torch.bfloat16:
+        raise StartError("MM_COMPUTE_TYPE=bf16 needs ACT_TYPE=bf16")
+    return torch.bfloat16 if choice == "bf16" else torch.float32
 
 
 class Linear(nn.Module):

@@ -21,6 +21,7 @@ class TowerOptions:
 
     attention: str = "auto"
     is_batch_invariant: bool = True
+    compute_type: str = "auto"
     quantization: str = "none"
     cuda_graphs: str = "auto"
     cuda_graphs_bytes: int = 1 << 30
@@ -30,6 +31,7 @@ class TowerOptions:
         return cls(
             attention=settings.mm_attention,
             is_batch_invariant=settings.mm_batch_invariant,
+            compute_type=settings.mm_compute_type,
             quantization=settings.mm_quantization,
             cuda_graphs=settings.mm_cuda_graphs,
             cuda_graphs_bytes=settings.mm_cuda_graphs_mb << 20,
@@ -50,7 +52,7 @@ class Tower(nn.Module):
         self.options = options or TowerOptions()
         self.dtype = dtype
         self.device = device
-        self.compute_dtype = compute_dtype(dtype, device)
+        self.compute_dtype = compute_dtype(dtype, device, self.options.compute_type)
         self.attention_backend = choose_attention(self.options.attention, self.compute_dtype, device)
         self.between_blocks: Callable[[], None] = _nothing
         self._run: Callable[[Batch], Tensor] = self._run_eagerly
@@ -72,7 +74,7 @@ class Tower(nn.Module):
     @property
     def is_reentrant(self) -> bool:
         """Whether several threads may run it at once, each with any number of torch's threads, for the same bits: our
-        own kernels on a CPU. oneDNN's bf16 products round by the number of threads.
+        own kernels on a CPU. oneDNN's bf16 products, which go with its attention, round by the number of threads.
         """
         return self.attention_backend == "packed" and not ops.uses_triton(self.device)
 

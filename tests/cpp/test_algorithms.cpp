@@ -164,22 +164,22 @@ void test_packed_attention(Isa isa, const std::vector<int32_t>& cu_seqlens, int6
   const std::vector<float> qkv = random_floats<float>(n * 3 * heads * dim), angles = random_floats<float>(n * half);
   std::vector<float> cos, sin, out(n * heads * dim);
   for (float angle : angles) cos.push_back(std::cos(angle)), sin.push_back(std::sin(angle));
-  const PackedAttention job{.qkv = qkv.data(),
-                            .row_stride = 3 * heads * dim,
-                            .part_stride = heads * dim,
-                            .head_stride = dim,
-                            .cos = cos.data(),
-                            .sin = sin.data(),
-                            .cu_seqlens = cu_seqlens.data(),
-                            .out = out.data(),
-                            .segments = static_cast<int64_t>(cu_seqlens.size()) - 1,
-                            .heads = heads,
-                            .dim = dim,
-                            .isa = isa};
+  const PackedAttention<float> job{.qkv = qkv.data(),
+                                   .row_stride = 3 * heads * dim,
+                                   .part_stride = heads * dim,
+                                   .head_stride = dim,
+                                   .cos = cos.data(),
+                                   .sin = sin.data(),
+                                   .cu_seqlens = cu_seqlens.data(),
+                                   .out = out.data(),
+                                   .segments = static_cast<int64_t>(cu_seqlens.size()) - 1,
+                                   .heads = heads,
+                                   .dim = dim,
+                                   .isa = isa};
   for (int64_t task = job.tasks(); task-- > 0;) job.run(task, task + 1);
 
   std::vector<float> at_once(out.size());
-  PackedAttention whole = job;
+  PackedAttention<float> whole = job;
   whole.out = at_once.data();
   whole.run(0, whole.tasks());
   CHECK(std::memcmp(at_once.data(), out.data(), out.size() * sizeof(float)) == 0);

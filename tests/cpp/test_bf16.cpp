@@ -1,0 +1,206 @@
+// The kernels that multiply bfloat16s, on every instruction set, under AddressSanitizer and UndefinedBehaviorSanitizer:
+// against naive loops, and against each other to the bit. Prints how AVX-512 BF16 was run.
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <thread>
+#include <vector>
+
+#include "bf16_instruction.h"
+#include "check.h"
+#include "cpu/packed_attention.h"
+#include "cpu/packed_linear.h"
+#include "cpu/rms_norm.h"
+#include "random_data.h"
+
+namespace rtp_mm {
+namespace {
+
+constexpr double kHalfUnit = 0x1p-8;  // of a bfloat16's last place, relative to it
+
+std::vector<BFloat16> pack(const std::vector<BFloat16>& weight, const PanelLayout& layout, int64_t k) {
+  const int64_t rows = layout.parts * layout.width, depth = (k + 1) / 2;
+  std::vector<BFloat16> padded(rows * depth * 2);
+  for (int64_t row = 0; row < rows; ++row) std::copy_n(weight.data() + row * k, k, padded.data() + row * depth * 2);
+  std::vector<BFloat16> panels(layout.panels() * depth * layout.panel() * 2);
+  for (int64_t panel = 0; panel < layout.panels(); ++panel) {
+    pack_linear_panel(reinterpret_cast<const BFloat16Pair*>(padded.data()), layout, depth, panel,
+                      reinterpret_cast<BFloat16Pair*>(panels.data()) + panel * depth * layout.panel());
+  }
+  return panels;
+}
+
+struct Layer {
+  int64_t m, k, width;
+  Activation activation;
+};
+
+// The same layer on every instruction set: added to a residual, and rounded to bfloat16.
+void test_linear(const std::vector<Isa>& isas, const Layer& layer) {
+  const auto& [m, k, width, activation] = layer;
+  const PanelLayout layout{width, activation == Activation::kSiluGate ? 2 : 1};
+  const std::vector<BFloat16> x = random_floats<BFloat16>(m * k);
+  const std::vector<BFloat16> weight = random_floats<BFloat16>(layout.parts * width * k);
+  const std::vector<float> bias = random_floats<float>(layout.parts * width),
+                           residual = random_floats<float>(m * width);
+  const std::vector<BFloat16> panels = pack(weight, layout, k);
+  std::vector<float> sums_before;
+  for (const Isa isa : isas) {
+    const auto run = [&]<class Out>(const BFloat16* rows, int64_t count, Out* out, int threads) {
+      const PackedLinear<BFloat16Pair, const BFloat16*, Out> job{
+          rows,        reinterpret_cast<const BFloat16Pair*>(panels.data()),
+          nullptr,     nullptr,
+          bias.data(), out,
+          width,       count,
+          k,           layout,
+          activation,  std::is_same_v<Out, float>,
+          isa};
+      std::atomic<int64_t> next_tile = 0;
+      std::vector<std::thread> pool;
+      for (int i = 0; i < threads; ++i) pool.emplace_back([&] { job.run(next_tile); });
+      for (std::thread& thread : pool) thread.join();
+    };
+    std::vector<float> sums = residual;
+    std::vector<BFloat16> rounded(m * width);
+    run(x.data(), m, sums.data(), 2);
+    run(x.data(), m, rounded.data(), 2);
+
+    // The last row alone has the same bits.
+    std::vector<BFloat16> last(width);
+    run(x.data() + (m - 1) * k, 1, last.data(), 1);
+    CHECK(std::memcmp(last.data(), rounded.data() + (m - 1) * width, width * sizeof(BFloat16)) == 0);
+
+    // Products are exact and added in one order: without an activation, every instruction set has the same bits.
+    if (activation == Activation::kNone && !sums_before.empty()) CHECK(sums == sums_before);
+    sums_before = sums;
+
+    for (int64_t i = 0; i < m * width; ++i) {
+      double y[2] = {}, magnitude = 1;
+      for (int64_t part = 0; part < layout.parts; ++part) {
+        const int64_t row = part * width + i % width;
+        y[part] = bias[row];
+        for (int64_t l = 0; l < k; ++l) {
+          const double term = double{to_float(x[i / width * k + l])} * to_float(weight[row * k + l]);
+          y[part] += term, magnitude += std::abs(term);
+        }
+      }
+      const double exact = activation == Activation::kSiluGate ? y[0] / (1 + std::exp(-y[0])) * y[1]
+                           : activation == Activation::kGelu   ? y[0] / 2 * std::erfc(-y[0] / std::sqrt(2.0))
+                                                               : y[0];
+      const double allowed = 1e-6 * magnitude * (1 + std::abs(y[1]));
+      CHECK(std::abs(sums[i] - residual[i] - exact) <= allowed);
+      CHECK(std::abs(to_float(rounded[i]) - exact) <= allowed + kHalfUnit * std::abs(exact));
+    }
+  }
+}
+
+double dot(const std::vector<double>& a, const std::vector<double>& b) {
+  double sum = 0;
+  for (size_t i = 0; i < a.size(); ++i) sum += a[i] * b[i];
+  return sum;
+}
+
+void test_attention(Isa isa, const std::vector<int32_t>& cu_seqlens, int64_t heads, int64_t dim) {
+  const int64_t n = cu_seqlens.back(), half = dim / 2;
+  const std::vector<BFloat16> qkv = random_floats<BFloat16>(n * 3 * heads * dim);
+  const std::vector<float> angles = random_floats<float>(n * half);
+  std::vector<float> cos, sin;
+  for (float angle : angles) cos.push_back(std::cos(angle)), sin.push_back(std::sin(angle));
+  std::vector<BFloat16> out(n * heads * dim), at_once(out);
+  PackedAttention<BFloat16> job{.qkv = qkv.data(),
+                                .row_stride = 3 * heads * dim,
+                                .part_stride = heads * dim,
+                                .head_stride = dim,
+                                .cos = cos.data(),
+                                .sin = sin.data(),
+                                .cu_seqlens = cu_seqlens.data(),
+                                .out = out.data(),
+                                .segments = static_cast<int64_t>(cu_seqlens.size()) - 1,
+                                .heads = heads,
+                                .dim = dim,
+                                .isa = isa};
+  for (int64_t task = job.tasks(); task-- > 0;) job.run(task, task + 1);
+  job.out = at_once.data();
+  job.run(0, job.tasks());
+  CHECK(std::memcmp(at_once.data(), out.data(), out.size() * sizeof(BFloat16)) == 0);
+
+  const auto element = [&](int64_t part, int64_t head, int64_t i, int64_t j) -> double {
+    return to_float(qkv[((i * 3 + part) * heads + head) * dim + j]);
+  };
+  const auto rotated = [&](int64_t part, int64_t head, int64_t i) {
+    std::vector<double> result(dim);
+    for (int64_t j = 0; j < half; ++j) {
+      const double c = cos[i * half + j], s = sin[i * half + j];
+      const double x = element(part, head, i, j), y = element(part, head, i, half + j);
+      result[j] = x * c - y * s;
+      result[half + j] = y * c + x * s;
+    }
+    return result;
+  };
+  for (size_t s = 0; s + 1 < cu_seqlens.size(); ++s) {
+    for (int64_t head = 0; head < heads; ++head) {
+      for (int64_t i = cu_seqlens[s]; i < cu_seqlens[s + 1]; ++i) {
+        const std::vector<double> query = rotated(0, head, i);
+        std::vector<double> values(dim);
+        double sum = 0;
+        for (int64_t j = cu_seqlens[s]; j < cu_seqlens[s + 1]; ++j) {
+          const double weight = std::exp(dot(query, rotated(1, head, j)) / std::sqrt(dim));
+          sum += weight;
+          for (int64_t l = 0; l < dim; ++l) values[l] += weight * element(2, head, j, l);
+        }
+        // Roundings of q, k and probabilities: values are of size 1, scores of a few units.
+        for (int64_t l = 0; l < dim; ++l) {
+          CHECK(std::abs(to_float(out[(i * heads + head) * dim + l]) - values[l] / sum) <= 6 * kHalfUnit);
+        }
+      }
+    }
+  }
+}
+
+void test_rms_norm(Isa isa, int64_t rows, int64_t dim) {
+  const std::vector<float> x = random_floats<float>(rows * dim), weight = random_floats<float>(dim);
+  std::vector<float> exact(rows * dim);
+  std::vector<BFloat16> out(rows * dim);
+  rms_norm(isa, x.data(), weight.data(), rows, dim, 1e-6f, exact.data());
+  rms_norm(isa, x.data(), weight.data(), rows, dim, 1e-6f, out.data());
+  for (int64_t i = 0; i < rows * dim; ++i) CHECK(out[i].bits == round_to<BFloat16>(exact[i]).bits);
+}
+
+// Every instruction set of this CPU, and AVX-512 BF16 where only its one instruction is missing.
+std::vector<Isa> instruction_sets() {
+  std::vector<Isa> isas;
+  for (int level = 0; level <= static_cast<int>(best_isa()); ++level) isas.push_back(Isa{level});
+#ifdef __x86_64__
+  const bool has_it = best_isa() == Isa::kAvx512Bf16;
+  if (!has_it && best_isa() >= Isa::kAvx512) {
+    emulate_bf16_instruction();
+    isas.push_back(Isa::kAvx512Bf16);
+  }
+  std::puts(has_it ? "AVX-512 BF16: run" : isas.back() == Isa::kAvx512Bf16 ? "AVX-512 BF16: emulated" : "no AVX-512");
+#endif
+  return isas;
+}
+
+}  // namespace
+}  // namespace rtp_mm
+
+int main() {
+  using namespace rtp_mm;
+  const std::vector<Isa> isas = instruction_sets();
+  test_linear(isas, {1, 1, 1, Activation::kNone});
+  test_linear(isas, {29, 257, 33, Activation::kGelu});
+  test_linear(isas, {230, 7, 37, Activation::kSiluGate});
+  test_linear(isas, {40, 301, 70, Activation::kNone});
+  test_linear(isas, {5, 600, 150, Activation::kNone});
+  for (const Isa isa : isas) {
+    test_attention(isa, {0, 1, 1, 130, 160}, 2, 10);
+    test_attention(isa, {0, 161}, 1, 80);
+    test_attention(isa, {0, 40}, 1, 128);
+    test_rms_norm(isa, 3, 1);
+    test_rms_norm(isa, 5, 83);
+  }
+}
