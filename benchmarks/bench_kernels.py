@@ -1,6 +1,7 @@
 """The tower's CPU kernels against PyTorch's, at the shapes of Qwen2.5-VL 3B.
 
-Those that multiply in GFLOP/s and parts of the machine's peak, those that move memory in GB/s and parts of a copy's.
+Those that multiply in GFLOP/s and parts of the machine's peak of float32, those that move memory in GB/s and parts of a
+copy's. On CPUs with AVX-512 BF16 our products of bf16 are measured too.
 
     python -m benchmarks.bench_kernels [--threads 1]
 
@@ -53,6 +54,7 @@ WIDTH, HEADS, HEAD_DIM, PATCH, MERGE, WINDOW = 1280, 16, 80, 14, 2, 4
 # Images of about 64, 256 and 1768 patches.
 GRIDS = {"64": (1, 8, 8), "256": (1, 16, 16), "1768": (1, 34, 52)}
 PEERS = ("onednn, widened", "torch float32", "torch bf16")
+BF16 = "ours bf16"
 
 
 def linear_contenders(rows: int, k: int, n: int, activation: str) -> tuple[Contenders, float]:
@@ -63,12 +65,19 @@ def linear_contenders(rows: int, k: int, n: int, activation: str) -> tuple[Conte
     wide, scratch, half_x, half_bias = weight.float(), torch.empty(n, k), x.bfloat16(), bias.bfloat16()
     act = partial(ops.activate, activation=activation)
     onednn = torch.ops.mkldnn._linear_pointwise
+    pairs = ops.pack_bf16_linear(weight, 2 if activation == "silu_gate" else 1)
     return {
         "ours": lambda: ops.packed_linear(x, packed, bias, activation),
+        **in_bf16(lambda: ops.packed_linear(half_x, pairs, bias, activation)),
         "onednn, widened": lambda: act(onednn(x, scratch.copy_(weight), bias, "none", [], "")),
         "torch float32": lambda: act(F.linear(x, wide, bias)),
         "torch bf16": lambda: act(F.linear(half_x, weight, half_bias)),
     }, 2.0 * rows * k * n
+
+
+def in_bf16(run: Callable[[], object]) -> Contenders:
+    """Ours by an instruction that not every CPU has; without it speed does not matter."""
+    return {BF16: run} if torch.cpu._is_avx512_bf16_supported() else {}
 
 
 def attention_contenders(lengths: list[int]) -> tuple[Contenders, float]:
@@ -80,6 +89,7 @@ def attention_contenders(lengths: list[int]) -> tuple[Contenders, float]:
     segments, rotary, half = Segments.from_lengths(cu, lengths), RotaryTable(cos, sin), qkv.bfloat16()
     return {
         "ours": lambda: ops.packed_attention(qkv, cos, sin, cu),
+        **in_bf16(lambda: ops.packed_attention(half, cos, sin, cu)),
         "torch float32": lambda: sdpa(qkv, rotary, segments),
         "torch bf16": lambda: sdpa(half, rotary, segments),
     }, 4.0 * sum(length**2 for length in lengths) * HEADS * HEAD_DIM
@@ -181,7 +191,7 @@ def main() -> None:
     clock = time.thread_time if options.threads == 1 else time.perf_counter
     selected = [{k: v for k, v in cases.items() if options.only in k} for cases in (multiplying(), moving())]
     results = {
-        "gflops": measure(selected[0], "GFLOP/s", PEERS, fma_peak(), options.rounds, clock),
+        "gflops": measure(selected[0], "GFLOP/s", (BF16, *PEERS), fma_peak(), options.rounds, clock),
         "gigabytes": measure(selected[1], "GB/s", (*PEERS[1:], "transformers"), copy_peak(), options.rounds, clock),
     }
     if not options.only:

@@ -33,7 +33,7 @@ from rtp_mm.models.registry import load_model
 from rtp_mm.types import Patches
 from rtp_mm.vit.tower import TowerConfig, full_lengths, window_lengths
 
-RESULT = "tower_qwen2_5_vl_3b_cpu"
+RESULT = "tower_qwen2_5_vl_3b_cpu"  # ..._bf16 from CPUs where ours multiplies that
 # Patches to a grid of one image; 1768 is 728 x 476 pixels, with windows cut at both edges.
 GRIDS = {16: (4, 4), 64: (8, 8), 256: (16, 16), 1024: (32, 32), 1768: (52, 34), 3996: (74, 54)}
 
@@ -72,8 +72,10 @@ def measure(checkpoint: Path, patch_counts: list[int], rounds: int, act_types: l
     config: TowerConfig = next(iter(ours.values())).config
     mean, std = (torch.tensor(getattr(peers["fp32"].processor, name)) for name in ("image_mean", "image_std"))
     peak, peak_operations = fma_peak()
+    is_bf16 = any(tower.compute_dtype == torch.bfloat16 for tower in ours.values())
+    result = RESULT + "_bf16" * is_bf16
     found: dict[str, Any] = {
-        str(count): row for _, before in results(RESULT) for count, row in before["patches"].items()
+        str(count): row for _, before in results(result) for count, row in before["patches"].items()
     }
     for count in patch_counts:
         patches, values, grid = inputs(config, *GRIDS[count], mean, std)
@@ -100,7 +102,7 @@ def measure(checkpoint: Path, patch_counts: list[int], rounds: int, act_types: l
             "milliseconds": {name: asdict(timings[name]) for name in errors},
         }
         print_row(count, found[str(count)])
-        write_result(RESULT, {"patches": dict(sorted(found.items(), key=lambda item: int(item[0])))})
+        write_result(result, {"patches": dict(sorted(found.items(), key=lambda item: int(item[0])))})
 
 
 def print_row(count: int, row: dict[str, Any]) -> None:
