@@ -143,7 +143,7 @@ def _ours(video: VideoPreprocessor, data: bytes, decoded: list[int]) -> Pixels:
     from rtp_mm.media.clip import ClipLimits
     from rtp_mm.media.video import open_video
 
-    with open_video(data, ClipLimits(10**9, 10**6)) as clip:
+    with open_video(data, ClipLimits(10**9, 10**6, 0)) as clip:
         chosen = video.rule.choose_frames(clip.frames, clip.fps, OPTIONS)
         rows = video._patches(clip.read(chosen), _Frames(FRAMES, HEIGHT, WIDTH, 2.0), OPTIONS, new_rows).rows
         decoded[0] = clip.decoded

@@ -151,6 +151,10 @@ class Settings(BaseSettings):
     )
     mm_max_frames: Positive = Field(768, description="most frames taken of one video")
     mm_max_video_seconds: Positive = Field(7200, description="longest video, seconds")
+    mm_max_animation_pixels: Positive = Field(
+        1 << 32,  # Pillow takes less than a minute, where frames have hardly a byte each
+        description="all frames of an animation (GIF, WebP, APNG, AVIF) together, pixels; 2071 frames of 1080p fit",
+    )
     mm_pos_t: Literal["index", "scaled"] = Field(
         "index", description="t of a video's position ids: the temporal patch, or its time in the model's own steps"
     )

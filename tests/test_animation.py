@@ -23,7 +23,7 @@ from rtp_mm.media.clip import ClipLimits
 from rtp_mm.media.image import decode
 from rtp_mm.media.probe import probe
 
-LIMITS = ClipLimits(max_pixels=10**6, max_seconds=10**9)
+LIMITS = ClipLimits(max_pixels=10**6, max_seconds=10**9, max_animation_pixels=10**9)
 SIZE = png_chunk(b"IHDR", struct.pack(">IIBBBBB", 4, 4, 8, 0, 0, 0, 0))  # 4x4, grey
 Pixels = NDArray[np.uint8]
 

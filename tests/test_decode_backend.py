@@ -27,7 +27,7 @@ from rtp_mm.models.registry import load_model
 from tests.clips import encode, moving
 from tests.stand_in_decoder import decoders
 
-LIMITS = ClipLimits(1 << 24, 3600)
+LIMITS = ClipLimits(1 << 24, 3600, 1 << 32)
 ON_DEVICE, ON_CPU = Choice(True), Choice(False)
 CLIP = ClipHeader("h264", "yuv420p", 2, 1920, 1080, 0, True)
 

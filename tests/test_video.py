@@ -17,7 +17,7 @@ from rtp_mm.errors import NotSupportedError, WrongFormatError
 from rtp_mm.media.clip import ClipLimits
 from rtp_mm.media.video import CODECS, open_video, open_video_header
 
-LIMITS = ClipLimits(max_pixels=10**8, max_seconds=1000)
+LIMITS = ClipLimits(max_pixels=10**8, max_seconds=1000, max_animation_pixels=0)
 Pixels = NDArray[np.uint8]
 
 
@@ -252,9 +252,9 @@ def test_playlists_are_not_followed(tmp_path: object) -> None:
 
 
 def test_limits_come_before_decoding(plain: bytes) -> None:
-    with pytest.raises(WrongFormatError, match="MM_MAX_PIXELS"), open_video(plain, ClipLimits(112 * 80 - 1, 1000)):
+    with pytest.raises(WrongFormatError, match="MM_MAX_PIXELS"), open_video(plain, ClipLimits(112 * 80 - 1, 1000, 0)):
         pass
-    with pytest.raises(WrongFormatError, match="MM_MAX_VIDEO_SECONDS"), open_video(plain, ClipLimits(10**6, 1)):
+    with pytest.raises(WrongFormatError, match="MM_MAX_VIDEO_SECONDS"), open_video(plain, ClipLimits(10**6, 1, 0)):
         pass
-    with open_video(plain, ClipLimits(112 * 80, 2)) as clip:
+    with open_video(plain, ClipLimits(112 * 80, 2, 0)) as clip:
         assert clip.decoded <= 1

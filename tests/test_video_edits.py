@@ -15,7 +15,7 @@ from rtp_mm.errors import WrongFormatError
 from rtp_mm.media.clip import ClipLimits
 from rtp_mm.media.video import open_video, open_video_header
 
-LIMITS = ClipLimits(max_pixels=10**8, max_seconds=1000)
+LIMITS = ClipLimits(max_pixels=10**8, max_seconds=1000, max_animation_pixels=0)
 FRAME = 1 / 24  # seconds; a key frame every 10 frames
 Pixels = NDArray[np.uint8]
 

@@ -126,7 +126,7 @@ Animation png_animation(const Bytes& file, const ImageHeader& header) {
       if (announced) throw std::invalid_argument("it announces two animations");
       announced = announced_frames(file, at);
     } else if (file.has(at + 4, "fcTL")) {
-      animation.milliseconds.push_back(png_milliseconds(file, at));
+      add_frame(animation, png_milliseconds(file, at));
     } else if (file.has(at + 4, "IDAT")) {
       is_data_reached = true;
       if (!announced) break;
@@ -170,7 +170,7 @@ Animation gif_animation(const Bytes& file, const ImageHeader& header) {
   for (; find_frame(); blocks.skip_frame()) {
     animation.width = std::max(animation.width, blocks.frame_right());
     animation.height = std::max(animation.height, blocks.frame_bottom());
-    animation.milliseconds.push_back(blocks.milliseconds);
+    add_frame(animation, blocks.milliseconds);
   }
   return animation;
 }
@@ -212,7 +212,7 @@ Animation webp_animation(const Bytes& file, const ImageHeader& header) {
     constexpr uint64_t kFrameHeader = 16;
     if (length < kFrameHeader) throw std::invalid_argument("a frame's header is too short");
     file.require(at + 8, length);
-    animation.milliseconds.push_back(static_cast<double>(file.little(at + 20, 3)));
+    add_frame(animation, static_cast<double>(file.little(at + 20, 3)));
   });
   return animation;
 }

@@ -175,9 +175,8 @@ uint64_t track_frames(const Bytes& file, const Box& track) {
 
 // Of each frame, rounded as Pillow does; the last entry counts for all frames that are left.
 std::vector<double> track_milliseconds(const Bytes& file, const Box& track) {
-  constexpr uint64_t kMostFrames = 1 << 19;  // which nothing but their number takes room for in the file
   const uint64_t frames = track_frames(file, track);
-  if (frames > kMostFrames) throw std::invalid_argument("it holds over " + std::to_string(kMostFrames) + " frames");
+  check_frames(frames);  // nothing but their number takes room for them in the file
   const Box header = descend(file, track, {"mdia", "mdhd"});
   const uint64_t time_scale = file.big(header.begin + (file[header.begin] == 0 ? 12 : 20), 4);
   if (time_scale == 0) throw std::invalid_argument("its clock stands still");

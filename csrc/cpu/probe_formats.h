@@ -4,6 +4,8 @@
 
 #include <cstdint>
 #include <cstring>
+#include <stdexcept>
+#include <string>
 #include <string_view>
 
 #include "cpu/probe.h"
@@ -91,6 +93,17 @@ HeaderReader jpeg, tiff;
 HeaderReader png, gif, webp;
 HeaderReader bmp, ico, qoi, pnm, tga;
 HeaderReader jpeg2000_boxes, jpeg2000_codestream, heif;
+
+// Of an animation: 3 hours of the shortest that browsers show, 20 ms. Their times take 4 MiB.
+inline void check_frames(uint64_t frames) {
+  constexpr uint64_t kMostFrames = 1 << 19;
+  if (frames > kMostFrames) throw std::invalid_argument("it holds over " + std::to_string(kMostFrames) + " frames");
+}
+
+inline void add_frame(Animation& animation, double milliseconds) {
+  animation.milliseconds.push_back(milliseconds);
+  check_frames(animation.milliseconds.size());
+}
 
 // Reads all frames' headers of a file whose own header is this.
 using AnimationReader = Animation(const Bytes& file, const ImageHeader& header);

@@ -44,11 +44,11 @@ class _Animation:
         self.width, self.height = header.width, header.height
         check_pixels(self.width, self.height, limits.max_pixels)
         canvas_width, canvas_height, milliseconds = _core.animation(data)
-        check_pixels(canvas_width, canvas_height, limits.max_pixels)
+        self.frames = len(milliseconds)
+        limits.check_animation(self.frames, canvas_width, canvas_height)
         shown = sum(np.where(milliseconds < _SHORTEST_MS, _DEFAULT_MS, milliseconds).tolist())
         limits.check_seconds(shown / 1e3)
         self._data = data
-        self.frames = len(milliseconds)
         self.fps = Fraction(self.frames * 1000) / Fraction(shown).limit_denominator(1000)
         self.decoded = 0
 

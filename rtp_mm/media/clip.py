@@ -6,12 +6,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rtp_mm.errors import WrongFormatError
+from rtp_mm.media.limits import check_pixels
+
+if TYPE_CHECKING:
+    from rtp_mm.config import Settings
 
 Frame = NDArray[np.uint8]  # [H, W, 3] RGB
 MIRRORED = 4  # of `ClipHeader.turn`; a multiple of a whole turn
@@ -23,12 +27,26 @@ class ClipLimits:
 
     max_pixels: int  # of a frame
     max_seconds: float
+    max_animation_pixels: int  # of all frames of an animation
+
+    @classmethod
+    def of(cls, settings: Settings) -> ClipLimits:
+        return cls(settings.mm_max_pixels, settings.mm_max_video_seconds, settings.mm_max_animation_pixels)
 
     def check_seconds(self, seconds: float) -> None:
         """Raises `WrongFormatError` for a longer clip."""
         if seconds > self.max_seconds:
             raise WrongFormatError(
                 f"a video of {seconds:.1f} s, over the limit of {self.max_seconds} s (MM_MAX_VIDEO_SECONDS)"
+            )
+
+    def check_animation(self, frames: int, width: int, height: int) -> None:
+        """Raises `WrongFormatError` for an animation of more pixels."""
+        check_pixels(width, height, self.max_pixels)
+        if (pixels := frames * width * height) > self.max_animation_pixels:
+            raise WrongFormatError(
+                f"{frames} frames of {width}x{height} are {pixels} pixels, over the limit of "
+                f"{self.max_animation_pixels} (MM_MAX_ANIMATION_PIXELS)"
             )
 
 

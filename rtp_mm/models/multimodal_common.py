@@ -174,8 +174,8 @@ class VideoEmbeddingInterface(MultiModalEmbeddingInterface):
         configs: MMPreprocessConfig = kwargs.get("configs") or MMPreprocessConfig()
         rule = VideoRule.published(settings.mm_video_rule, factor=1, temporal_patch_size=2)
         rule = replace(rule, server_max_frames=settings.mm_max_frames)
-        limits = ClipLimits(settings.mm_max_pixels, settings.mm_max_video_seconds)
-        return [Image.fromarray(frame) for frame in chosen_frames(data.read(), limits, rule, configs.options())]
+        limits, options = ClipLimits.of(settings), configs.options()
+        return [Image.fromarray(frame) for frame in chosen_frames(data.read(), limits, rule, options)]
 
     def mm_process(self, mm_input: Any, **kwargs: Any) -> Tensor | Embedding:
         return self.video_embedding(mm_input)

@@ -43,7 +43,7 @@ class VideoPreprocessor:
 
     rule: VideoRule
     image: ImagePreprocessor  # whose patches and limits these are
-    max_seconds: int
+    limits: ClipLimits
     max_patches: int
 
     @classmethod
@@ -61,16 +61,12 @@ class VideoPreprocessor:
             own.check(config.patch_size, config.merge_size, step)
             rule = replace(rule, min_pixels=own.min_pixels, max_pixels=own.max_pixels)
         patches = settings.mm_max_patches_per_item or int(TOTAL_TOKENS) * config.merge_size**2
-        return cls(rule, image, settings.mm_max_video_seconds, patches)
+        return cls(rule, image, ClipLimits.of(settings), patches)
 
     @property
     def cache_key(self) -> tuple[object, ...]:
         """All else that decides the bytes."""
         return (decoder(), *astuple(self.rule))
-
-    @property
-    def limits(self) -> ClipLimits:
-        return ClipLimits(self.image.max_image_pixels, self.max_seconds)
 
     def frame_times(self, data: bytes, options: PreprocessOptions) -> list[float]:
         """Seconds from the clip's beginning, by its average rate, of the frames that are taken. Raises as a call."""
