@@ -103,7 +103,7 @@ def test_decoded_frames_are_a_clip_whose_odd_last_frame_is_repeated(frames: list
     t, h, w = patches.grid_thw
     assert (t, patches.seconds_per_grid) == (2, 2.0)
     assert np.array_equal(patches.rows, pillow_rows([*frames[:3], frames[2]], h * 14, w * 14))
-    assert preprocess.predict(112, 80, ANY, 3) == len(patches.rows)
+    assert preprocess.predict(blob(three), MMUrlType.TENSOR, ANY) == patches.rows.shape
     still = preprocess(blob(three[:1]), MMUrlType.TENSOR, ANY)
     assert (still.grid_thw[0], still.rows.shape[1], still.seconds_per_grid) == (1, 588, None)
 

@@ -9,12 +9,10 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
 from typing import NamedTuple, Protocol, runtime_checkable
 
-import numpy as np
-
 from rtp_mm.errors import QueueFullError, WrongFormatError
-from rtp_mm.media.probe import probe
 from rtp_mm.types import Blob, MMUrlType, PreprocessOptions
 
 FIRST_GUESS_SHARE = 1 / 32  # of the patches that may wait: what a download comes to, before any has shown it
@@ -23,18 +21,26 @@ DOWNLOADS_SHARE = 1 / 2  # of the patches that may wait, at most, for what downl
 MIN_RETRY_AFTER_MS = 100  # before any forward has shown how long one takes
 
 
+Shape = tuple[int, int]  # [N, C] bytes, of an item's patch rows
+
+
 class Cost(NamedTuple):
     """Of one item: patches for the device, and host bytes while it is under way."""
 
     patches: int
     nbytes: int
 
+    @classmethod
+    def of(cls, blob: Blob, rows: Shape | None) -> Cost:
+        """`rows`, where they are foreseen."""
+        return cls(0, blob.nbytes) if rows is None else cls(rows[0], blob.nbytes + prod(rows))
+
 
 @runtime_checkable
 class Predicts(Protocol):
-    """A preprocessor that knows an image's patches, or those of decoded frames, from their size."""
+    """A preprocessor that tells the shape of an item's rows before it is decoded, `None` where it cannot."""
 
-    def predict(self, width: int, height: int, options: PreprocessOptions, frames: int = 1) -> int: ...
+    def predict(self, blob: Blob, mm_type: MMUrlType, options: PreprocessOptions) -> Shape | None: ...
 
 
 @dataclass(slots=True, eq=False)
@@ -166,7 +172,10 @@ class Admission:
         """Raises `WrongFormatError` for an item too large for the device."""
         if patches > max_patches:
             self.rejections["item_patches"] += 1
-            raise WrongFormatError(f"{patches} patches, over the limit of {max_patches} (MM_MAX_PATCHES_PER_ITEM)")
+            raise WrongFormatError(
+                f"{patches} patches, over the limit of {max_patches} (MM_MAX_PATCHES_PER_ITEM); fewer pixels "
+                "(max_pixels) fit, or fewer frames of a clip (max_frames, fps)"
+            )
 
     def _check(self, visit: Visit, cost: Cost) -> None:
         if self._is_oldest(visit):
@@ -187,24 +196,3 @@ class Admission:
         with self._lock:
             self.rejections[reason] += 1
         return QueueFullError(text, max(MIN_RETRY_AFTER_MS, round(self._seconds_for(self.patches) * 1e3)))
-
-
-def predicted_patches(
-    preprocessor: Predicts | None, blob: Blob, mm_type: MMUrlType, options: PreprocessOptions
-) -> int | None:
-    """Patches of an image by its header; `None` where that does not tell. Raises `WrongFormatError`."""
-    if preprocessor is None:
-        return None
-    if isinstance(blob.data, np.ndarray):
-        if blob.data.ndim != 4:  # [T, H, W, 3] are pixels
-            return None
-        frames, height, width, _ = blob.data.shape
-    elif mm_type in (MMUrlType.IMAGE, MMUrlType.DEFAULT):
-        frames = 1
-        header = probe(blob.data)
-        if header is None:
-            return None
-        width, height = header.width, header.height
-    else:
-        return None
-    return preprocessor.predict(width, height, options, frames)

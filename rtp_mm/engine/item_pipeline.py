@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from functools import partial
 
 from rtp_mm.config import Settings
-from rtp_mm.engine.admission import Admission, Cost, Predicts, Visit, predicted_patches
+from rtp_mm.engine.admission import Admission, Cost, Predicts, Shape, Visit
 from rtp_mm.engine.answers import Answers
 from rtp_mm.engine.batcher import Batcher
 from rtp_mm.engine.caches import ByteCache, Embedded, EmbeddingKey, PatchKey
@@ -33,6 +34,7 @@ from rtp_mm.types import (
     Patches,
 )
 
+LARGEST_HEADERS = 1 << 18  # bytes of a clip whose headers are read on the event loop; at worst it takes a millisecond
 LARGEST_PATCHES_SHARE = 1 / 8  # of the patch cache, for one item: more is copied in a millisecond or more
 
 
@@ -51,7 +53,6 @@ class ItemPipeline:
         self._clock = clock
         self._seal = seal
         self._on_device = mm_part.device_preprocessor
-        self._row_bytes = getattr(mm_part.preprocessor, "row_bytes", 0)
         self._is_whole = type(mm_part).mm_embedding is not MultiModalEmbeddingInterface.mm_embedding
         forward = (WholeForward if self._is_whole else Forward)(mm_part, ACT_DTYPES[model.config.data_type])
         self.limits = device_limits(mm_part, settings)
@@ -113,8 +114,9 @@ class ItemPipeline:
         key = self.answers.key(item, blob, options)
         if (known := self.answers.get(key)) is not None:
             return Answer(known, timings)
-        cost = self._admit(key.patches, blob, visit, is_under_way=key in self._computations)
-        embedded, computed = await self._computations.join(key, partial(self._compute, key, blob, cost, visit))
+        rows = await self._foresee(key.patches, blob)
+        self._admit(key, rows, visit)
+        embedded, computed = await self._computations.join(key, partial(self._compute, key, blob, rows, visit))
         return Answer(embedded, timings | computed)
 
     async def _fetch(self, item: MultimodalInput, caller: Caller, visit: Visit) -> Blob:
@@ -136,25 +138,33 @@ class ItemPipeline:
     def _fetch_key(self, item: MultimodalInput) -> tuple[str, SizeLimit]:
         return item.url, self.fetcher.limit(item)
 
-    def _admit(self, key: PatchKey, blob: Blob, visit: Visit, *, is_under_way: bool) -> Cost:
-        """What the item will take, read from its header before memory is spent. Raises `WrongFormatError` for an item
-        over a limit, `QueueFullError` for one that would come too late.
+    async def _foresee(self, key: PatchKey, blob: Blob) -> Shape | None:
+        """What the item's rows will be, read from its headers before memory is spent; `None` where they do not tell: a
+        third party's, a container's. Raises `WrongFormatError` for an item over a limit, and `NotSupportedError`.
         """
-        patches = predicted_patches(self._predictor, blob, key.mm_type, key.options)
-        if patches is None:  # a third party's, or no image: its own code judges
-            return Cost(0, blob.nbytes)
-        self.admission.check_item(patches, self.limits.item)
-        if not is_under_way:
-            self.admission.check_in_time(visit, self.batcher.seconds_before(patches), self._clock())
-        return Cost(patches, blob.nbytes + patches * self._row_bytes)
+        if self._predictor is None:
+            return None
+        if key.mm_type is MMUrlType.VIDEO and blob.nbytes > LARGEST_HEADERS:
+            return await asyncio.to_thread(self._predictor.predict, blob, key.mm_type, key.options)
+        return self._predictor.predict(blob, key.mm_type, key.options)
 
-    async def _compute(self, key: EmbeddingKey, blob: Blob, cost: Cost, visit: Visit) -> Answer:
+    def _admit(self, key: EmbeddingKey, rows: Shape | None, visit: Visit) -> None:
+        """Raises `WrongFormatError` for an item too large for the device, `QueueFullError` for one that would come too
+        late.
+        """
+        if rows is None:
+            return
+        self.admission.check_item(rows[0], self.limits.item)
+        if key not in self._computations:
+            self.admission.check_in_time(visit, self.batcher.seconds_before(rows[0]), self._clock())
+
+    async def _compute(self, key: EmbeddingKey, blob: Blob, rows: Shape | None, visit: Visit) -> Answer:
         """Prepare and forward: once for all who want the same now, whoever came first."""
         config = MMPreprocessConfig.from_options(key.patches.options)  # what the key says and no more
         timings: Timings = {}
-        with self.admission.holding(visit, cost):
+        with self.admission.holding(visit, Cost.of(blob, rows)):
             with Stopwatch(timings, "preprocess"):
-                prepared = await self._prepare(key.patches, blob, cost.patches)
+                prepared = await self._prepare(key.patches, blob, rows)
             if prepared.patches is not None:
                 self.admission.check_item(prepared.patches, self.limits.item)
             embedded, device_timings = await self.batcher.run(*prepared, key.patches.mm_type, config)
@@ -166,11 +176,10 @@ class ItemPipeline:
         self.answers.put(key, embedded)
         return Answer(embedded, timings | device_timings)
 
-    async def _prepare(self, key: PatchKey, blob: Blob, patches: int) -> ForwardInput:
+    async def _prepare(self, key: PatchKey, blob: Blob, rows: Shape | None) -> ForwardInput:
         if (kept := self.patches.get(key)) is not None:
             return ForwardInput(kept, self._mm_part.patches(kept))
-        shape = (patches, self._row_bytes) if patches else None
-        prepared = await self.workers.prepare(blob, key.mm_type, key.options, shape)
+        prepared = await self.workers.prepare(blob, key.mm_type, key.options, rows)
         self._decoded_frames += getattr(prepared.value, "decoded_frames", 0)
         if isinstance(prepared.value, Patches | LogMel) and self.patches.has_room_for(prepared.value.nbytes):
             # A copy: the rows may be a worker's memory, given back after the forward.

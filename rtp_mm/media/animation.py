@@ -46,7 +46,7 @@ class _Animation:
         canvas_width, canvas_height, milliseconds = _core.animation(data)
         self.frames = len(milliseconds)
         limits.check_animation(self.frames, canvas_width, canvas_height)
-        shown = sum(np.where(milliseconds < _SHORTEST_MS, _DEFAULT_MS, milliseconds).tolist())
+        shown = float(np.where(milliseconds < _SHORTEST_MS, _DEFAULT_MS, milliseconds).sum())
         limits.check_seconds(shown / 1e3)
         self._data = data
         self.fps = Fraction(self.frames * 1000) / Fraction(shown).limit_denominator(1000)

@@ -54,16 +54,20 @@ class MediaPreprocessor:
     def merge_size(self) -> int:
         return self.image.merge_size
 
-    def predict(self, width: int, height: int, options: PreprocessOptions, frames: int = 1) -> int:
-        """Patches of an image, or of decoded frames, of that size. Raises `WrongFormatError`."""
-        if frames == 1:
-            return self.image.predict(width, height, options)
-        return self.video.predict(frames, width, height, options)
+    def predict(self, blob: Blob, mm_type: MMUrlType, options: PreprocessOptions) -> tuple[int, int] | None:
+        """The shape of an item's rows, known before it is decoded; `None` where that takes a decoder's library. Raises
+        `WrongFormatError` and `NotSupportedError`.
+        """
+        return self._own(blob, mm_type).predict(blob, mm_type, options)
 
     def __call__(
         self, blob: Blob, mm_type: MMUrlType, options: PreprocessOptions, allocate: RowAllocator = new_rows
     ) -> Patches:
         """Raises `WrongFormatError` and `NotSupportedError`."""
+        return self._own(blob, mm_type)(blob, mm_type, options, allocate)
+
+    def _own(self, blob: Blob, mm_type: MMUrlType) -> ImagePreprocessor | VideoPreprocessor:
+        """Of the item's modality. Raises `NotSupportedError`."""
         if isinstance(blob.data, np.ndarray):
             if blob.data.ndim != 4:
                 raise NotSupportedError(f"this model takes images and videos, the tensor is {list(blob.data.shape)}")
@@ -72,5 +76,4 @@ class MediaPreprocessor:
             kind = file_kind(blob.data, mm_type)
         if kind not in (MMUrlType.IMAGE, MMUrlType.VIDEO):
             raise NotSupportedError(f"this model takes images and videos, not {kind.name.lower()}")
-        preprocess = self.image if kind is MMUrlType.IMAGE else self.video
-        return preprocess(blob, mm_type, options, allocate)
+        return self.image if kind is MMUrlType.IMAGE else self.video

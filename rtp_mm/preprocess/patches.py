@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import astuple, dataclass
+from math import prod
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
@@ -13,6 +14,7 @@ from rtp_mm import _core
 from rtp_mm.errors import NotSupportedError, WrongFormatError
 from rtp_mm.media.image import decode, decoders
 from rtp_mm.media.limits import check_pixels
+from rtp_mm.media.probe import probe
 from rtp_mm.media.sniff import sniff
 from rtp_mm.preprocess.image_config import ImageProcessorConfig
 from rtp_mm.preprocess.resize_order import Order, ResizeRule, installed_rule, resize_order
@@ -89,14 +91,20 @@ class ImagePreprocessor:
         """Of one patch of a still image."""
         return 3 * self.patch_size**2
 
-    def predict(self, width: int, height: int, options: PreprocessOptions, frames: int = 1) -> int:
-        """Patches of an image of that size, known before it is decoded; advisory where `exif_transpose` turns it.
-        Several frames, which are refused later, are as many images.
-
-        Raises `WrongFormatError` for a limit that it breaks.
+    def predict(self, blob: Blob, mm_type: MMUrlType, options: PreprocessOptions) -> tuple[int, int] | None:
+        """The shape of an image's rows, known before it is decoded; advisory where `exif_transpose` turns it. `None`
+        where its header does not tell. Raises `WrongFormatError` for a limit that it breaks.
         """
-        _, h, w = self.grid(self.plan(height, width, options))
-        return frames * h * w
+        data = blob.data
+        if isinstance(data, np.ndarray):
+            if data.ndim != 4 or len(data) != 1:
+                return None
+            height, width = data.shape[1:3]
+        elif mm_type in (MMUrlType.IMAGE, MMUrlType.DEFAULT) and (header := probe(data)) is not None:
+            height, width = header.height, header.width
+        else:
+            return None
+        return self._rows_shape(self.grid(self.plan(height, width, options)))
 
     def plan(self, height: int, width: int, options: PreprocessOptions) -> ResizePlan:
         """For an image of that size. Raises `WrongFormatError` for a limit that it breaks."""
@@ -118,11 +126,14 @@ class ImagePreprocessor:
         image = self._image(blob, mm_type)
         plan = self.plan(image.shape[0], image.shape[1], options)
         grid = self.grid(plan)
-        rows = allocate((grid[1] * grid[2], self.row_bytes))
+        rows = allocate(self._rows_shape(grid))
         _core.resize_patchify(
             plan.cut(image), plan.height, plan.width, self.patch_size, self.merge_size, order=plan.order, out=rows
         )
         return Patches(rows, grid)
+
+    def _rows_shape(self, grid: tuple[int, int, int]) -> tuple[int, int]:
+        return prod(grid), self.row_bytes
 
     def _image(self, blob: Blob, mm_type: MMUrlType) -> NDArray[np.uint8]:
         """[H, W, 3] uint8."""

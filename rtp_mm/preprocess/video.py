@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import astuple, dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from rtp_mm import _core
 from rtp_mm.errors import NotSupportedError, WrongFormatError
 from rtp_mm.media.animation import open_animation
-from rtp_mm.media.clip import ClipLimits, Frame, OpenClip
+from rtp_mm.media.clip import Clip, ClipLimits, Frame, OpenClip
 from rtp_mm.media.limits import check_pixels
 from rtp_mm.media.sniff import sniff
 from rtp_mm.media.video import decoder, open_video
@@ -73,10 +75,21 @@ class VideoPreprocessor:
         with open_clip(data, self.limits) as clip:
             return [index / float(clip.fps) for index in self.rule.choose_frames(clip.frames, clip.fps, options)]
 
-    def predict(self, frames: int, width: int, height: int, options: PreprocessOptions) -> int:
-        """Patches of frames that were decoded elsewhere. Raises `WrongFormatError` for a limit that they break."""
-        t, h, w = self.grid(frames, self.plan(height, width, frames, options))
-        return t * h * w
+    def predict(self, blob: Blob, mm_type: MMUrlType, options: PreprocessOptions) -> tuple[int, int] | None:
+        """The shape of a clip's rows, known before it is decoded: of frames that are decoded already, and of an
+        animation; `None` for a container's, which takes FFmpeg to read. Raises `WrongFormatError` for a limit that it
+        breaks, but for that of patches.
+        """
+        data = blob.data
+        if isinstance(data, np.ndarray):
+            frames = self._frames_of(data, options)
+        elif sniff(data) is MMUrlType.IMAGE:
+            with open_animation(data, self.limits) as clip:
+                _, frames = self._choose(clip, options)
+        else:
+            return None
+        plan = self.plan(frames.height, frames.width, frames.number, options)
+        return self._rows_shape(self.grid(frames.number, plan))
 
     def plan(self, height: int, width: int, frames: int, options: PreprocessOptions) -> ResizePlan:
         """For each of so many frames of that size. Raises `WrongFormatError` for a limit that they break."""
@@ -116,19 +129,27 @@ class VideoPreprocessor:
         """
         data = blob.data
         if isinstance(data, np.ndarray):
-            frames, height, width, _ = data.shape
-            if frames > self.rule.server_max_frames:
-                raise WrongFormatError(
-                    f"{frames} frames, over the limit of {self.rule.server_max_frames} (MM_MAX_FRAMES)"
-                )
-            shape = _Frames(frames, height, width, options.fps or FPS)
-            return self._patches(data, shape, options, allocate)
+            return self._patches(data, self._frames_of(data, options), options, allocate)
         with open_clip(data, self.limits) as clip:
-            chosen = self.rule.choose_frames(clip.frames, clip.fps, options)
-            fps = len(chosen) / clip.frames * float(clip.fps)
-            shape = _Frames(len(chosen), clip.height, clip.width, fps)
-            patches = self._patches(clip.read(chosen), shape, options, allocate)
+            chosen, frames = self._choose(clip, options)
+            patches = self._patches(clip.read(chosen), frames, options, allocate)
             return replace(patches, decoded_frames=clip.decoded)
+
+    def _frames_of(self, pixels: NDArray[np.uint8], options: PreprocessOptions) -> _Frames:
+        """[T, H, W, 3], of which all are taken."""
+        number, height, width, _ = pixels.shape
+        if number > self.rule.server_max_frames:
+            raise WrongFormatError(f"{number} frames, over the limit of {self.rule.server_max_frames} (MM_MAX_FRAMES)")
+        return _Frames(number, height, width, options.fps or FPS)
+
+    def _choose(self, clip: Clip, options: PreprocessOptions) -> tuple[list[int], _Frames]:
+        """Which frames are taken, and what these are."""
+        chosen = self.rule.choose_frames(clip.frames, clip.fps, options)
+        fps = len(chosen) / clip.frames * float(clip.fps)
+        return chosen, _Frames(len(chosen), clip.height, clip.width, fps)
+
+    def _rows_shape(self, grid: tuple[int, int, int]) -> tuple[int, int]:
+        return prod(grid), self.image.row_bytes * self.rule.temporal_patch_size
 
     def _patches(
         self, frames: Iterable[Frame], shape: _Frames, options: PreprocessOptions, allocate: RowAllocator
@@ -138,7 +159,7 @@ class VideoPreprocessor:
         count = shape.number
         plan = self.plan(shape.height, shape.width, count, options)
         grid = t, h, w = self.checked_grid(count, plan)
-        rows = allocate((t * h * w, 3 * step * patch**2))  # from here on frames are decoded
+        rows = allocate(self._rows_shape(grid))  # from here on frames are decoded
         done = 0
         for frame in frames:
             slots = [done] if done + 1 < count else range(done, t * step)

@@ -1,0 +1,194 @@
+"""What an item's rows will be is read from its headers, so that limits and queues hold before it is decoded."""
+
+from __future__ import annotations
+
+import base64
+import io
+import threading
+from collections.abc import Callable
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from animations import RANDOM, animate
+from clips import encode, moving
+from mutations import mutated
+from numpy.typing import NDArray
+from PIL import Image
+from waiting import until
+from watched_engine import watched
+
+from rtp_mm.config import load_settings
+from rtp_mm.engine import item_pipeline
+from rtp_mm.engine.admission import Cost
+from rtp_mm.errors import BadItemsError, QueueFullError, WrongFormatError
+from rtp_mm.models.qwen2_vl import PUBLISHED_PROCESSOR
+from rtp_mm.preprocess.media import MediaPreprocessor
+from rtp_mm.types import Blob, CropBox, MMPreprocessConfig, MMUrlType, PreprocessOptions
+
+KINDS = ["GIF", "PNG", "WEBP", "AVIF"]
+OPTIONS = [
+    PreprocessOptions(max_pixels=200_704),
+    PreprocessOptions(max_frames=3, min_frames=2, max_pixels=200_704),
+    PreprocessOptions(fps=20, max_pixels=200_704),
+    PreprocessOptions(width=56, height=56),
+    PreprocessOptions(crop=CropBox(0.1, 0.2, 0.7, 0.9), max_pixels=200_704),
+]
+FOUR = MMPreprocessConfig(width=56, height=56, min_frames=4, max_frames=4)  # of 4 x 4 patches: two pairs, 32 patches
+Pixels = NDArray[np.uint8]
+
+
+@pytest.fixture(scope="module")
+def frames(photos: dict[str, Pixels]) -> list[Pixels]:
+    return moving(photos["chelsea"])[:12]
+
+
+def preprocessor(folder: Path, **options: Any) -> MediaPreprocessor:
+    return MediaPreprocessor.from_checkpoint(folder, PUBLISHED_PROCESSOR, load_settings(None, **options))
+
+
+def blob(data: bytes | Pixels) -> Blob:
+    return Blob(data, b"", "")
+
+
+def outcome(run: Callable[[], Any]) -> Any:
+    """What it gives, or what is wrong."""
+    try:
+        return run()
+    except WrongFormatError as error:
+        return str(error)
+
+
+def as_url(data: bytes) -> str:
+    return "data:;base64," + base64.b64encode(data).decode()
+
+
+# --- the shape
+
+
+@pytest.mark.parametrize("rule", ["qwen", "hf"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_animation_is_foreseen_as_it_comes(kind: str, rule: str, frames: list[Pixels], tmp_path: Path) -> None:
+    preprocess = preprocessor(tmp_path, mm_video_rule=rule)
+    for options in OPTIONS:
+        for count in (1, 2, 5, 12):
+            clip = blob(animate(frames[:count], kind, 300))
+            rows = preprocess(clip, MMUrlType.VIDEO, options).rows
+            assert preprocess.predict(clip, MMUrlType.VIDEO, options) == rows.shape
+
+
+@pytest.mark.parametrize("kind", RANDOM)
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Image.DecompressionBombWarning")
+def test_any_animation_is_foreseen_or_refused_as_it_will_be(kind: str, tmp_path: Path) -> None:
+    """But for what only a decoder finds wrong."""
+    preprocess, seen, refused = preprocessor(tmp_path), 0, 0
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        data = RANDOM[kind](rng)
+        clip = blob(data if seed % 2 else mutated(data, rng))
+        foreseen = outcome(lambda: preprocess.predict(clip, MMUrlType.VIDEO, OPTIONS[0]))  # noqa: B023
+        came = outcome(lambda: preprocess(clip, MMUrlType.VIDEO, OPTIONS[0]).rows.shape)  # noqa: B023
+        if isinstance(foreseen, str):
+            assert came == foreseen, seed
+            refused += 1
+        elif not isinstance(came, str):
+            assert came == foreseen, seed
+            seen += 1
+    assert min(seen, refused) > 5
+
+
+def test_all_that_needs_no_decoder_is_foreseen(frames: list[Pixels], tmp_path: Path) -> None:
+    preprocess, options = preprocessor(tmp_path), PreprocessOptions()
+    file = io.BytesIO()
+    Image.fromarray(frames[0]).save(file, "JPEG")
+    for data, mm_type in [
+        (file.getvalue(), MMUrlType.DEFAULT),
+        (animate(frames, "GIF", 50), MMUrlType.IMAGE),
+        (np.stack(frames[:1]), MMUrlType.TENSOR),
+        (np.stack(frames[:3]), MMUrlType.TENSOR),
+    ]:
+        rows = preprocess(blob(data), mm_type, options).rows
+        assert preprocess.predict(blob(data), mm_type, options) == rows.shape
+    assert preprocess.predict(blob(encode(frames)), MMUrlType.VIDEO, options) is None
+    assert preprocess.predict(blob(b"what is this"), MMUrlType.DEFAULT, options) is None
+
+
+def test_a_cost_is_the_file_and_its_rows() -> None:
+    assert Cost.of(blob(bytes(7)), (3, 1176)) == (3, 7 + 3 * 1176)
+    assert Cost.of(blob(bytes(7)), None) == (0, 7)
+
+
+# --- what comes of it
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("limit", "is_admitted"), [(33, True), (32, True), (31, False)])
+async def test_patches_of_an_animation_are_limited_before_decoding(
+    kind: str, limit: int, is_admitted: bool, tiny_qwen2_5_vl: Path, frames: list[Pixels]
+) -> None:
+    url = as_url(animate(frames, kind, 50))
+    async with watched(tiny_qwen2_5_vl, mm_max_patches_per_item=limit) as w:
+        if is_admitted:
+            answer = await w.ask(url, mm_type=MMUrlType.VIDEO, config=FOUR)
+            assert len(answer.embeddings[0]) == 8
+            return
+        reason = r"32 patches, over the limit of 31 \(MM_MAX_PATCHES_PER_ITEM\); fewer .* \(max_frames, fps\)"
+        with pytest.raises(BadItemsError, match=reason):
+            await w.ask(url, mm_type=MMUrlType.VIDEO, config=FOUR)
+        assert w.prepared == 0
+        assert w.engine.stats().rejections == {"item_patches": 1}
+
+
+@pytest.mark.parametrize(("limit", "is_admitted"), [(49, True), (48, True), (47, False)])
+async def test_an_animation_counts_in_the_queue(
+    limit: int, is_admitted: bool, tiny_qwen2_5_vl: Path, urls: list[str], frames: list[Pixels]
+) -> None:
+    url = as_url(animate(frames, "WEBP", 50))
+    async with watched(tiny_qwen2_5_vl, mm_max_queue_patches=limit) as w:
+        w.may_forward.clear()
+        first = w.ask(urls[0])  # 16 patches
+        await until(lambda: len(w.forwards) == 1)
+        second = w.ask(url, mm_type=MMUrlType.VIDEO, config=FOUR)
+        if is_admitted:
+            await until(lambda: w.prepared == 2)
+            assert w.engine._items.admission.patches == 48
+        else:
+            with pytest.raises(QueueFullError, match="MM_MAX_QUEUE_PATCHES"):
+                await second
+            assert w.prepared == 1
+        w.may_forward.set()
+        await first
+        if is_admitted:
+            assert await second
+
+
+async def test_the_bytes_of_its_rows_are_held(tiny_qwen2_5_vl: Path, frames: list[Pixels]) -> None:
+    data = animate(frames, "WEBP", 50)
+    async with watched(tiny_qwen2_5_vl) as w:
+        w.may_prepare.clear()
+        asked = w.ask(as_url(data), mm_type=MMUrlType.VIDEO, config=FOUR)
+        await until(lambda: w.prepared == 1)
+        rows = (32, 3 * 2 * 14 * 14)
+        assert w.engine.stats().bytes_in_flight == len(as_url(data)) + len(data) + prod(rows)
+        w.may_prepare.set()
+        await asked
+
+
+async def test_long_headers_are_read_beside_the_event_loop(
+    tiny_qwen2_5_vl: Path, frames: list[Pixels], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short, long = (animate(frames[:count], "PNG", 50) for count in (2, 12))
+    predict, on_loop = MediaPreprocessor.predict, []
+
+    def watched_predict(*arguments: Any) -> Any:
+        on_loop.append(threading.current_thread() is threading.main_thread())
+        return predict(*arguments)
+
+    monkeypatch.setattr(MediaPreprocessor, "predict", watched_predict)
+    monkeypatch.setattr(item_pipeline, "LARGEST_HEADERS", len(short))
+    async with watched(tiny_qwen2_5_vl) as w:
+        for data in (short, long):
+            await w.ask(as_url(data), mm_type=MMUrlType.VIDEO, config=FOUR)
+    assert on_loop == [True, False]
