@@ -73,6 +73,22 @@ def test_downloads_of_one_request_count_for_each_other_before_any_has_begun() ->
             admission.check_room(second, downloads=0)
 
 
+def test_what_was_not_foreseen_counts_once_it_is_known() -> None:
+    """And teaches what downloads come to; until then it is not taken for nothing."""
+    admission = new_admission()
+    with admission.visiting(0, 0) as first:
+        guessed = admission._usual_patches
+        with admission.holding(first, Cost(0, 10)) as settle:
+            assert (admission.patches, admission.nbytes) == (0, 10)
+            assert admission._usual_patches == guessed
+            settle(Cost(150, 2000))
+            assert (admission.patches, admission.nbytes) == (150, 2000)
+            assert admission._usual_patches > guessed
+            with pytest.raises(QueueFullError, match="150 patches"), admission.holding(Visit(0, 0), Cost(1, 0)):
+                pass
+        assert (admission.patches, admission.nbytes) == (0, 0)
+
+
 def test_what_is_refused_tells_what_downloads_come_to() -> None:
     admission = new_admission()
     with admission.visiting(0, 0):

@@ -164,6 +164,28 @@ async def test_an_animation_counts_in_the_queue(
             assert await second
 
 
+@pytest.mark.parametrize(("limit", "is_admitted"), [(48, True), (47, False)])
+async def test_a_containers_clip_counts_in_the_queue_once_it_is_decoded(
+    limit: int, is_admitted: bool, tiny_qwen2_5_vl: Path, urls: list[str], frames: list[Pixels]
+) -> None:
+    url = as_url(encode(frames))
+    async with watched(tiny_qwen2_5_vl, mm_max_queue_patches=limit) as w:
+        w.may_forward.clear()
+        first = w.ask(url, mm_type=MMUrlType.VIDEO, config=FOUR)
+        await until(lambda: len(w.forwards) == 1)
+        assert w.engine._items.admission.patches == 32
+        second = w.ask(urls[0])  # 16 patches
+        if is_admitted:
+            await until(lambda: w.prepared == 2)
+        else:
+            with pytest.raises(QueueFullError, match=r"32 patches are waiting or running \(MM_MAX_QUEUE_PATCHES\)"):
+                await second
+        w.may_forward.set()
+        await first
+        if is_admitted:
+            assert await second
+
+
 async def test_the_bytes_of_its_rows_are_held(tiny_qwen2_5_vl: Path, frames: list[Pixels]) -> None:
     data = animate(frames, "WEBP", 50)
     async with watched(tiny_qwen2_5_vl) as w:

@@ -108,17 +108,34 @@ class Admission:
             self._add(-visit.nbytes)
 
     @contextmanager
-    def holding(self, visit: Visit, cost: Cost) -> Iterator[None]:
-        """Work for `visit` that costs so much while it is under way. Raises `QueueFullError`."""
-        self._usual_patches += (cost.patches - self._usual_patches) / AVERAGED_ITEMS
+    def holding(self, visit: Visit, cost: Cost) -> Iterator[Callable[[Cost], None]]:
+        """Work for `visit` that costs so much while it is under way. Raises `QueueFullError`.
+
+        To be told of another cost, where that comes to light on the way; it counts, and refuses nothing any more.
+        """
+        held = Cost(0, 0)
+
+        def hold(cost: Cost) -> None:
+            nonlocal held
+            self.patches += cost.patches - held.patches
+            self._add(cost.nbytes - held.nbytes)
+            held = cost
+
+        def settle(cost: Cost) -> None:
+            self._learn(cost)
+            hold(cost)
+
+        self._learn(cost)
         self._check(visit, cost)
-        self.patches += cost.patches
-        self._add(cost.nbytes)
+        hold(cost)
         try:
-            yield
+            yield settle
         finally:
-            self.patches -= cost.patches
-            self._add(-cost.nbytes)
+            hold(Cost(0, 0))
+
+    def _learn(self, cost: Cost) -> None:
+        if cost.patches:  # else they are not known
+            self._usual_patches += (cost.patches - self._usual_patches) / AVERAGED_ITEMS
 
     def check_room(self, visit: Visit, downloads: int) -> None:
         """Before a download for `visit`, of whose others none has begun yet, beside so many that have. Raises

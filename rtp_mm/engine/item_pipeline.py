@@ -162,11 +162,13 @@ class ItemPipeline:
         """Prepare and forward: once for all who want the same now, whoever came first."""
         config = MMPreprocessConfig.from_options(key.patches.options)  # what the key says and no more
         timings: Timings = {}
-        with self.admission.holding(visit, Cost.of(blob, rows)):
+        with self.admission.holding(visit, Cost.of(blob, rows)) as settle:
             with Stopwatch(timings, "preprocess"):
                 prepared = await self._prepare(key.patches, blob, rows)
             if prepared.patches is not None:
                 self.admission.check_item(prepared.patches, self.limits.item)
+                if rows is None:
+                    settle(Cost(prepared.patches, blob.nbytes + getattr(prepared.value, "nbytes", 0)))
             embedded, device_timings = await self.batcher.run(*prepared, key.patches.mm_type, config)
         if isinstance(prepared.value, Patches | DevicePatches):
             embedded = embedded._replace(seconds_per_grid=prepared.value.seconds_per_grid)
