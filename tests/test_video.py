@@ -56,6 +56,16 @@ def test_chosen_frames_are_those_of_a_full_decode(kind: str, frames: list[Pixels
             assert [next(i for i, e in enumerate(expected) if np.array_equal(g, e)) for g in got] == indices
 
 
+@pytest.mark.parametrize("container", ["avi", "mov", "asf"])
+def test_key_frames_of_h263_are_not_those_that_avi_tells(container: str, photos: dict[str, Pixels]) -> None:
+    """There FFmpeg marks every packet as one. H.263 has five sizes, of which this is one."""
+    data = encode(moving(photos["chelsea"], 24, 176, 144), "h263", container)
+    expected = decode_all(data)
+    for indices in ([23], [3, 12], [*range(24)]):
+        assert all(map(np.array_equal, read(data, indices)[0], [expected[index] for index in indices]))
+    assert read(data, [23])[1] == (24 + 24 if container == "avi" else 1 + 24 - 14)
+
+
 def test_no_two_frames_of_these_clips_are_equal(plain: bytes) -> None:
     """Else the test above would not notice a frame taken for another."""
     assert len({frame.tobytes() for frame in decode_all(plain)}) == FRAMES
