@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import av
 import numpy as np
 import pytest
-from clips import FRAMES, KINDS, decode_all, encode, moving, packed_divx, sound_only
+from clips import FRAMES, KINDS, X265, decode_all, encode, moving, packed_divx, sound_only
 from numpy.typing import NDArray
 
 from rtp_mm.errors import NotSupportedError, WrongFormatError
@@ -64,6 +64,12 @@ def test_key_frames_of_h263_are_not_those_that_avi_tells(container: str, photos:
     for indices in ([23], [3, 12], [*range(24)]):
         assert all(map(np.array_equal, read(data, indices)[0], [expected[index] for index in indices]))
     assert read(data, [23])[1] == (24 + 24 if container == "avi" else 1 + 24 - 14)
+
+
+def test_a_program_stream_is_decoded_from_its_start(frames: list[Pixels]) -> None:
+    """Behind a seek FFmpeg gives its frames the times of others."""
+    data = encode(frames[:30], "libx265", "mpeg", {"x265-params": f"{X265}:keyint=1:repeat-headers=1"})
+    assert all(np.array_equal(read(data, [index])[0][0], decode_all(data)[index]) for index in (0, 15, 28, 29))
 
 
 def test_no_two_frames_of_these_clips_are_equal(plain: bytes) -> None:

@@ -125,8 +125,8 @@ class _Video:
     last entry before a frame up to it, without those that no other frame refers to. An edit list may hide packets
     before the first frame that is shown, and after the last: these are decoded where others refer to them.
 
-    Where packets do not tell what is shown and when (AVI with reordered frames or H.263, broken starts, a cut in the
-    middle), the whole file is decoded, once to count and once to read.
+    Where packets do not tell what is shown and when (AVI with reordered frames or H.263, program streams, broken
+    starts, a cut in the middle), the whole file is decoded, once to count and once to read.
     """
 
     def __init__(
@@ -144,7 +144,7 @@ class _Video:
         self.turn = 0  # as `ClipHeader.turn`
         self._index = PacketIndex(self._packets(), NalReader.of(self._context.name, self._context.extradata))
         self.is_trimmed = self._index.is_trimmed
-        is_told = self._index.is_exact and self._is_keyed() and self._is_timed()
+        is_told = self._index.is_exact and self._is_entered() and self._is_timed()
         self._is_indexed = is_told and self._context.field_order in (0, 1)
         if not (self._is_indexed or may_decode_all):
             raise _NotIndexedError
@@ -163,11 +163,12 @@ class _Video:
 
     # --- what there is
 
-    def _is_keyed(self) -> bool:
-        """Whether packets tell where decoding may start: FFmpeg's parser, which reads AVI's, takes any of H.263's for
-        such.
+    def _is_entered(self) -> bool:
+        """Whether decoding may start at the packets that say so. FFmpeg's parser takes each of H.263's in an AVI for
+        such. In a program stream it gives a frame the time of another, where reading starts in the midst of one.
         """
-        return self._context.name != "h263" or self._container.format.name != "avi"
+        container = self._container.format.name
+        return container != "mpeg" and (self._context.name, container) != ("h263", "avi")
 
     def _is_timed(self) -> bool:
         """Whether the times of packets are those of frames, and not of decoding. A packet of DivX may hold two frames,
