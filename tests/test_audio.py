@@ -174,6 +174,16 @@ def test_an_image_is_no_sound() -> None:
         decode_audio(file.getvalue(), rate=RATE, max_samples=LONGEST)
 
 
+@pytest.mark.parametrize("container", ["ac3", "matroska"])
+@pytest.mark.parametrize("place", [0, 2, 4, 5])
+def test_a_damaged_packet_is_left_out_whatever_its_decoder_calls_it(container: str, place: int) -> None:
+    """AC-3's has errors of its own for the fields of a header."""
+    data = bytearray(encode(sine(2, 48000), 48000, container, "ac3"))
+    data[data.index(b"\x0b\x77", len(data) // 2) + place] ^= 0xFF
+    samples, _ = decode_audio(bytes(data), rate=RATE, max_samples=LONGEST)
+    assert 2 * RATE - 1024 <= len(samples) < 2 * RATE + 1024
+
+
 @pytest.mark.parametrize("name", ["wav", "flac", "mp3", "opus", "m4a"])
 def test_damaged_files_give_sound_or_an_error_of_ours(name: str) -> None:
     container, codec, rate, _ = FORMATS[name]

@@ -6,6 +6,7 @@ it. So does librosa, with which the models' makers read sound; FFmpeg's own defa
 
 from __future__ import annotations
 
+import errno
 import importlib.metadata
 import re
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rtp_mm.errors import NotSupportedError, WrongFormatError
-from rtp_mm.media.container import opened
+from rtp_mm.media.container import opened, packets
 
 if TYPE_CHECKING:
     import soxr
@@ -130,17 +131,19 @@ def _frames(container: InputContainer, stream: AudioStream) -> Iterator[AudioFra
     """All frames in order; single damaged packets are left out, as FFmpeg's own tools do."""
     import av
 
-    packets = damaged = 0
-    for packet in container.demux(stream):
-        packets += 1
+    count = damaged = 0
+    for packet in packets(container, stream):
+        count += 1
         try:
             frames = packet.decode()
-        except av.InvalidDataError:
+        except av.FFmpegError as error:
+            if error.errno == errno.ENOMEM:
+                raise
             damaged += 1
             continue
         yield from frames
-    if damaged > MAX_DAMAGED * packets:
-        raise WrongFormatError(f"broken sound: {damaged} of {packets} packets cannot be decoded")
+    if damaged > MAX_DAMAGED * count:
+        raise WrongFormatError(f"broken sound: {damaged} of {count} packets cannot be decoded")
 
 
 def _joined(frames: Iterator[AudioFrame]) -> Iterator[AudioFrame]:

@@ -6,12 +6,17 @@ import errno
 import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from rtp_mm.errors import NotSupportedError, WrongFormatError
 
 if TYPE_CHECKING:
+    from av.audio.stream import AudioStream
     from av.container import InputContainer
+    from av.packet import Packet
+    from av.video.stream import VideoStream
+
+AnyStream = TypeVar("AnyStream", "AudioStream", "VideoStream")
 
 MAX_STREAMS = 64
 
@@ -42,3 +47,13 @@ def opened(data: bytes, demuxers: Sequence[str], kind: str) -> Iterator[InputCon
         if error.errno == errno.EPERM:  # -1, which is all that some of FFmpeg's decoders say
             raise WrongFormatError(f"broken {kind}: it cannot be decoded") from None
         raise WrongFormatError(f"broken {kind}: {error.strerror or type(error).__name__}") from None
+
+
+def packets(container: InputContainer, stream: AnyStream) -> Iterator[Packet[AnyStream]]:
+    """Of the stream from here on, and an empty one at the end, for which a decoder gives what it holds back. PyAV (18)
+    would go on to streams that came up on the way, of which it knows nothing.
+    """
+    for packet in container.demux(stream):
+        yield packet
+        if not packet.size and packet.dts is None:
+            return

@@ -20,7 +20,7 @@ import numpy as np
 
 from rtp_mm.errors import NotSupportedError, WrongFormatError
 from rtp_mm.media.clip import MIRRORED, Clip, ClipHeader, ClipLimits, Frame
-from rtp_mm.media.container import opened
+from rtp_mm.media.container import opened, packets
 from rtp_mm.media.limits import check_pixels
 from rtp_mm.media.nal import NalReader
 from rtp_mm.media.packet_index import PacketIndex, Run
@@ -249,7 +249,7 @@ class _Video:
 
     def _packets(self) -> Iterator[Packet[Any]]:
         """Of the stream, but for the empty one that ends it."""
-        return (packet for packet in self._container.demux(self._stream) if packet.size)
+        return (packet for packet in packets(self._container, self._stream) if packet.size)
 
     def _decode(self, packets: Iterator[Packet[Any]]) -> Iterator[VideoFrame]:
         """All frames of these packets, in order of presentation."""

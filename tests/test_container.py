@@ -1,0 +1,36 @@
+"""What lies between FFmpeg and the readers of videos and sounds."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import av
+import pytest
+from sounds import encode, sine
+
+from rtp_mm.media.container import packets
+
+
+def test_packets_end_with_the_empty_one_of_their_own_stream() -> None:
+    """PyAV goes on to those of streams that came up on the way, and fails. A sample of no bytes is no end."""
+
+    def demux(stream: object) -> Iterator[Any]:
+        for size, time in [(7, 0), (0, 1), (7, 2), (0, None)]:
+            yield SimpleNamespace(size=size, dts=time)
+        raise IndexError("list index out of range")
+
+    container: Any = SimpleNamespace(demux=demux)
+    assert [packet.size for packet in packets(container, None)] == [7, 0, 7, 0]  # type: ignore[type-var]
+
+
+@pytest.mark.parametrize("container", ["wav", "matroska", "mpegts", "ipod"])
+def test_packets_are_those_of_pyav(container: str) -> None:
+    data = encode(sine(1), 16000, container, "pcm_s16le" if container == "wav" else "aac")
+    with av.open(io.BytesIO(data)) as source:
+        expected = [bytes(packet) for packet in source.demux(audio=0)]
+    with av.open(io.BytesIO(data)) as source:
+        assert [bytes(packet) for packet in packets(source, source.streams.audio[0])] == expected
+        assert expected[-1] == b""
