@@ -72,6 +72,14 @@ def test_a_program_stream_is_decoded_from_its_start(frames: list[Pixels]) -> Non
     assert all(np.array_equal(read(data, [index])[0][0], decode_all(data)[index]) for index in (0, 15, 28, 29))
 
 
+@pytest.mark.parametrize("pixel_format", ["yuv420p", "yuv444p"])
+@pytest.mark.parametrize("container", ["flv", "mpegts", "mpeg", "avi", "mp4", "matroska", "asf"])
+def test_a_single_frame_is_found_again(container: str, pixel_format: str, frames: list[Pixels]) -> None:
+    """Of some containers FFmpeg cannot seek to the time of an only frame."""
+    data = encode(frames[:1], "libx264", container, {"pixel_format": pixel_format})
+    assert np.array_equal(read(data, [0])[0], decode_all(data))
+
+
 def test_no_two_frames_of_these_clips_are_equal(plain: bytes) -> None:
     """Else the test above would not notice a frame taken for another."""
     assert len({frame.tobytes() for frame in decode_all(plain)}) == FRAMES

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 CONTAINERS = ("mov", "mp4", "matroska", "webm", "avi", "flv", "mpegts", "mpeg", "ogg", "asf")
 CODECS = ("h264", "hevc", "vp8", "vp9", "libdav1d", "av1", "mpeg4", "mjpeg", "mpeg1video", "mpeg2video", "theora",
           "h263", "msmpeg4", "wmv2", "vc1", "prores", "ffv1", "rawvideo", "png")  # fmt: skip
+_STREAMED = ("flv", "mpegts", "mpeg")  # demuxers that begin at any byte, and may find no time in a file of one frame
 _TIMED = ("mov", "matroska")  # demuxers whose packets all tell when they are shown
 
 
@@ -239,7 +240,10 @@ class _Video:
         return self._packets()
 
     def _rewind(self) -> None:
-        self._seek(self._index.start)
+        if self._container.format.name in _STREAMED:
+            self._container.seek(0, unsupported_byte_offset=True)
+        else:
+            self._seek(self._index.start)
 
     def _seek(self, time: int) -> None:
         try:
