@@ -12,7 +12,9 @@ from PIL import Image
 from sounds import FORMATS, encode, sine
 
 from rtp_mm.errors import MMError, NotSupportedError, WrongFormatError
+from rtp_mm.media import audio
 from rtp_mm.media.audio import decode_audio, decode_channels
+from rtp_mm.media.container import packets
 from rtp_mm.media.sniff import sniff
 from rtp_mm.types import MMUrlType
 
@@ -172,6 +174,24 @@ def test_an_image_is_no_sound() -> None:
     Image.new("RGB", (64, 64)).save(file, "PNG")
     with pytest.raises((WrongFormatError, NotSupportedError)):
         decode_audio(file.getvalue(), rate=RATE, max_samples=LONGEST)
+
+
+@pytest.mark.parametrize(
+    ("rate", "is_taken"), [(999, False), (1000, True), (768_000, True), (768_001, False), (1, False)]
+)
+def test_rates_are_limited_before_more_than_a_packet_is_read(
+    rate: int, is_taken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At 1 Hz FFmpeg makes one of every sample, and a server minutes of some megabytes."""
+    read = []
+    monkeypatch.setattr(audio, "packets", lambda *of: (read.append(p.size) or p for p in packets(*of)))  # type: ignore[func-returns-value]
+    data = wav(rate, payload=bytes(2 * 5000))
+    if is_taken:
+        assert decode_channels(data, max_seconds=10)[1] == rate
+        return
+    with pytest.raises(WrongFormatError, match=f"sound of 1 channels at {rate} Hz"):
+        decode_audio(data, rate=RATE, max_samples=LONGEST)
+    assert len(read) == 1
 
 
 @pytest.mark.parametrize("container", ["ac3", "matroska"])

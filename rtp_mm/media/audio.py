@@ -149,7 +149,8 @@ def _frames(container: InputContainer, stream: AudioStream) -> Iterator[AudioFra
 def _joined(frames: Iterator[AudioFrame]) -> Iterator[AudioFrame]:
     """The same samples in frames of `CHUNK` or a little more, a shorter one before a change of format and at the end.
 
-    What is done for each frame costs more than what is done to a thousand samples.
+    What is done for each frame costs more than what is done to a thousand samples. Raises `WrongFormatError` for a
+    format that is not taken, at its first frame: at 1 Hz FFmpeg makes one of every sample.
     """
     from av.audio.fifo import AudioFifo
 
@@ -159,6 +160,9 @@ def _joined(frames: Iterator[AudioFrame]) -> Iterator[AudioFrame]:
         if kind != (kind := (frame.format.name, frame.layout.name, frame.sample_rate)):
             yield from _rest(fifo)
             fifo = AudioFifo()
+            channels, rate = frame.layout.nb_channels, frame.sample_rate
+            if rate not in RATES or not 0 < channels <= MAX_CHANNELS:
+                raise WrongFormatError(f"sound of {channels} channels at {rate} Hz")
         fifo.write(frame)
         if fifo.samples >= CHUNK:
             yield from _rest(fifo)
@@ -198,14 +202,11 @@ def _rest_of(resampler: soxr.ResampleStream) -> NDArray[np.float32]:
 
 
 def _channels(frame: AudioFrame) -> NDArray[np.float32]:
-    """[channels, S]; integers to -1..1. Raises `WrongFormatError`."""
-    channels, rate = frame.layout.nb_channels, frame.sample_rate
-    if rate not in RATES or not 0 < channels <= MAX_CHANNELS:
-        raise WrongFormatError(f"sound of {channels} channels at {rate} Hz")
+    """[channels, S]; integers to -1..1."""
     values = frame.to_ndarray()
     is_integer, bits = values.dtype.kind != "f", 8 * values.dtype.itemsize
     middle = 2.0 ** (bits - 1) if values.dtype.kind == "u" else 0.0
     if not frame.format.is_planar:
-        values = values.reshape(-1, channels).T
+        values = values.reshape(-1, frame.layout.nb_channels).T
     samples = values.astype(np.float32, order="C")
     return (samples - np.float32(middle)) / np.float32(2.0 ** (bits - 1)) if is_integer else samples
