@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +12,13 @@ import av
 import pytest
 from sounds import encode, sine
 
-from rtp_mm.media.container import packets
+from rtp_mm.errors import WrongFormatError
+from rtp_mm.media.container import opened, packets
+
+
+def opens(data: bytes) -> None:
+    with opened(data, ("wav", "avi"), "sound"):
+        pass
 
 
 def test_packets_end_with_the_empty_one_of_their_own_stream() -> None:
@@ -24,6 +31,18 @@ def test_packets_end_with_the_empty_one_of_their_own_stream() -> None:
 
     container: Any = SimpleNamespace(demux=demux)
     assert [packet.size for packet in packets(container, None)] == [7, 0, 7, 0]  # type: ignore[type-var]
+
+
+@pytest.mark.parametrize("container", ["wav", "avi"])
+def test_texts_longer_than_their_file_take_no_memory(container: str) -> None:
+    """FFmpeg would take 1 GiB for these."""
+    data = bytearray(encode(sine(1), 16000, container))
+    at = data.index(b"LIST", data.index(b"INFO") - 8) + 4
+    opens(bytes(data))
+    data[at : at + 4] = struct.pack("<I", 1 << 30)
+    data[at + 12 : at + 16] = struct.pack("<I", (1 << 30) - 12)
+    with pytest.raises(WrongFormatError, match=r"broken sound: a file of \d+ bytes says that its texts are 1073741824"):
+        opens(bytes(data))
 
 
 @pytest.mark.parametrize("container", ["wav", "matroska", "mpegts", "ipod"])

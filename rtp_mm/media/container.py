@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 AnyStream = TypeVar("AnyStream", "AudioStream", "VideoStream")
 
 MAX_STREAMS = 64
+_TEXTS = re.compile(rb"LIST(.{4})INFO", re.DOTALL)  # of a RIFF file: its length
 
 
 @contextmanager
@@ -33,6 +35,8 @@ def opened(data: bytes, demuxers: Sequence[str], kind: str) -> Iterator[InputCon
     except ImportError:
         raise NotSupportedError(f"{kind} needs PyAV on the server (pip install 'rtp_mm[media]')") from None
 
+    if data.startswith((b"RIFF", b"RF64")):
+        _check_texts(data, kind)
     is_open = False
     options = {"format_whitelist": ",".join(demuxers), "max_streams": str(MAX_STREAMS)}
     try:
@@ -47,6 +51,13 @@ def opened(data: bytes, demuxers: Sequence[str], kind: str) -> Iterator[InputCon
         if error.errno == errno.EPERM:  # -1, which is all that some of FFmpeg's decoders say
             raise WrongFormatError(f"broken {kind}: it cannot be decoded") from None
         raise WrongFormatError(f"broken {kind}: {error.strerror or type(error).__name__}") from None
+
+
+def _check_texts(data: bytes, kind: str) -> None:
+    """FFmpeg takes as much memory as a text says it is long, where its list is as long."""
+    for found in _TEXTS.finditer(data):
+        if (length := int.from_bytes(found[1], "little")) > len(data):
+            raise WrongFormatError(f"broken {kind}: a file of {len(data)} bytes says that its texts are {length}")
 
 
 def packets(container: InputContainer, stream: AnyStream) -> Iterator[Packet[AnyStream]]:
