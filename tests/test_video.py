@@ -80,6 +80,12 @@ def test_a_single_frame_is_found_again(container: str, pixel_format: str, frames
     assert np.array_equal(read(data, [0])[0], decode_all(data))
 
 
+def test_a_stream_that_cannot_be_sought_in_is_read_from_its_start(frames: list[Pixels]) -> None:
+    """FFmpeg finds no place in one of two frames that has sound too."""
+    data = encode(frames[:2], "libx264", "mpegts", {"x264-params": "keyint=1"}, group=1, with_sound=True)
+    assert all(map(np.array_equal, read(data, [1])[0], decode_all(data)[1:]))
+
+
 def test_no_two_frames_of_these_clips_are_equal(plain: bytes) -> None:
     """Else the test above would not notice a frame taken for another."""
     assert len({frame.tobytes() for frame in decode_all(plain)}) == FRAMES

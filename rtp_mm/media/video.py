@@ -230,8 +230,7 @@ class _Video:
 
     def _packets_from(self, run: Run) -> Iterator[Packet[Any]]:
         """From a run's first or from before it. A container that seeks past it is read from its start."""
-        if run.first and run.seek_time is not None:
-            self._seek(run.seek_time)
+        if run.first and run.seek_time is not None and self._seek(run.seek_time):
             packets = self._packets()
             found = next(packets, None)
             if found and self._index.is_before(found, run):
@@ -242,14 +241,16 @@ class _Video:
     def _rewind(self) -> None:
         if self._container.format.name in _STREAMED:
             self._container.seek(0, unsupported_byte_offset=True)
-        else:
-            self._seek(self._index.start)
+        elif not self._seek(self._index.start):
+            raise WrongFormatError("broken video: no key frame to decode from")
 
-    def _seek(self, time: int) -> None:
+    def _seek(self, time: int) -> bool:
+        """Whether FFmpeg finds a place to seek to."""
         try:
             self._container.seek(time, stream=self._stream)
-        except PermissionError:  # -1, which is all that FFmpeg says where it finds no place to seek to
-            raise WrongFormatError("broken video: no key frame to decode from") from None
+        except PermissionError:  # -1, which is all that it says
+            return False
+        return True
 
     def _packets(self) -> Iterator[Packet[Any]]:
         """Of the stream, but for the empty one that ends it."""
