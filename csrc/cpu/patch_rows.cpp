@@ -19,21 +19,18 @@ void copy_patch(const uint8_t* src, int64_t line, int64_t patch, uint8_t* dst) {
 }
 
 template <int64_t kPatch>
-void cut(const uint8_t* lines, int64_t line, int64_t plane, int64_t patch_row, const PatchRows& dst) {
-  for (PatchWalk walk(dst, patch_row); !walk.is_done(); walk.next()) {
-    const uint8_t* src = lines + walk.column() * dst.patch;
-    for (int64_t channel = 0; channel < 3; ++channel) {
-      copy_patch<kPatch>(src + channel * plane, line, dst.patch, walk.patch(channel));
-    }
+void cut(const uint8_t* lines, int64_t line, int64_t channel, PatchWalk walk) {
+  for (; !walk.is_done(); walk.next(), lines += walk.dst().patch) {
+    copy_patch<kPatch>(lines, line, walk.dst().patch, walk.patch(channel));
   }
 }
 
 }  // namespace
 
-void cut_patches(const uint8_t* lines, int64_t line, int64_t plane, int64_t patch_row, const PatchRows& dst) {
-  if (dst.patch == 14) return cut<14>(lines, line, plane, patch_row, dst);
-  if (dst.patch == 16) return cut<16>(lines, line, plane, patch_row, dst);
-  cut<0>(lines, line, plane, patch_row, dst);
+void cut_patches(const uint8_t* lines, int64_t line, int64_t channel, PatchWalk walk) {
+  if (walk.dst().patch == 14) return cut<14>(lines, line, channel, walk);
+  if (walk.dst().patch == 16) return cut<16>(lines, line, channel, walk);
+  cut<0>(lines, line, channel, walk);
 }
 
 }  // namespace rtp_mm

@@ -16,16 +16,19 @@ struct PatchRows {
   int64_t row_bytes() const { return 3 * temporal * patch * patch; }
 };
 
-// From patch to patch of one row of them, left to right. `patch_row` counts from the image's top.
+// From patch to patch of one row of them, left to right, from column `begin` to `end`. `patch_row` counts from the
+// image's top.
 class PatchWalk {
  public:
-  PatchWalk(const PatchRows& dst, int64_t patch_row)
+  PatchWalk(const PatchRows& dst, int64_t patch_row, int64_t begin, int64_t end)
       : dst_(dst),
-        columns_(dst.width / dst.patch),
-        row_(dst.rows + merge_order<int64_t>(patch_row, 0, columns_, dst.merge) * dst.row_bytes()) {}
+        end_(end),
+        row_(dst.rows + merge_order<int64_t>(patch_row, begin, dst.width / dst.patch, dst.merge) * dst.row_bytes()),
+        column_(begin),
+        column_in_block_(begin % dst.merge) {}
 
-  bool is_done() const { return column_ == columns_; }
-  int64_t column() const { return column_; }
+  const PatchRows& dst() const { return dst_; }
+  bool is_done() const { return column_ == end_; }
 
   // Where a channel of this patch goes.
   uint8_t* patch(int64_t channel) const {
@@ -43,13 +46,13 @@ class PatchWalk {
 
  private:
   const PatchRows& dst_;
-  int64_t columns_;
+  int64_t end_;
   uint8_t* row_;
-  int64_t column_ = 0, column_in_block_ = 0;
+  int64_t column_, column_in_block_;
 };
 
-// Cuts one row of patches out of `patch` lines, `line` bytes apart: three planes each, `plane` bytes apart, which may
-// be read 16 bytes past their ends.
-void cut_patches(const uint8_t* lines, int64_t line, int64_t plane, int64_t patch_row, const PatchRows& dst);
+// Cuts one channel of the patches of `walk` out of as many lines as a patch has, `line` bytes apart, which may be read
+// 16 bytes past their ends.
+void cut_patches(const uint8_t* lines, int64_t line, int64_t channel, PatchWalk walk);
 
 }  // namespace rtp_mm

@@ -10,6 +10,7 @@
 #include <cstring>
 #include <memory>
 #include <new>
+#include <numeric>
 
 #include "cpu/patch_rows.h"
 #include "cpu/resize_kernels.h"
@@ -92,23 +93,28 @@ Rows readable_rows(const PixelView& image, int64_t begin, int64_t count, int64_t
 // Quads of rows, of which the last few are kept.
 class Ring {
  public:
-  // Keeps `slots` quads of `dwords` or more; the outputs that come from them touch up to `most_quads` at once.
-  Ring(int64_t slots, int64_t dwords, int64_t most_quads, Buffer& quads, Buffer& pointers)
-      : slots_(static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(slots)))),
+  // Keeps `quads` of `dwords` and more, whole bands of them.
+  Ring(int64_t quads, int64_t dwords, Buffer& memory, Buffer& pointers)
+      : slots_(round_up(quads, kBandQuads)),
         dwords_(dwords),
-        quads_(quads.reserve<uint32_t>(slots_ * dwords)),
-        pointers_(pointers.reserve<const uint32_t*>(most_quads)) {}
+        quads_(memory.reserve<uint32_t>(slots_ * dwords)),
+        pointers_(pointers.reserve<const uint32_t*>(slots_ + 1)) {}
 
-  uint32_t* slot(int64_t quad) const { return quads_ + (quad & (slots_ - 1)) * dwords_; }
+  uint32_t* slot(int64_t quad) const { return quads_ + quad % slots_ * dwords_; }
 
-  // The quads of an output, one after the other.
-  const uint32_t* const* quads_of(const OutputTaps& output) const {
-    for (int32_t i = 0; i <= output.count; ++i) pointers_[i] = slot(output.first + i);
+  // These quads and the one after them, which is read where a mask leaves it out, from dword `offset` of their rows on.
+  const uint32_t* const* pointers(QuadRange quads, int64_t offset = 0) const {
+    const uint32_t *pointer = slot(quads.begin), *end = quads_ + slots_ * dwords_;
+    for (int64_t i = 0; i <= quads.size(); ++i) {
+      pointers_[i] = pointer + offset;
+      pointer += dwords_;
+      if (pointer == end) pointer = quads_;
+    }
     return pointers_;
   }
 
  private:
-  int64_t slots_, dwords_;  // slots: a power of 2, because a division per row showed
+  int64_t slots_, dwords_;
   uint32_t* quads_;
   const uint32_t** pointers_;
 };
@@ -155,65 +161,103 @@ struct Passes {
 
 // What row `patch_row` of patches is written to.
 Ahead patches_ahead(const PatchRows& dst, int64_t patch_row, int64_t steps) {
-  const int64_t run = dst.merge * dst.row_bytes(), blocks = dst.width / dst.patch / dst.merge;
-  return {Ahead::kWrite, PatchWalk(dst, patch_row).patch(0), run, dst.merge * run, blocks, steps};
+  const int64_t run = dst.merge * dst.row_bytes(), columns = dst.width / dst.patch;
+  return {Ahead::kWrite, PatchWalk(dst, patch_row, 0, columns).patch(0), run, dst.merge * run, columns / dst.merge,
+          steps};
 }
+
+// The way from whole rows to patches: strip by strip, so that what a strip's rows have in common stays in L1.
+class Strips {
+ public:
+  Strips(const PatchRows& dst, int64_t plane, int64_t rows, Buffer& lines)
+      : dst_(dst),
+        plane_(plane),
+        line_(std::min(plane, round_up(kStrip, std::lcm(dst.patch, kBlock)))),
+        lines_(lines.reserve<uint8_t>(rows * line_ + kReadAhead)) {}
+
+  // `make_lines(place, blocks, lines, line)` makes a strip's lines and returns the patches' first one; `place`: the
+  // strip's within a row of planes.
+  template <class MakeLines>
+  void cut(const ResizeKernels& kernels, int64_t patch_row, MakeLines make_lines) const {
+    for (int64_t x = 0; x < plane_; x += line_) {
+      const PatchWalk walk(dst_, patch_row, x / dst_.patch, std::min(x + line_, dst_.width) / dst_.patch);
+      for (int64_t channel = 0; channel < kChannels; ++channel) {
+        const uint8_t* first = make_lines(channel * plane_ + x, std::min(line_, plane_ - x) / kBlock, lines_, line_);
+        kernels.cut(first, line_, channel, walk);
+      }
+    }
+  }
+
+ private:
+  static constexpr int64_t kStrip = 448;  // bytes: 6 KB of lines of 14 rows, and 9 KB of quads near 1:1
+
+  const PatchRows& dst_;
+  int64_t plane_, line_;
+  uint8_t* lines_;
+};
 
 void horizontal_first(const PixelView& image, const Passes& passes, const PatchRows& dst, int64_t height,
                       Scratch& scratch) {
-  const int64_t plane = round_up(dst.width, 4), line = round_up(kChannels * plane, kBlock);
-  const Ring ring(passes.rows.span + kBandQuads - 1, line, passes.rows.most_quads, scratch.ring, scratch.ring_pointers);
+  const int64_t plane = round_up(dst.width, kBlock), row = kChannels * plane;
+  const Ring ring(passes.rows.span(dst.patch) + kBandQuads - 1, row, scratch.ring, scratch.ring_pointers);
   const HorizontalPass horizontal(passes.columns, passes.kernels, image.pixel_stride, scratch);
+  const Strips strips(dst, plane, dst.patch, scratch.lines);
   const int64_t reach = image.width * image.pixel_stride + kReadAhead;
-  uint8_t* lines = scratch.lines.reserve<uint8_t>(dst.patch * line + kReadAhead);
   int64_t ready = 0;  // quads in the ring so far
   for (int64_t patch_row = 0; patch_row < height / dst.patch; ++patch_row) {
-    Ahead patches = patches_ahead(dst, patch_row, dst.patch * line / kBlock);
-    for (int64_t y = 0; y < dst.patch; ++y) {
-      const OutputTaps& output = passes.rows.outputs[patch_row * dst.patch + y];
-      for (; ready <= last_quad(output); ready += kBandQuads) {
-        const Rows rows = readable_rows(image, ready * 4, kBandRows, reach, scratch.edge);
-        horizontal(rows, {ring.slot(ready), line, plane});
-      }
-      passes.kernels.vertical(ring.quads_of(output), output, passes.rows.taps.data(), line / kBlock, lines + y * line,
-                              patches);
+    const int64_t top = patch_row * dst.patch;
+    const QuadRange quads = passes.rows.needed_by(top, top + dst.patch);
+    for (; ready < quads.end; ready += kBandQuads) {
+      const Rows rows = readable_rows(image, ready * 4, kBandRows, reach, scratch.edge);
+      horizontal(rows, {ring.slot(ready), row, plane});
     }
-    passes.kernels.cut(lines, line, plane, patch_row, dst);
+    Ahead patches = patches_ahead(dst, std::min(patch_row + 1, height / dst.patch - 1), dst.patch * row / kBlock);
+    strips.cut(passes.kernels, patch_row, [&](int64_t place, int64_t blocks, uint8_t* lines, int64_t line) {
+      const uint32_t* const* pointers = ring.pointers(quads, place);
+      for (int64_t y = 0; y < dst.patch; ++y) {
+        const OutputTaps& output = passes.rows.outputs[top + y];
+        passes.kernels.vertical(pointers + output.first - quads.begin, output, passes.rows.taps.data(), blocks,
+                                lines + y * line, patches);
+      }
+      return lines;
+    });
   }
 }
 
 void vertical_first(const PixelView& image, const Passes& passes, const PatchRows& dst, int64_t height,
                     Scratch& scratch) {
-  const int64_t plane = round_up(dst.width, 4), line = round_up(kChannels * plane, kBlock);
+  const int64_t plane = round_up(dst.width, kBlock), resized_row = kChannels * plane;
   const int64_t row = round_up(image.width * image.pixel_stride, kBlock), band_row = row + kBlock;
-  const Ring ring(passes.rows.span, row, passes.rows.most_quads, scratch.ring, scratch.ring_pointers);
+  const Ring ring(passes.rows.span(1), row, scratch.ring, scratch.ring_pointers);
   const int64_t patch_quads = (dst.patch + 6) / 4;  // that a row of patches touches
-  const Ring resized(patch_quads + kBandQuads, line, 0, scratch.resized, scratch.ring_pointers);
+  const Ring resized(patch_quads + kBandQuads, resized_row, scratch.resized, scratch.resized_pointers);
   uint8_t* band = scratch.band.reserve<uint8_t>(kBandRows * band_row);
-  uint8_t* lines = scratch.lines.reserve<uint8_t>(4 * patch_quads * line + kReadAhead);
   const HorizontalPass horizontal(passes.columns, passes.kernels, image.pixel_stride, scratch);
+  const Strips strips(dst, plane, 4 * patch_quads, scratch.lines);
   int64_t ready = 0, patch_row = 0;  // quads in the ring so far, rows of patches
   for (int64_t top = 0; top < height; top += kBandRows) {
     const int64_t bottom = std::min(top + kBandRows, height);
     Ahead patches = patches_ahead(dst, patch_row, (bottom - top) * row / kBlock);
     for (int64_t y = top; y < bottom; ++y) {
       const OutputTaps& output = passes.rows.outputs[y];
-      for (; ready <= last_quad(output); ++ready) {
+      for (; ready < quads_of(output).end; ++ready) {
         const Rows rows = readable_rows(image, ready * 4, 4, row, scratch.edge);
         passes.kernels.interleave(rows.pixels, rows.stride, row / kBlock, ring.slot(ready));
       }
-      passes.kernels.vertical(ring.quads_of(output), output, passes.rows.taps.data(), row / kBlock,
+      passes.kernels.vertical(ring.pointers(quads_of(output)), output, passes.rows.taps.data(), row / kBlock,
                               band + (y - top) * band_row, patches);
     }
     Ahead next_rows(Ahead::kRead, image.pixels + 4 * ready * image.row_stride, image.width * image.pixel_stride,
                     image.row_stride, kBandRows, static_cast<int64_t>(passes.columns.outputs.size()) / 4);
-    horizontal({band, band_row}, {resized.slot(top / 4), line, plane}, &next_rows);
+    horizontal({band, band_row}, {resized.slot(top / 4), resized_row, plane}, &next_rows);
     for (; (patch_row + 1) * dst.patch <= bottom; ++patch_row) {
       const int64_t begin = patch_row * dst.patch, first = begin / 4;
-      for (int64_t quad = first; 4 * quad < begin + dst.patch; ++quad) {
-        passes.kernels.separate(resized.slot(quad), line / kBlock, lines + 4 * (quad - first) * line, line);
-      }
-      passes.kernels.cut(lines + begin % 4 * line, line, plane, patch_row, dst);
+      strips.cut(passes.kernels, patch_row, [&](int64_t place, int64_t blocks, uint8_t* lines, int64_t line) {
+        for (int64_t quad = first; 4 * quad < begin + dst.patch; ++quad) {
+          passes.kernels.separate(resized.slot(quad) + place, blocks, lines + 4 * (quad - first) * line, line);
+        }
+        return lines + begin % 4 * line;
+      });
     }
   }
 }

@@ -240,22 +240,20 @@ AVX512_INLINE __m512i load_lines(const uint8_t* src, int64_t line) {
 }
 
 // Four lines of a patch in one store: a quarter of the stores wait for the memory that they go to.
-AVX512 void cut(const uint8_t* lines, int64_t line, int64_t plane, int64_t patch_row, const PatchRows& dst) {
-  if (dst.patch != 14) return cut_patches(lines, line, plane, patch_row, dst);
+AVX512 void cut(const uint8_t* lines, int64_t line, int64_t channel, PatchWalk walk) {
+  if (walk.dst().patch != 14) return cut_patches(lines, line, channel, walk);
   constexpr int64_t kPatch = 14;
   const __m512i in_a_row = _mm512_set_epi16(0, 0, 0, 0, 30, 29, 28, 27, 26, 25, 24, 22, 21, 20, 19, 18, 17, 16, 14, 13,
                                             12, 11, 10, 9, 8, 6, 5, 4, 3, 2, 1, 0);
-  for (PatchWalk walk(dst, patch_row); !walk.is_done(); walk.next()) {
-    for (int64_t channel = 0; channel < kChannels; ++channel) {
-      const uint8_t* src = lines + channel * plane + walk.column() * kPatch;
-      uint8_t* patch = walk.patch(channel);
-      for (int64_t y = 0; y < 12; y += 4, src += 4 * line, patch += 4 * kPatch) {
-        // What is written too far, the next lines put right.
-        _mm512_storeu_si512(patch, _mm512_permutexvar_epi16(in_a_row, load_lines<4>(src, line)));
-      }
-      const __m512i two = _mm512_permutexvar_epi16(in_a_row, load_lines<2>(src, line));
-      _mm256_mask_storeu_epi32(patch, 0x7f, _mm512_castsi512_si256(two));
+  for (; !walk.is_done(); walk.next(), lines += kPatch) {
+    const uint8_t* src = lines;
+    uint8_t* patch = walk.patch(channel);
+    for (int64_t y = 0; y < 12; y += 4, src += 4 * line, patch += 4 * kPatch) {
+      // What is written too far, the next lines put right.
+      _mm512_storeu_si512(patch, _mm512_permutexvar_epi16(in_a_row, load_lines<4>(src, line)));
     }
+    const __m512i two = _mm512_permutexvar_epi16(in_a_row, load_lines<2>(src, line));
+    _mm256_mask_storeu_epi32(patch, 0x7f, _mm512_castsi512_si256(two));
   }
 }
 

@@ -62,7 +62,7 @@ constexpr int64_t quad_place(int64_t i) { return (i & ~63) | (i >> 2 & 3) << 4 |
 struct QuadRows {
   uint32_t* quads;
   int64_t stride;  // dwords
-  int64_t plane;   // bytes of a row from one channel to the next, divisible by 4
+  int64_t plane;   // bytes of a row from one channel to the next, whole blocks
 };
 
 // Memory that is needed next, `runs` runs of `bytes`, fetched evenly over the `steps` of a computation, which takes
@@ -127,7 +127,7 @@ struct ResizeKernels {
   void (*separate)(const uint32_t* quads, int64_t blocks, uint8_t* rows, int64_t row_stride);
 
   // cut_patches.
-  void (*cut)(const uint8_t* lines, int64_t line, int64_t plane, int64_t patch_row, const PatchRows& dst);
+  void (*cut)(const uint8_t* lines, int64_t line, int64_t channel, PatchWalk walk);
 };
 
 extern const ResizeKernels kResizePortable;

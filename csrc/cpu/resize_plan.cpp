@@ -1,6 +1,7 @@
 #include "cpu/resize_plan.h"
 
 #include <algorithm>
+#include <iterator>
 #include <stdexcept>
 #include <tuple>
 #include <utility>
@@ -28,7 +29,6 @@ void append(ResizeAxis& axis, const ResizeWindow& window, const ResizeKernels& k
   const uint32_t mask = offset + taps > 4 * count ? ~0u << (8 * offset) : ~0u;
   axis.outputs.push_back({static_cast<int32_t>(window.first / 4), static_cast<int32_t>(count), mask,
                           static_cast<int32_t>(axis.taps.size())});
-  axis.most_quads = std::max(axis.most_quads, count + 1);
   for (int64_t quad = 0; quad < count; ++quad) axis.taps.push_back(kernels.encode(bytes.data() + 4 * quad));
 }
 
@@ -38,7 +38,7 @@ std::vector<OutputRun> runs_of(const std::vector<OutputTaps>& outputs) {
     OutputRun four{i, i + 4, outputs[i].first, 0};
     for (int64_t j = i; j < i + 4; ++j) {
       four.first_quad = std::min<int64_t>(four.first_quad, outputs[j].first);
-      four.end_quad = std::max(four.end_quad, last_quad(outputs[j]) + 1);
+      four.end_quad = std::max(four.end_quad, quads_of(outputs[j]).end);
     }
     if (!runs.empty()) {
       OutputRun& run = runs.back();
@@ -53,15 +53,13 @@ std::vector<OutputRun> runs_of(const std::vector<OutputTaps>& outputs) {
   return runs;
 }
 
-int64_t span_of(const std::vector<OutputTaps>& outputs) {
-  std::vector<int64_t> last(outputs.size());
-  for (size_t i = 0; i < outputs.size(); ++i) last[i] = std::max(last_quad(outputs[i]), i ? last[i - 1] : 0);
-  int64_t first = last.back(), span = 0;
-  for (size_t i = outputs.size(); i-- > 0;) {
-    first = std::min<int64_t>(first, outputs[i].first);
-    span = std::max(span, last[i] - first + 1);
-  }
-  return span;
+std::vector<QuadRange> needed_quads(const std::vector<OutputTaps>& outputs) {
+  std::vector<QuadRange> needed;
+  needed.reserve(outputs.size());
+  std::transform(outputs.begin(), outputs.end(), std::back_inserter(needed), quads_of);
+  for (size_t i = 1; i < needed.size(); ++i) needed[i].end = std::max(needed[i].end, needed[i - 1].end);
+  for (size_t i = needed.size() - 1; i-- > 0;) needed[i].begin = std::min(needed[i].begin, needed[i + 1].begin);
+  return needed;
 }
 
 ResizeAxis make_axis(int64_t size, int64_t out_size, ResizeFilter filter, ResizeLevel level) {
@@ -71,7 +69,7 @@ ResizeAxis make_axis(int64_t size, int64_t out_size, ResizeFilter filter, Resize
   for (const ResizeWindow& window : resize_windows(size, out_size, filter)) append(axis, window, kernels);
   while (axis.outputs.size() % 4) axis.outputs.push_back(axis.outputs.back());
   axis.runs = runs_of(axis.outputs);
-  axis.span = span_of(axis.outputs);
+  axis.needed = needed_quads(axis.outputs);
   return axis;
 }
 
@@ -82,7 +80,8 @@ std::shared_ptr<const ResizeAxis> resize_axis(int64_t size, int64_t out_size, Re
   static SharedCache<Key, ResizeAxis> cache(kCacheBytes);
   return cache.get({size, out_size, filter, level}, [&] {
     ResizeAxis axis = make_axis(size, out_size, filter, level);
-    const size_t bytes = axis.outputs.capacity() * sizeof(OutputTaps) + axis.taps.capacity() * sizeof(QuadTaps);
+    const size_t bytes =
+        axis.outputs.capacity() * (sizeof(OutputTaps) + sizeof(QuadRange)) + axis.taps.capacity() * sizeof(QuadTaps);
     return std::pair(std::move(axis), static_cast<int64_t>(bytes + sizeof(ResizeAxis)));
   });
 }

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <vector>
@@ -15,17 +16,36 @@ struct OutputRun {
   int64_t first_quad, end_quad;  // that they need
 };
 
+struct QuadRange {
+  int64_t begin, end;
+
+  int64_t size() const { return end - begin; }
+};
+
 // Everything that one pass depends on.
 struct ResizeAxis {
   std::vector<OutputTaps> outputs;  // rounded up to a multiple of 4; those past the end repeat the last
   std::vector<QuadTaps> taps;
   std::vector<OutputRun> runs;
-  int64_t most_quads;  // that one output touches, those that its mask leaves out included
-  int64_t span;        // quads from the first that an output or a later one needs, to the last so far
+  std::vector<QuadRange> needed;  // by each output: from the first that it or a later one needs to the last so far
+
+  // By outputs [begin, end).
+  QuadRange needed_by(int64_t begin, int64_t end) const { return {needed[begin].begin, needed[end - 1].end}; }
+
+  // The most that `count` outputs need, from a multiple of `count` on.
+  int64_t span(int64_t count) const {
+    int64_t most = 0;
+    for (int64_t i = 0, size = static_cast<int64_t>(needed.size()); i < size; i += count) {
+      most = std::max(most, needed_by(i, std::min(i + count, size)).size());
+    }
+    return most;
+  }
 };
 
-// The last quad that an output needs.
-inline int64_t last_quad(const OutputTaps& output) { return output.first + output.count - (output.mask == ~0u); }
+// The quads that an output needs.
+inline QuadRange quads_of(const OutputTaps& output) {
+  return {output.first, output.first + output.count + (output.mask != ~0u)};
+}
 
 // From a cache of the process, bounded in bytes; the least recently used goes first. An axis that is not resized has
 // one tap of 1, which changes no byte.
