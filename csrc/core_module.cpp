@@ -30,7 +30,8 @@ constexpr std::array kLevels = {std::pair{"portable", ResizeLevel::kPortable},
                                 std::pair{"neon_i8mm", ResizeLevel::kNeonI8mm}};
 #else
                                 std::pair{"avx2", ResizeLevel::kAvx2},
-                                std::pair{"avx512_vnni", ResizeLevel::kAvx512Vnni}};
+                                std::pair{"avx512_vnni", ResizeLevel::kAvx512Vnni},
+                                std::pair{"avx512_vbmi", ResizeLevel::kAvx512Vbmi}};
 #endif
 
 // `message()` is called where the condition does not hold: it takes longer than a small image.

@@ -34,6 +34,9 @@ EDGES = [
     ((28, 300), (28, 140)),  # one pass
     ((300, 28), (140, 28)),
     ((768, 1024), (756, 1036)),  # near 1:1, where some outputs have five taps and most have four
+    ((28, 458), (28, 448)),  # as above, of an image's last rows as well
+    ((28, 125), (28, 112)),  # on both sides of the scale up to which VBMI finds 16 columns in 64 bytes
+    ((28, 128), (28, 112)),
     ((16, 16), (28, 28)),
     ((2000, 1500), (28, 28)),  # 285 taps
     ((4, 4), (840, 840)),

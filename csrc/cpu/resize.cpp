@@ -19,7 +19,7 @@
 namespace rtp_mm {
 namespace {
 
-constexpr int64_t kReadAhead = 16;          // bytes past a row that gather_columns reads
+constexpr int64_t kReadAhead = 64;          // bytes past a row that the horizontal pass reads
 constexpr int64_t kKeptScratch = 32 << 20;  // bytes that a thread keeps between calls
 
 int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
@@ -130,8 +130,14 @@ class HorizontalPass {
   }
 
   // Fetches `ahead` meanwhile; without one, what the next run reads: the rows are an image's own, one band after
-  // another.
+  // another. Blocks fetch nothing: the processor follows their rows by itself, and a band of them, fetched by the way,
+  // cost 10 % of 4K native.
   void operator()(Rows rows, QuadRows dst, Ahead* ahead = nullptr) const {
+    if (pixel_stride_ == kChannels && !axis_.blocks.empty()) {
+      kernels_.horizontal_blocks(rows.pixels, rows.stride, axis_.blocks.data(),
+                                 static_cast<int64_t>(axis_.blocks.size()), axis_.block_taps.data(), dst);
+      return;
+    }
     const uint8_t* next_pixels = rows.pixels;
     for (size_t i = 0; i < axis_.runs.size(); ++i) {
       const OutputRun& run = axis_.runs[i];
@@ -166,7 +172,8 @@ Ahead patches_ahead(const PatchRows& dst, int64_t patch_row, int64_t steps) {
           steps};
 }
 
-// The way from whole rows to patches: strip by strip, so that what a strip's rows have in common stays in L1.
+// The way from whole rows to patches: strip by strip, so that what a strip's rows have in common stays in L1. Whole
+// rows took 9 % longer of 4K native.
 class Strips {
  public:
   Strips(const PatchRows& dst, int64_t plane, int64_t rows, Buffer& lines)
@@ -266,8 +273,8 @@ void vertical_first(const PixelView& image, const Passes& passes, const PatchRow
 
 void resize_patchify(const PixelView& image, const ResizePatchify& job, uint8_t* rows) {
   static thread_local Scratch scratch;
-  const auto columns_axis = resize_axis(image.width, job.width, job.filter, job.level);
-  const auto rows_axis = resize_axis(image.height, job.height, job.filter, job.level);
+  const auto columns_axis = resize_axis(image.width, job.width, true, job.filter, job.level);
+  const auto rows_axis = resize_axis(image.height, job.height, false, job.filter, job.level);
   const Passes passes{*columns_axis, *rows_axis, resize_kernels(job.level)};
   const PatchRows dst{rows, job.width, job.patch, job.merge, job.temporal, job.slot};
   (job.is_vertical_first ? vertical_first : horizontal_first)(image, passes, dst, job.height, scratch);

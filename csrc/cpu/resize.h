@@ -10,7 +10,7 @@ namespace rtp_mm {
 #ifdef __aarch64__
 enum class ResizeLevel { kPortable, kNeonI8mm };
 #else
-enum class ResizeLevel { kPortable, kAvx2, kAvx512Vnni };
+enum class ResizeLevel { kPortable, kAvx2, kAvx512Vnni, kAvx512Vbmi };
 #endif
 
 ResizeLevel best_resize_level();  // of this CPU

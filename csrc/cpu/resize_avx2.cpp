@@ -176,7 +176,8 @@ AVX2 void separate(const uint32_t* quads, int64_t blocks, uint8_t* rows, int64_t
 
 }  // namespace
 
-const ResizeKernels kResizeAvx2 = {encode, gather_columns, horizontal, interleave, vertical, separate, cut_patches};
+const ResizeKernels kResizeAvx2 = {encode,     gather_columns, horizontal, nullptr,
+                                   interleave, vertical,       separate,   cut_patches};
 
 }  // namespace rtp_mm
 

@@ -2,25 +2,12 @@
 
 #ifdef __x86_64__
 
-// GCC 12 takes its own intrinsics' _mm512_undefined_epi32() for a mistake of ours.
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#ifndef __clang__
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#endif
-
-#include <immintrin.h>
-
-#include "cpu/resize_kernels.h"
-
-#define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni,prfchw")))
-#define AVX512_INLINE AVX512 __attribute__((always_inline)) inline
+#include "cpu/resize_avx512.h"
 
 namespace rtp_mm {
 namespace {
 
 AVX512_INLINE __m512i load(const uint32_t* quads) { return _mm512_load_si512(quads); }
-
-AVX512_INLINE __m512i broadcast(int32_t value) { return _mm512_set1_epi32(value); }
 
 // The taps of one quad. The rounding is in the sum of low bytes, from where both shifts carry it.
 struct Multiplier {
@@ -79,13 +66,6 @@ AVX512_INLINE void multiply_add(const OutputTaps& output, const QuadTaps* taps, 
     const __m512i sum = _mm512_add_epi32(middle[v], _mm512_srai_epi32(low[v], 8));
     sums[v] = _mm512_add_epi32(high[v], _mm512_srai_epi32(sum, 8));
   }
-}
-
-// Four vectors of sums to bytes, clamped: each group of 16 holds those of its group in a, b, c and d.
-AVX512_INLINE __m512i pack(__m512i a, __m512i b, __m512i c, __m512i d) {
-  constexpr int kRest = kFractionBits - 16;
-  return _mm512_packus_epi16(_mm512_srai_epi16(_mm512_packs_epi32(a, b), kRest),
-                             _mm512_srai_epi16(_mm512_packs_epi32(c, d), kRest));
 }
 
 template <int64_t kPixelStride>
@@ -169,11 +149,7 @@ AVX512 void horizontal(const uint32_t* columns, int64_t first, const OutputTaps*
     for (int64_t channel = 0; channel < kChannels; ++channel) {
       const __m512i bytes = pack(sums[0][channel], sums[1][channel], sums[2][channel], sums[3][channel]);
       uint32_t* place = dst.quads + quad_place(channel * dst.plane + x);
-      const auto quad = [&](int64_t i) { return reinterpret_cast<__m128i*>(place + i * dst.stride); };
-      _mm_store_si128(quad(0), _mm512_castsi512_si128(bytes));
-      _mm_store_si128(quad(1), _mm512_extracti32x4_epi32(bytes, 1));
-      _mm_store_si128(quad(2), _mm512_extracti32x4_epi32(bytes, 2));
-      _mm_store_si128(quad(3), _mm512_extracti32x4_epi32(bytes, 3));
+      store_quarters(bytes, place, dst.stride);
     }
   }
 }
@@ -259,8 +235,8 @@ AVX512 void cut(const uint8_t* lines, int64_t line, int64_t channel, PatchWalk w
 
 }  // namespace
 
-const ResizeKernels kResizeAvx512Vnni = {signed_byte_taps, gather_columns, horizontal, interleave,
-                                         vertical,         separate,       cut};
+const ResizeKernels kResizeAvx512Vnni = {signed_byte_taps, gather_columns, horizontal, nullptr,
+                                         interleave,       vertical,       separate,   cut};
 
 }  // namespace rtp_mm
 

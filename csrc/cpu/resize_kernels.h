@@ -48,6 +48,21 @@ struct OutputTaps {
   int32_t taps;  // index of its first QuadTaps
 };
 
+// How 16 output columns come about, from rows of packed RGB: for instruction sets that find any bytes of a vector. Of
+// the 64 bytes from pixel `first` on, `places` has for each channel and output those of its first four taps; those of
+// the next four are as far from pixel `first + 4`.
+struct alignas(64) OutputBlock {
+  uint8_t places[kChannels][64];
+  int64_t first;
+  int64_t count;  // quads of taps
+  int64_t taps;   // index of its first BlockTaps
+};
+
+// The coefficients of a quad of taps as signed_byte_taps has them, side by side for 16 outputs.
+struct alignas(64) BlockTaps {
+  int32_t words[3][16];
+};
+
 // How many quads each of four outputs comes from, or 0 if they differ.
 inline int32_t common_count(const OutputTaps* outputs) {
   const int32_t count = outputs[0].count;
@@ -116,6 +131,11 @@ struct ResizeKernels {
   void (*horizontal)(const uint32_t* columns, int64_t first, const OutputTaps* outputs, const QuadTaps* taps,
                      int64_t begin, int64_t end, QuadRows dst, Ahead& ahead);
 
+  // Instead of both, where there is one and the axis has blocks: `count` blocks of 16 rows of packed RGB. Reads up to
+  // 64 bytes from the last pixel of every row on.
+  void (*horizontal_blocks)(const uint8_t* pixels, int64_t row_stride, const OutputBlock* blocks, int64_t count,
+                            const BlockTaps* taps, QuadRows dst);
+
   // Four rows of bytes to one quad of rows. Reads and writes whole blocks.
   void (*interleave)(const uint8_t* rows, int64_t row_stride, int64_t blocks, uint32_t* quads);
 
@@ -134,6 +154,7 @@ extern const ResizeKernels kResizePortable;
 #ifdef __x86_64__
 extern const ResizeKernels kResizeAvx2;
 extern const ResizeKernels kResizeAvx512Vnni;
+extern const ResizeKernels kResizeAvx512Vbmi;
 #endif
 #ifdef __aarch64__
 extern const ResizeKernels kResizeNeonI8mm;

@@ -154,8 +154,8 @@ void separate(const uint32_t* quads, int64_t blocks, uint8_t* rows, int64_t row_
 
 }  // namespace
 
-const ResizeKernels kResizeNeonI8mm = {signed_byte_taps, gather_columns, horizontal, interleave,
-                                       vertical,         separate,       cut_patches};
+const ResizeKernels kResizeNeonI8mm = {signed_byte_taps, gather_columns, horizontal, nullptr,
+                                       interleave,       vertical,       separate,   cut_patches};
 
 }  // namespace rtp_mm
 

@@ -62,11 +62,52 @@ std::vector<QuadRange> needed_quads(const std::vector<OutputTaps>& outputs) {
   return needed;
 }
 
-ResizeAxis make_axis(int64_t size, int64_t out_size, ResizeFilter filter, ResizeLevel level) {
+constexpr int64_t kBlockOutputs = 16;
+
+// Blocks of all outputs, or none if the first four taps of one are not all within 64 bytes: up to a scale of 1.13.
+void make_blocks(ResizeAxis& axis, const std::vector<ResizeWindow>& windows) {
+  for (size_t begin = 0; begin < windows.size(); begin += kBlockOutputs) {
+    const auto window = [&](size_t lane) -> const ResizeWindow& {
+      return windows[std::min(begin + lane, windows.size() - 1)];
+    };
+    OutputBlock block{{}, window(0).first, 0, static_cast<int64_t>(axis.block_taps.size())};
+    for (size_t lane = 0; lane < kBlockOutputs; ++lane) {
+      block.first = std::min(block.first, window(lane).first);
+      block.count = std::max<int64_t>(block.count, (window(lane).coefficients.size() + 3) / 4);
+    }
+    axis.block_taps.resize(block.taps + block.count);
+    for (size_t lane = 0; lane < kBlockOutputs; ++lane) {
+      const int64_t offset = window(lane).first - block.first;
+      if (kChannels * (offset + 4) > kBlock) {
+        axis.blocks.clear();
+        axis.block_taps.clear();
+        return;
+      }
+      for (int64_t channel = 0; channel < kChannels; ++channel) {
+        for (int64_t tap = 0; tap < 4; ++tap) {
+          block.places[channel][4 * lane + tap] = static_cast<uint8_t>(kChannels * (offset + tap) + channel);
+        }
+      }
+      const std::vector<int32_t>& coefficients = window(lane).coefficients;
+      const auto size = static_cast<int64_t>(coefficients.size());
+      for (int64_t quad = 0; 4 * quad < size; ++quad) {
+        int32_t four[4] = {};
+        std::copy_n(coefficients.begin() + 4 * quad, std::min<int64_t>(4, size - 4 * quad), four);
+        const QuadTaps taps = signed_byte_taps(four);
+        for (int part = 0; part < 3; ++part) axis.block_taps[block.taps + quad].words[part][lane] = taps.words[part];
+      }
+    }
+    axis.blocks.push_back(block);
+  }
+}
+
+ResizeAxis make_axis(int64_t size, int64_t out_size, bool is_horizontal, ResizeFilter filter, ResizeLevel level) {
   const ResizeKernels& kernels = resize_kernels(level);
   ResizeAxis axis{};
   axis.outputs.reserve((out_size + 3) / 4 * 4);
-  for (const ResizeWindow& window : resize_windows(size, out_size, filter)) append(axis, window, kernels);
+  const std::vector<ResizeWindow> windows = resize_windows(size, out_size, filter);
+  for (const ResizeWindow& window : windows) append(axis, window, kernels);
+  if (is_horizontal && kernels.horizontal_blocks) make_blocks(axis, windows);
   while (axis.outputs.size() % 4) axis.outputs.push_back(axis.outputs.back());
   axis.runs = runs_of(axis.outputs);
   axis.needed = needed_quads(axis.outputs);
@@ -75,19 +116,22 @@ ResizeAxis make_axis(int64_t size, int64_t out_size, ResizeFilter filter, Resize
 
 }  // namespace
 
-std::shared_ptr<const ResizeAxis> resize_axis(int64_t size, int64_t out_size, ResizeFilter filter, ResizeLevel level) {
-  using Key = std::tuple<int64_t, int64_t, ResizeFilter, ResizeLevel>;
+std::shared_ptr<const ResizeAxis> resize_axis(int64_t size, int64_t out_size, bool is_horizontal, ResizeFilter filter,
+                                              ResizeLevel level) {
+  using Key = std::tuple<int64_t, int64_t, bool, ResizeFilter, ResizeLevel>;
   static SharedCache<Key, ResizeAxis> cache(kCacheBytes);
-  return cache.get({size, out_size, filter, level}, [&] {
-    ResizeAxis axis = make_axis(size, out_size, filter, level);
-    const size_t bytes =
-        axis.outputs.capacity() * (sizeof(OutputTaps) + sizeof(QuadRange)) + axis.taps.capacity() * sizeof(QuadTaps);
+  return cache.get({size, out_size, is_horizontal, filter, level}, [&] {
+    ResizeAxis axis = make_axis(size, out_size, is_horizontal, filter, level);
+    const size_t bytes = axis.outputs.capacity() * (sizeof(OutputTaps) + sizeof(QuadRange)) +
+                         axis.taps.capacity() * sizeof(QuadTaps) + axis.blocks.capacity() * sizeof(OutputBlock) +
+                         axis.block_taps.capacity() * sizeof(BlockTaps);
     return std::pair(std::move(axis), static_cast<int64_t>(bytes + sizeof(ResizeAxis)));
   });
 }
 
 const ResizeKernels& resize_kernels([[maybe_unused]] ResizeLevel level) {
 #if defined(__x86_64__)
+  if (level == ResizeLevel::kAvx512Vbmi) return kResizeAvx512Vbmi;
   if (level == ResizeLevel::kAvx512Vnni) return kResizeAvx512Vnni;
   if (level == ResizeLevel::kAvx2) return kResizeAvx2;
 #elif defined(__aarch64__)
@@ -100,7 +144,7 @@ ResizeLevel best_resize_level() {
 #if defined(__x86_64__)
   if (__builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vnni")) {
-    return ResizeLevel::kAvx512Vnni;
+    return __builtin_cpu_supports("avx512vbmi") ? ResizeLevel::kAvx512Vbmi : ResizeLevel::kAvx512Vnni;
   }
   if (__builtin_cpu_supports("avx2")) return ResizeLevel::kAvx2;
 #elif defined(__aarch64__)

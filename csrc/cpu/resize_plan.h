@@ -27,6 +27,8 @@ struct ResizeAxis {
   std::vector<OutputTaps> outputs;  // rounded up to a multiple of 4; those past the end repeat the last
   std::vector<QuadTaps> taps;
   std::vector<OutputRun> runs;
+  std::vector<OutputBlock> blocks;  // none where the level has no use for them, or the taps are too far apart
+  std::vector<BlockTaps> block_taps;
   std::vector<QuadRange> needed;  // by each output: from the first that it or a later one needs to the last so far
 
   // By outputs [begin, end).
@@ -48,8 +50,9 @@ inline QuadRange quads_of(const OutputTaps& output) {
 }
 
 // From a cache of the process, bounded in bytes; the least recently used goes first. An axis that is not resized has
-// one tap of 1, which changes no byte.
-std::shared_ptr<const ResizeAxis> resize_axis(int64_t size, int64_t out_size, ResizeFilter filter, ResizeLevel level);
+// one tap of 1, which changes no byte. Only a horizontal one has blocks.
+std::shared_ptr<const ResizeAxis> resize_axis(int64_t size, int64_t out_size, bool is_horizontal, ResizeFilter filter,
+                                              ResizeLevel level);
 
 const ResizeKernels& resize_kernels(ResizeLevel level);
 

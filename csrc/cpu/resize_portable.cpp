@@ -95,6 +95,7 @@ void separate(const uint32_t* quads, int64_t blocks, uint8_t* rows, int64_t row_
 
 }  // namespace
 
-const ResizeKernels kResizePortable = {encode, gather_columns, horizontal, interleave, vertical, separate, cut_patches};
+const ResizeKernels kResizePortable = {encode,     gather_columns, horizontal, nullptr,
+                                       interleave, vertical,       separate,   cut_patches};
 
 }  // namespace rtp_mm
