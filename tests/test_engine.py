@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import itertools
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -214,6 +216,21 @@ def test_close_ends_all_threads(tiny_qwen2_5_vl: Path, data_urls: list[str]) -> 
     for thread in started:
         thread.join(10)
     assert not ours() - before
+
+
+def test_a_script_may_end_without_close(tiny_qwen2_5_vl: Path, data_urls: list[str]) -> None:
+    script = (
+        "import rtp_mm\n"
+        f"engine = rtp_mm.create_engine(checkpoint_path={str(tiny_qwen2_5_vl)!r}, device='cpu')\n"
+        f"print(len(engine.submit({data_urls[:2]!r}).embeddings))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "2\n", "")
+
+
+def test_one_url_in_place_of_a_list_is_refused(engine: MMProcessEngine, data_urls: list[str]) -> None:
+    with pytest.raises(ValueError, match="urls must be a list"):
+        engine.submit(data_urls[0])
 
 
 def test_closing_ends_what_runs_and_refuses_what_comes(tiny_qwen2_5_vl: Path, data_urls: list[str]) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import threading
+import weakref
 from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Any, TypeVar
 
 from rtp_mm.errors import DrainingError
@@ -68,6 +70,11 @@ class Home:
         elif (last := self._close_gate(shut_down)) is not None:
             await asyncio.wrap_future(last)
 
+    def close_at_exit(self, close: Callable[[], None]) -> None:
+        """`close` is called where the interpreter ends with this loop's own thread still running."""
+        if self._thread is not None:
+            self._thread.at_exit = close
+
     def _close_gate(self, shut_down: Callable[[], Coroutine[Any, Any, None]]) -> concurrent.futures.Future[None] | None:
         """From here on nothing is handed to the loop, so the shutdown is the last. `None` where it began before."""
         with self._gate:
@@ -89,8 +96,16 @@ class _LoopThread:
 
     def __init__(self) -> None:
         self.loop = asyncio.new_event_loop()
+        self.at_exit: Callable[[], None] = self.stop
+        # Not `atexit`, which comes after the end of all executors: closing an engine takes some.
+        threading._register_atexit(partial(_end, weakref.ref(self)))  # type: ignore[attr-defined]
         self._thread = threading.Thread(target=self._run, name="rtp_mm-engine", daemon=True)
         self._thread.start()
+
+    @property
+    def is_alive(self) -> bool:
+        """False in a process that was forked from this one, too."""
+        return self._thread.is_alive()
 
     def _run(self) -> None:
         with asyncio.Runner(loop_factory=lambda: self.loop) as runner:
@@ -99,3 +114,8 @@ class _LoopThread:
     def stop(self) -> None:
         self.loop.call_soon_threadsafe(self.loop.stop)
         self._thread.join()
+
+
+def _end(reference: weakref.ref[_LoopThread]) -> None:
+    if (thread := reference()) is not None and thread.is_alive:
+        thread.at_exit()

@@ -69,8 +69,11 @@ def as_inputs(
 ) -> list[MultimodalInput]:
     """RTP-LLM's parallel lists to items; an absent or empty list stands for defaults.
 
-    A config is an `MMPreprocessConfig`, or its values in order. Raises `ValueError` for lists of unequal length.
+    A config is an `MMPreprocessConfig`, or its values in order. Raises `ValueError` for lists of unequal length, and
+    for one URL in place of a list.
     """
+    if isinstance(urls, str):
+        raise ValueError("urls must be a list, got one text")
     types = types or [MMUrlType.DEFAULT] * len(urls)
     tensors = tensors or [None] * len(urls)
     configs = [

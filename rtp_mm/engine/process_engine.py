@@ -47,6 +47,7 @@ class MMProcessEngine:
         self._data_type = model.config.data_type
         self._items = ItemPipeline(model, settings, lambda: self._home.loop.time(), seal)
         self._home = Home(loop)  # after what may fail: it starts a thread
+        self._home.close_at_exit(self.close)
         self._requests: dict[asyncio.Task[Any], asyncio.Future[None]] = {}  # those that wait, and the end of each
         self._ended: set[asyncio.Task[Any]] = set()  # by the end of the engine
         self._finished = 0
