@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,14 @@ from rtp_mm.errors import StartError
 def test_what_ends_a_write_is_one_line() -> None:
     with pytest.raises(StartError, match=r"a\.png cannot be written: .*No space"), writing(Path("a.png")):
         raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("arguments", [["options"], ["options", "--markdown"]])
+def test_a_full_disk_behind_stdout_is_one_line(arguments: list[str]) -> None:
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "rtp_mm.cli", *arguments]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, "the output cannot be written: No space left on device\n")
 
 
 def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,6 +5,9 @@ This file knows the commands and their flags; what they do is imported when one 
 
 from __future__ import annotations
 
+import errno
+import io
+import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -65,12 +68,26 @@ MaxPixels = Annotated[
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line (`None`: the process's own). Errors with a reason are one red line and status 1."""
     try:
-        app(arguments)
+        return _run(arguments)
     except (MMError, StartError) as error:
-        Console(stderr=True, soft_wrap=True).print(str(error), style="red", markup=False, highlight=False)
-        return 1
+        reason = str(error)
+    except OSError as error:
+        if error.filename is not None or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            raise
+        reason = f"the output cannot be written: {error.strerror}"
+        sys.stdout = io.StringIO()  # what is left of it would fail again as the interpreter ends
+    Console(stderr=True, soft_wrap=True).print(reason, style="red", markup=False, highlight=False)
+    return 1
+
+
+def _run(arguments: list[str] | None) -> int:
+    try:
+        app(arguments)
     except SystemExit as exit_:
-        return exit_.code if isinstance(exit_.code, int) else 0
+        if exit_.code:
+            return exit_.code if isinstance(exit_.code, int) else 1
+    if sys.stdout is not None:
+        sys.stdout.flush()  # here, where a full disk can still be told
     return 0
 
 
@@ -93,7 +110,11 @@ def embed(
     ] = None,
     server: Annotated[str | None, typer.Option(help="ip:port (gRPC) of a server to ask", show_default=False)] = None,
     save: Annotated[
-        Path | None, typer.Option(help=".safetensors, or .npz (bf16 as float32 there)", show_default=False)
+        Path | None,
+        typer.Option(
+            help="embedding.N and position_ids.N of the N-th URL: .safetensors, or .npz (bf16 as float32 there)",
+            show_default=False,
+        ),
     ] = None,
     media: Annotated[Media, typer.Option("--type", help="default: told from the bytes")] = Media.default,
     min_pixels: MinPixels = None,
@@ -177,7 +198,7 @@ def init_checkpoint(
 
 @app.command()
 def options(
-    markdown: Annotated[bool, typer.Option("--markdown", help="as the README's table")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="as the table of docs/OPTIONS.md")] = False,
 ) -> None:
     """List every option of server and library with its default and meaning."""
     from rtp_mm.cli.options import run

@@ -23,7 +23,7 @@ def run(markdown: bool) -> None:
 
 
 def markdown_table() -> str:
-    """The README's table of options."""
+    """The table of docs/OPTIONS.md."""
     lines = ["| option | default | meaning |", "|---|---|---|"]
     for name, default, meaning in _rows():
         lines.append(f"| `{name}` | {f'`{default}`' if default else ''} | {meaning.replace('|', chr(92) + '|')} |")
