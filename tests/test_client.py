@@ -85,6 +85,12 @@ async def test_an_absent_server_is_named() -> None:
             await asyncio.to_thread(engine.worker_status)
 
 
+async def test_the_http_port_in_place_of_grpcs_is_named() -> None:
+    async with serving() as server, remote(f"127.0.0.1:{server.settings.start_port}") as engine:
+        with pytest.raises(errors.RemoteCallError, match="an HTTP port; gRPC listens on the next one"):
+            await engine.embed([MultimodalInput("img:1")])
+
+
 async def test_time_limits_are_kept_on_both_sides() -> None:
     async with serving() as server, remote(server.grpc_address) as engine:
         with pytest.raises(errors.DeadlineError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import aiohttp
@@ -72,6 +73,18 @@ async def test_the_root_page_says_what_this_is() -> None:
     assert about["name"] == "rtp_mm"
     assert about["model"] == "fake"
     assert about["grpc_port"] == server.settings.start_port + 1
+
+
+async def test_bytes_that_are_no_http_are_one_line_of_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    async with serving() as server:
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.settings.start_port)
+        writer.write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
+        assert b" 400 " in await reader.readline()
+        writer.close()
+        await writer.wait_closed()
+    (record,) = (r for r in caplog.records if "Error handling request" in r.message)
+    assert record.message.endswith("from 127.0.0.1: no HTTP/1.1 request")
+    assert (record.levelname, record.exc_info) == ("WARNING", None)
 
 
 async def test_worker_status_follows_the_engine_and_the_phase() -> None:

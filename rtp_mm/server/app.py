@@ -22,7 +22,7 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2
 from rtp_mm.config import Settings
 from rtp_mm.errors import StartError
 from rtp_mm.logs import log_event
-from rtp_mm.server.http import http_app
+from rtp_mm.server.http import http_app, http_logger
 from rtp_mm.server.metrics import Metrics
 from rtp_mm.server.proto import (
     MESSAGE_SIZE_OPTIONS,
@@ -96,7 +96,7 @@ async def open_ports(state: ServerState, settings: Settings) -> AsyncIterator[he
     spans = tracing(settings)
     is_mutual = tls is not None and tls.is_mutual
     app = http_app(state, settings, metrics, guard, is_mutual=is_mutual)
-    runner = web.AppRunner(app, access_log=None, shutdown_timeout=_LAST_WORDS_S)
+    runner = web.AppRunner(app, access_log=None, logger=http_logger(), shutdown_timeout=_LAST_WORDS_S)
     await runner.setup()
     interceptors = [TokenInterceptor(guard, lambda: metrics.refused("grpc"))] if guard.is_on else []
     server = grpc.aio.server(options=GRPC_OPTIONS, interceptors=interceptors)

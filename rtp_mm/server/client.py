@@ -215,6 +215,8 @@ class RemoteEngine:
                 return cls(text)
         if status == DeadlineError.status:
             return DeadlineError(f"{self.address}: no answer in time")
+        if "http1.x server" in details:  # gRPC's words
+            details = "an HTTP port; gRPC listens on the next one"
         return RemoteCallError(f"{self.address}: {status}: {details}")
 
 

@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
 from aiohttp import hdrs, web
+from aiohttp.http_exceptions import HttpProcessingError
 
 from rtp_mm import __version__
 from rtp_mm.config import Settings
@@ -76,6 +77,21 @@ def http_app(
     app.add_routes([web.get("/metrics", exposition), web.get("/", about)])
     _add_profiler(app, settings, is_guarded=is_mutual or guard.is_on)
     return app
+
+
+def http_logger() -> logging.Logger:
+    """For aiohttp: of bytes that are no HTTP/1.1 it logs one line, as whatever scans ports sends them."""
+    logger = logging.getLogger(f"{__name__}.requests")
+    if not logger.filters:
+        logger.addFilter(_without_stack)
+    return logger
+
+
+def _without_stack(record: logging.LogRecord) -> bool:
+    if record.exc_info and isinstance(record.exc_info[1], HttpProcessingError):
+        record.msg, record.exc_info = f"{record.msg}: no HTTP/1.1 request", None
+        record.levelno, record.levelname = logging.WARNING, "WARNING"
+    return True
 
 
 def _reason(state: ServerState) -> str:
