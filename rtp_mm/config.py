@@ -5,6 +5,7 @@ Where RTP-LLM has the variable, name and meaning are RTP-LLM's. Imports no torch
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from ipaddress import ip_address
@@ -27,6 +28,19 @@ SECRETS = {"download_headers", "mm_fetch_proxy", "mm_auth_token"}  # options who
 def _digit(value: Any) -> Any:
     """Text of digits to int, so that a Literal of ints can come from the environment."""
     return int(value) if isinstance(value, str) and value.isdecimal() else value
+
+
+def _parsed(value: Any) -> Any:
+    """JSON, as headers come from the environment and from flags."""
+    if not isinstance(value, str):
+        return value
+    try:
+        parsed = json.loads(value)
+    except ValueError:
+        parsed = None
+    if not isinstance(parsed, dict):
+        raise ValueError('must be a JSON object, as {"Authorization": "Bearer ..."}')
+    return parsed
 
 
 def _as_headers(headers: dict[str, str]) -> dict[str, str]:
@@ -103,8 +117,8 @@ class Settings(BaseSettings):
     )
 
     # Fetch.
-    download_headers: Annotated[dict[str, str], AfterValidator(_as_headers)] = Field(
-        default_factory=dict, description="JSON object of HTTP headers for downloads"
+    download_headers: Annotated[dict[str, str], NoDecode, BeforeValidator(_parsed), AfterValidator(_as_headers)] = (
+        Field(default_factory=dict, description="JSON object of HTTP headers for downloads")
     )
     mm_image_max_file_size_kb: Positive = Field(65536, description="largest image file, KiB")
     mm_video_max_file_size_kb: Positive = Field(1048576, description="largest video or sound file, KiB")
@@ -267,4 +281,5 @@ def load_settings(arguments: list[str] | None = None, **overrides: Any) -> Setti
 def _describe(error: Any) -> str:
     name, *_ = map(str, error["loc"])
     value = "" if name in SECRETS else f"={error['input']!r}"
-    return f"{name.upper()}{value}: {error['msg'][0].lower()}{error['msg'][1:]}"
+    reason = error["msg"].removeprefix("Value error, ")
+    return f"{name.upper()}{value}: {reason[0].lower()}{reason[1:]}"

@@ -81,7 +81,7 @@ def test_a_third_party_module_that_is_not_there_is_named(module: str, tiny_qwen2
 
 
 def test_a_model_type_may_force_a_family(tiny_qwen2_vl: Path) -> None:
-    with pytest.raises(StartError, match="lacks"):
+    with pytest.raises(StartError, match=r"MODEL_TYPE=qwen2_5_vl, but config\.json says qwen2_vl: .*lacks"):
         load_model(load_settings(checkpoint_path=tiny_qwen2_vl, model_type="qwen2_5_vl", device="cpu"))
 
 

@@ -52,8 +52,14 @@ def load_model(settings: Settings) -> MultimodalMixin:
     config.settings = settings
     model = cls(config)
     model.config = config  # also where a third party's __init__ does not call ours
-    model.init_multimodal(config, device)
-    model.load_mm_weight(folder, device)
+    try:
+        model.init_multimodal(config, device)
+        model.load_mm_weight(folder, device)
+    except StartError as error:
+        own = read_json(folder / "config.json").get("model_type") if settings.model_type in FAMILIES else None
+        if own is None or own == settings.model_type:
+            raise
+        raise StartError(f"MODEL_TYPE={settings.model_type}, but config.json says {own}: {error}") from None
     return model
 
 
