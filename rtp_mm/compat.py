@@ -93,6 +93,9 @@ def main(arguments: list[str]) -> int:
             sys.argv = [module, *rest]
             runpy.run_module(module, run_name="__main__", alter_sys=True)
         case [script, *_] if not script.startswith("-"):
+            if not os.path.exists(script):
+                print(f"rtp_mm.compat: there is no {script}", file=sys.stderr)
+                return 2
             sys.path[0] = os.path.dirname(os.path.abspath(script))
             install()
             sys.argv = arguments

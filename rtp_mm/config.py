@@ -5,9 +5,11 @@ Where RTP-LLM has the variable, name and meaning are RTP-LLM's. Imports no torch
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import re
+from collections.abc import Iterable
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -22,6 +24,7 @@ Port = Annotated[int, Field(ge=1, le=65534)]  # gRPC listens on the next one
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 PILLOW_MAX_PIXELS = 178956970  # beyond this Pillow itself takes an image for a bomb
+_FLAG = re.compile(r"(?<=^--)[a-z0-9-]+(?==|$)")
 SECRETS = {"download_headers", "mm_fetch_proxy", "mm_auth_token"}  # options whose values no message repeats
 
 
@@ -265,17 +268,32 @@ class Settings(BaseSettings):
 
 
 def load_settings(arguments: list[str] | None = None, **overrides: Any) -> Settings:
-    """Settings from flags (`None`: none), the environment and `overrides`; `--help` prints and exits.
+    """Settings from flags (`None`: none; `--start-port` is `--start_port`), the environment and `overrides`; `--help`
+    prints and exits.
 
     Raises `StartError`, one line that names each wrong option, its value and what it should be.
     """
-    cli: dict[str, Any] = {"_cli_parse_args": arguments or [], "_cli_exit_on_error": False}
+    if unknown := [name for name in overrides if name not in Settings.model_fields]:
+        raise StartError("; ".join(f"{name} is no option{_instead(name)}" for name in unknown))
+    flags = [_FLAG.sub(lambda flag: flag[0].replace("-", "_"), argument) for argument in arguments or []]
+    cli: dict[str, Any] = {"_cli_parse_args": flags, "_cli_exit_on_error": False}
     try:
         return Settings(**cli, **overrides)
     except ValidationError as error:
         raise StartError("; ".join(_describe(e) for e in error.errors())) from None
     except SettingsError as error:
         raise StartError(f"{error} (--help lists the options)") from None
+
+
+def unknown_variables(names: Iterable[str]) -> list[str]:
+    """Of environment variables those that look like options and are none, each with what may be meant."""
+    ours = [name for name in names if name.upper().startswith("MM_") and name.lower() not in Settings.model_fields]
+    return [f"{name} is no option{_instead(name)}" for name in sorted(ours)]
+
+
+def _instead(name: str) -> str:
+    close = difflib.get_close_matches(name.lower(), Settings.model_fields, 1, cutoff=0.8)
+    return f", {close[0].upper() if name.isupper() else close[0]} is" if close else ""
 
 
 def _describe(error: Any) -> str:

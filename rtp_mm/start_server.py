@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import logging
 import os
 import sys
 from typing import TYPE_CHECKING
 
-from rtp_mm.config import Settings, load_settings
+from rtp_mm.config import Settings, load_settings, unknown_variables
 from rtp_mm.errors import StartError
 from rtp_mm.logs import setup_logs
 
 if TYPE_CHECKING:
     from rtp_mm.server.app import LoadEngine
 
+_log = logging.getLogger(__name__)
 _SPINS = "2000"  # some 100 us, which is about what waking a thread takes
 
 
@@ -36,6 +38,8 @@ def run(settings: Settings, load_engine: LoadEngine) -> int:
     from rtp_mm.server.app import serve
 
     setup_logs(settings.log_level)
+    for warning in unknown_variables(os.environ):
+        _log.warning(warning)
     try:
         is_drained = asyncio.run(serve(settings, load_engine))
     except StartError as error:
@@ -56,6 +60,8 @@ def _check(settings: Settings) -> None:
         raise StartError(
             "VIT_SEPARATION=2 serves no ports: call rtp_mm.create_engine(vit_separation=2, remote_vit_server_ip=...)"
         )
+    if importlib.util.find_spec("torch") is None:
+        raise StartError("torch is not installed")
     if settings.checkpoint_path is None:
         raise StartError("CHECKPOINT_PATH is not set: the folder of a model in Hugging Face format")
     if not settings.checkpoint_path.expanduser().is_dir():

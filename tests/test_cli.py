@@ -27,6 +27,14 @@ def test_a_full_disk_behind_stdout_is_one_line(arguments: list[str]) -> None:
     assert (done.returncode, done.stderr) == (1, "the output cannot be written: No space left on device\n")
 
 
+@pytest.mark.parametrize("arguments", [["embed", "x.jpg", "--checkpoint"], ["serve", "--checkpoint_path"]])
+def test_without_torch_it_says_so(arguments: list[str], tmp_path: Path) -> None:
+    script = "import sys; sys.modules['torch'] = None; from rtp_mm.cli import main; sys.exit(main(sys.argv[1:]))"
+    run = [sys.executable, "-c", script, *arguments, str(tmp_path)]
+    done = subprocess.run(run, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.split(": ")[-1]) == (1, "torch is not installed\n")
+
+
 def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     shown = capsys.readouterr().out

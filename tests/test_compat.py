@@ -94,6 +94,11 @@ def test_rtp_llms_start_command_starts_ours() -> None:
     assert done.stderr.startswith("rtp_mm.start_server: VIT_SEPARATION=2 ")
 
 
+def test_a_script_that_is_not_there_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert compat.main(["/no/such/client.py"]) == 2
+    assert capsys.readouterr().err == "rtp_mm.compat: there is no /no/such/client.py\n"
+
+
 def test_without_a_script_it_says_how() -> None:
     done = python("-m", "rtp_mm.compat")
     assert done.returncode == 2

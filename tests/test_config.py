@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from rtp_mm.config import Settings, load_settings
+from rtp_mm.config import Settings, load_settings, unknown_variables
 from rtp_mm.errors import StartError
 
 
@@ -90,3 +91,18 @@ def test_a_wrong_header_does_not_print_the_right_ones(monkeypatch: pytest.Monkey
     with pytest.raises(StartError, match="DOWNLOAD_HEADERS") as caught:
         load_settings([])
     assert "sekrit" not in str(caught.value)
+
+
+def test_a_flag_may_have_hyphens() -> None:
+    assert load_settings(["--start-port", "1", "--checkpoint-path=/a-b"]).start_port == 1
+    assert load_settings(["--checkpoint-path=/a-b"]).checkpoint_path == Path("/a-b")
+
+
+def test_a_misspelt_option_is_named_with_what_is_close() -> None:
+    with pytest.raises(StartError, match=r"^checkpont_path is no option, checkpoint_path is; nonsense is no option$"):
+        load_settings(None, checkpont_path="/a", nonsense=1)
+    names = ["MM_TIMOUT_MS", "MM_TIMEOUT_MS", "mm_slab_mb", "MM_OF_ANOTHER_PROGRAM", "HOME"]
+    assert unknown_variables(names) == [
+        "MM_OF_ANOTHER_PROGRAM is no option",
+        "MM_TIMOUT_MS is no option, MM_TIMEOUT_MS is",
+    ]

@@ -71,6 +71,10 @@ def main(arguments: list[str] | None = None) -> int:
         return _run(arguments)
     except (MMError, StartError) as error:
         reason = str(error)
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        reason = "torch is not installed"
     except OSError as error:
         if error.filename is not None or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
             raise
