@@ -109,8 +109,8 @@ def test_a_comparison_of_the_wrong_kind_is_one_line(
 ) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     for file, checkpoint, reason in [
-        (photo_path, tiny_qwen2_audio, "broken sound"),
-        (sound_path, tiny_qwen2_5_vl, "this model takes images and videos, not audio"),
+        (photo_path, tiny_qwen2_audio, f"{photo_path}: broken sound"),
+        (sound_path, tiny_qwen2_5_vl, f"{sound_path}: this model takes images and videos, not audio"),
         (sound_path, tmp_path, "no comparison for llama; there is one for qwen2_vl, qwen2_5_vl, qwen2_audio"),
         (sound_path, tmp_path / "none", "config.json is missing"),
     ]:

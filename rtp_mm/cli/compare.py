@@ -20,6 +20,8 @@ from rtp_mm.cli.hugging_face import ANY, Peer, peer_for
 from rtp_mm.cli.look import fetch
 from rtp_mm.cli.sounds import check_pixel_limits, family_of
 from rtp_mm.config import load_settings
+from rtp_mm.errors import BadItemsError, StartError
+from rtp_mm.media.redact import redact
 from rtp_mm.models.multimodal_common import ACT_DTYPES
 from rtp_mm.models.registry import choose_device
 from rtp_mm.types import MMPreprocessConfig, PreprocessOptions
@@ -109,6 +111,8 @@ def _ours(task: Task, data: bytes, peer_type: type[Peer]) -> Run:
         engine.submit([_data_url(peer_type.warm_up_file())], mm_types)
         config = MMPreprocessConfig.from_options(task.options)
         results = [engine.submit([_data_url(data)], mm_types, preprocess_configs=[config]) for _ in range(task.repeat)]
+    except BadItemsError as error:  # which names the data URL
+        raise StartError(f"{redact(task.url)}: {error.verdict}") from None
     finally:
         engine.close()
     return Run(
