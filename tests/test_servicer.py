@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import inspect
+import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import grpc
@@ -24,7 +27,7 @@ from rtp_mm.server import wire
 from rtp_mm.server.proto import MultimodalRpcServiceStub, TensorPB
 from rtp_mm.server.servicer import caller_of
 from rtp_mm.server.tensors import trans_tensor
-from rtp_mm.types import MMPreprocessConfig, MultimodalInput
+from rtp_mm.types import MMEmbeddingRes, MMPreprocessConfig, MultimodalInput
 
 
 async def test_an_answer_carries_tensors_times_and_an_id() -> None:
@@ -178,6 +181,26 @@ async def test_a_reply_over_the_limit_is_an_error_not_a_broken_call(monkeypatch:
     async with serving() as server:
         error = await refusal(server.grpc_address, request("img:500"))
     assert error.details().startswith("[MM_LONG_PROMPT_ERROR] the reply takes ")
+
+
+async def test_an_answer_that_is_sent_is_held_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = []
+
+    def answer(engine: FakeEngine, rows: Sequence[int]) -> MMEmbeddingRes:
+        result = made(engine, rows)
+        answers.append(weakref.ref(result))
+        return result
+
+    made = FakeEngine.answer
+    monkeypatch.setattr(FakeEngine, "answer", answer)
+    gc.collect()
+    gc.disable()  # what hangs in a cycle would stay until it comes by
+    try:
+        async with serving() as server:
+            await call_raw(server.grpc_address, request("img:3").SerializeToString())
+            await until(lambda: [held() for held in answers] == [None])
+    finally:
+        gc.enable()
 
 
 async def test_no_items_and_garbage_are_the_callers_fault() -> None:

@@ -62,7 +62,8 @@ class MultimodalServicer(MultimodalRpcServiceServicer):
         inputs = wire.read_inputs(request)
         call.received(inputs)
         result = await engine.embed(inputs, caller=call.caller, timeout_s=context.time_remaining())
-        context.add_done_callback(lambda _, result=result: None)  # held, and so counted by the engine, until it is sent
+        unsent = [result]  # held, and so counted by the engine, until it is sent; the context itself is a cycle's
+        context.add_done_callback(lambda _: unsent.clear())
         reply = wire.write_result(result, form)
         call.answered(result, reply)
         return reply
