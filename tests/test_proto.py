@@ -5,6 +5,7 @@ import sys
 
 import pytest
 from google.protobuf import descriptor_pb2
+from google.protobuf.message import DecodeError
 
 from rtp_mm.server import proto
 
@@ -94,3 +95,18 @@ def test_the_description_leaves_no_type_to_guess() -> None:
     assert all(
         field.type_name.startswith(".") for field in fields if field.type in (by_type.TYPE_MESSAGE, by_type.TYPE_ENUM)
     )
+
+
+@pytest.mark.parametrize(
+    "item", [b"\x0a\0", b"\x0b\x0c", b"\x10\x01", b"\x11" + bytes(8), b"\x15" + bytes(4), b"\x7a\0"]
+)
+def test_fields_are_counted_whatever_they_are(item: bytes) -> None:
+    count = 2 if item == b"\x0b\x0c" else 1  # a group's beginning and its end
+    assert len([*proto.tags(item * 3)]) == 3 * count
+    proto.MultimodalInputsPB.FromString(item * 3)  # which is a message to protobuf, too
+
+
+@pytest.mark.parametrize("data", [b"\x0a", b"\x80", b"\xff" * 11])
+def test_what_ends_amid_a_tag_or_a_length_has_no_fields(data: bytes) -> None:
+    with pytest.raises(DecodeError):
+        [*proto.tags(data)]

@@ -23,7 +23,7 @@ from rtp_mm import errors
 from rtp_mm.config import load_settings
 from rtp_mm.engine.interface import time_limit_s
 from rtp_mm.logs import KeyValueFormatter
-from rtp_mm.server import wire
+from rtp_mm.server import proto, wire
 from rtp_mm.server.proto import MultimodalRpcServiceStub, TensorPB
 from rtp_mm.server.servicer import caller_of
 from rtp_mm.server.tensors import trans_tensor
@@ -212,6 +212,26 @@ async def test_no_items_and_garbage_are_the_callers_fault() -> None:
             await call_raw(server.grpc_address, b"\xff\xff")
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert caught.value.details().startswith("[MM_WRONG_FORMAT_ERROR] ")
+
+
+async def test_a_compressed_message_is_refused_unopened() -> None:
+    async with serving() as server:
+        error = await refusal(server.grpc_address, request("img:1"), compression=grpc.Compression.Gzip)
+        await call_raw(server.grpc_address, request("img:1").SerializeToString())
+    assert error.code() is grpc.StatusCode.UNIMPLEMENTED
+    assert len(server.engine.asked) == 1
+
+
+async def test_too_many_items_are_refused_before_they_are_parsed() -> None:
+    async with serving() as server:
+        most = request(*["img:0"] * proto.MAX_ITEMS).SerializeToString()
+        await call_raw(server.grpc_address, most)
+        for rest in (b"\x0a\0", b"\x78\x01", b"\x0a\0" * 1_000_000):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await call_raw(server.grpc_address, most + rest)
+            assert caught.value.details().startswith("[MM_WRONG_FORMAT_ERROR] over the limit of 1024 items")
+            assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert len(server.engine.asked) == 1
 
 
 @pytest.mark.parametrize(

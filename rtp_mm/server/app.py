@@ -44,6 +44,7 @@ _LAST_WORDS_S = 0.2  # after the drain: for health watchers and refusals to reac
 
 GRPC_OPTIONS = (
     *MESSAGE_SIZE_OPTIONS,
+    ("grpc.compression_enabled_algorithms_bitset", 1),  # none: media are, and of gzip a MiB may be a GiB of memory
     ("grpc.so_reuseport", 0),  # a taken port is an error, not a second server that gets half of the calls
     # A caller that vanished without a word is noticed within 80 s, and its work dropped.
     ("grpc.keepalive_time_ms", 60_000),

@@ -7,8 +7,9 @@ RTP-LLM's (`model_rpc_service.proto`).
 
 from __future__ import annotations
 
-from contextlib import suppress
+from collections.abc import Iterator
 from functools import partial
+from itertools import islice
 from typing import Any, Literal
 
 import grpc
@@ -16,11 +17,14 @@ from google.protobuf import descriptor_pb2, message_factory
 from google.protobuf.descriptor_pool import DescriptorPool
 from google.protobuf.message import DecodeError
 
+from rtp_mm.errors import WrongFormatError
+
 WireForm = Literal["items", "concat"]
 
 FILE_NAME = "model_rpc_service.proto"
 SERVICE = "MultimodalRpcService"
 MAX_MESSAGE_BYTES = 1 << 30  # each way, as RTP-LLM's clients and servers set it
+MAX_ITEMS = 1024  # of one request; each takes the event loop 0.1 ms, and 60 bytes once it is parsed, of 2
 MESSAGE_SIZE_OPTIONS = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -199,7 +203,7 @@ class MultimodalRpcServiceServicer:
 def add_MultimodalRpcServiceServicer_to_server(servicer: Any, server: Any) -> None:
     """Registers a servicer, whose methods answer with a message or with the bytes of one already serialized.
 
-    On an asyncio server a request that does not parse comes as `None`, so that the servicer can say what is wrong.
+    A request that cannot be read comes as the error that says why.
     """
     handlers = {
         method: grpc.unary_unary_rpc_method_handler(
@@ -213,9 +217,41 @@ def add_MultimodalRpcServiceServicer_to_server(servicer: Any, server: Any) -> No
 
 
 def _parsed(message: Any, data: bytes) -> Any:
-    with suppress(DecodeError):
+    try:
+        if sum(1 for _ in islice(tags(data), MAX_ITEMS + 1)) > MAX_ITEMS:
+            return WrongFormatError(f"over the limit of {MAX_ITEMS} items: send them in several requests")
         return message.FromString(data)
-    return None
+    except DecodeError:
+        return WrongFormatError("the request does not parse")
+
+
+def tags(data: bytes) -> Iterator[int]:
+    """Those of a message's fields, in order, found without parsing what is in them; `DecodeError` for what is none."""
+    position = 0
+    while position < len(data):
+        tag, position = read_varint(data, position)
+        yield tag
+        match tag & 7:
+            case 0:
+                _, position = read_varint(data, position)
+            case 1:
+                position += 8
+            case 2:
+                length, position = read_varint(data, position)
+                position += length
+            case 5:
+                position += 4
+
+
+def read_varint(data: bytes, position: int) -> tuple[int, int]:
+    """The number there, and where it ends. Raises `DecodeError`."""
+    value = shift = 0
+    while position < len(data) and shift < 70:
+        value |= (data[position] & 0x7F) << shift
+        position, shift = position + 1, shift + 7
+        if data[position - 1] < 0x80:
+            return value, position
+    raise DecodeError("truncated varint")
 
 
 def _serialized(reply: Any) -> bytes:

@@ -12,7 +12,7 @@ from urllib.parse import quote, unquote
 import grpc
 
 from rtp_mm.config import Settings
-from rtp_mm.errors import MMError, ProcessError, WrongFormatError
+from rtp_mm.errors import MMError, ProcessError
 from rtp_mm.server import wire
 from rtp_mm.server.call import Call
 from rtp_mm.server.metrics import Metrics
@@ -117,8 +117,8 @@ class MultimodalServicer(MultimodalRpcServiceServicer):
     async def _answer(self, request: Any, context: Any, call: Call, method: Method) -> Any:
         """The method's reply; turns whatever else ends the call into its status, message and trailing metadata."""
         try:
-            if request is None:
-                raise WrongFormatError("the request does not parse")
+            if isinstance(request, MMError):
+                raise request
             reply = await method(request, context, call)
         except MMError as error:
             failure = error

@@ -129,11 +129,11 @@ def _parts(tensor: Any) -> tuple[str, list[int], bytes]:
     if not 0 <= tensor.data_type < len(_KINDS):
         raise WrongFormatError(f"TensorPB data_type {tensor.data_type} is unknown")
     name, itemsize, field_name = _KINDS[tensor.data_type]
+    if len(tensor.shape) > _MAX_DIMENSIONS:
+        raise WrongFormatError(f"TensorPB has {len(tensor.shape)} dimensions, at most {_MAX_DIMENSIONS} are taken")
     shape, data = list(tensor.shape), getattr(tensor, field_name)
     if not shape and not data:
         return name, [0], b""  # absent on the wire
-    if len(shape) > _MAX_DIMENSIONS:
-        raise WrongFormatError(f"TensorPB has {len(shape)} dimensions, at most {_MAX_DIMENSIONS} are taken")
     if min(shape, default=0) < 0:
         raise WrongFormatError(f"TensorPB shape {shape} is negative")
     if itemsize * math.prod(max(side, 1) for side in shape) > _MAX_BYTES:

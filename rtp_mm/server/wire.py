@@ -26,6 +26,8 @@ from rtp_mm.server.proto import (
     MultimodalOutputPB,
     MultimodalOutputsPB,
     WireForm,
+    read_varint,
+    tags,
 )
 from rtp_mm.server.tensors import (
     Buffers,
@@ -72,7 +74,7 @@ def _read_input(item: Any) -> MultimodalInput:
         known = ", ".join(f"{t.value} {t.name.lower()}" for t in MMUrlType)
         raise WrongFormatError(f"multimodal_type {item.multimodal_type} is none of {known}") from None
     sent = item.mm_preprocess_config
-    config = {name: getattr(sent, name) for name in _CONFIG_FIELDS} | {"crop_positions": [*sent.crop_positions]}
+    config = {name: getattr(sent, name) for name in _CONFIG_FIELDS}
     # RTP-LLM's C++ client sends an uninitialised tensor with every request: only type TENSOR means it.
     tensor = trans_array(item.multimodal_tensor) if mm_type is MMUrlType.TENSOR else None
     return MultimodalInput(item.multimodal_url, mm_type, MMPreprocessConfig(**config), tensor)
@@ -141,7 +143,7 @@ def _concat(result: MMEmbeddingRes) -> Buffers:
     rows = [embedding.shape[0] for embedding in result.embeddings]
     if result.messages and len(rows) == 1:  # the same MultimodalOutputPB, without the tag and length before it
         whole = result.messages[0]
-        _, start = _read_varint(whole, 1)
+        _, start = read_varint(whole, 1)
         output: Buffers = [memoryview(whole)[start:]]
     else:
         output = _output(result.embeddings, result.position_ids, result.extra_inputs)
@@ -209,24 +211,7 @@ def read_result(reply: bytes) -> MMEmbeddingRes:
 
 def _is_concat(reply: bytes) -> bool:
     """Whether a field other than 1 stands at the top level: `items` has none, `concat` always its `split_size`."""
-    position = 0
-    while position < len(reply):
-        tag, position = _read_varint(reply, position)
-        if tag != 1 << 3 | 2:
-            return True
-        length, position = _read_varint(reply, position)
-        position += length
-    return False
-
-
-def _read_varint(data: bytes, position: int) -> tuple[int, int]:
-    value = shift = 0
-    while position < len(data) and shift < 64:
-        value |= (data[position] & 0x7F) << shift
-        position, shift = position + 1, shift + 7
-        if data[position - 1] < 0x80:
-            return value, position
-    raise DecodeError("truncated varint")
+    return any(tag != 1 << 3 | 2 for tag in tags(reply))
 
 
 def _read_items(outputs: Sequence[Any]) -> MMEmbeddingRes:
