@@ -95,6 +95,7 @@ def date(seconds: float = 0) -> str:
         ({"Expires": date(120), "Date": date(), "Age": "20"}, 100),
         ({"Expires": date(-5), "Date": date()}, 0),
         ({"Expires": "0", "Date": date()}, 0),
+        ({"Expires": "Mon, 12 Jan 2026 99999999999999999999:00:00 GMT", "Date": date()}, 0),
         ({"Expires": date(120)}, 0),  # by no clock but the source's
         ({"Expires": "Wed, 04 Mar 2026 05:06:07 -0000", "Date": date()}, 0),
     ],
@@ -176,6 +177,21 @@ async def test_a_stale_download_comes_again_only_if_it_changed(source: Source) -
         c.now += 10
         await c.fetch(url)
         assert source.requests[-1].headers["If-None-Match"] == '"2"'
+
+
+async def test_a_tag_that_no_header_may_carry_is_not_sent(source: Source) -> None:
+    async def answer(request: web.Request) -> web.StreamResponse:
+        assert request.transport is not None
+        request.transport.write(b'HTTP/1.1 200 OK\r\nETag: "\x01"\r\nContent-Length: 4\r\n\r\nbody')
+        request.transport.close()
+        return web.Response()
+
+    url = source.answers_by("/x", answer)
+    async with client(source) as fetches:
+        await fetches.fetch(url)
+        fetches.now += TTL_S
+        assert await fetches.asked(url) == 1
+    assert "If-None-Match" not in source.requests[-1].headers
 
 
 async def test_no_cache_asks_every_time(source: Source) -> None:

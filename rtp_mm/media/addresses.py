@@ -62,7 +62,7 @@ _TRANSLATED = (IPv6Network("::ffff:0:0/96"), IPv6Network("64:ff9b::/96"))
 # Suffixes that name no public host (RFC 6761, 6762, 8375; ICANN for "internal").
 _PRIVATE_SUFFIXES = ("localhost", "local", "internal", "home.arpa")
 
-_NAME = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*")
+_NAME = re.compile(r"[a-z0-9_-]{1,63}(\.[a-z0-9_-]{1,63})*")  # RFC 1035; no resolver takes a longer label
 _ENDS_IN_NUMBER = re.compile(r"(.*\.)?([0-9]+|0x[0-9a-f]*)")  # WHATWG URL: such a host can be nothing but IPv4
 
 

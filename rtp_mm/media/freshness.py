@@ -38,9 +38,11 @@ class Answer:
 
     @property
     def conditions(self) -> dict[str, str]:
-        """Headers of a request for the body only if it has changed since; none if the source cannot tell."""
+        """Headers of a request for the body only if it has changed since; none if the source cannot tell, or gave a
+        value that no header may have.
+        """
         pairs = {"If-None-Match": self.headers.get("ETag"), "If-Modified-Since": self.headers.get("Last-Modified")}
-        return {name: value for name, value in pairs.items() if value}
+        return {name: value for name, value in pairs.items() if value and value.isprintable()}
 
     def confirmed_by(self, not_modified: Answer) -> Answer:
         """This answer with what a 304 says anew."""
@@ -104,5 +106,5 @@ def _seconds_between(date: str, expires: str) -> float:
     """By the source's own clock, whatever ours says; 0 without one, or for what is no date."""
     try:
         return (parsedate_to_datetime(expires) - parsedate_to_datetime(date)).total_seconds()
-    except (ValueError, TypeError):  # no date, or one with a zone and one without
+    except (ValueError, TypeError, OverflowError):  # no date, or one with a zone and one without
         return 0.0
