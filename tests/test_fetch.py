@@ -15,7 +15,7 @@ from fetching import REMOTE, fetch
 
 from rtp_mm.config import load_settings
 from rtp_mm.errors import NotSupportedError, WrongFormatError
-from rtp_mm.media.fetch import Fetcher
+from rtp_mm.media.fetch import MAX_URL_CHARACTERS, Fetcher
 from rtp_mm.media.redact import MAX_CHARACTERS, redact
 from rtp_mm.types import LIBRARY_CALLER, MMUrlType, MultimodalInput
 
@@ -108,6 +108,14 @@ async def test_a_video_of_type_default_has_the_limit_of_videos(way: str, tmp_pat
         await fetch(url(image), MMUrlType.DEFAULT, **options)
     with pytest.raises(WrongFormatError, match="MM_VIDEO_MAX_FILE_SIZE_KB"):
         await fetch(url(clip), MMUrlType.DEFAULT, mm_video_max_file_size_kb=2, **options)
+
+
+@pytest.mark.parametrize("start", ["http://h/", "s3://b/", "file:///", "/"])
+async def test_a_url_has_a_limit_that_data_urls_have_not(start: str) -> None:
+    longest = start + "a" * (MAX_URL_CHARACTERS - len(start))
+    with pytest.raises(WrongFormatError, match="a URL of 16385 characters, over the limit of 16384"):
+        Fetcher(load_settings()).check_access(MultimodalInput(longest + "a"), LIBRARY_CALLER)
+    assert len((await fetch("data:," + "a" * MAX_URL_CHARACTERS)).data) == MAX_URL_CHARACTERS
 
 
 async def test_an_igraph_is_refused_and_a_tensor_needs_no_url() -> None:

@@ -139,6 +139,12 @@ async def test_a_missing_file_is_a_refusal(folder: Path) -> None:
             await fetch(path)
 
 
+def test_a_path_that_is_too_long_is_not_looked_up(folder: Path) -> None:
+    for caller in (LOCAL, REMOTE):
+        with pytest.raises(DownloadRefusedError, match="cannot read the file: File name too long"):
+            may(f"{folder}/" + "a/" * 2048, caller, mm_allowed_local_media_path=folder)
+
+
 async def test_a_shortage_of_ours_is_no_refusal(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_descriptors(*args: Any, **kwargs: Any) -> int:
         raise OSError(24, "Too many open files")

@@ -31,6 +31,7 @@ from rtp_mm.types import Blob, CacheStats, Caller, MMUrlType, MultimodalInput
 T = TypeVar("T")
 
 _SCHEME = re.compile(r"(data|file)(?=:)|([a-z][a-z0-9+.-]*)(?=://)", re.IGNORECASE)
+MAX_URL_CHARACTERS = 16384  # twice what web servers take; libraries below keep those that they parsed last
 _SMALL = 1 << 18  # bytes hashed or decoded in less time (0.1 ms) than a thread takes to answer under load
 
 
@@ -60,17 +61,22 @@ class Fetcher:
         await self._http.close()
 
     def check_access(self, item: MultimodalInput, caller: Caller) -> None:
-        """Raises `NotSupportedError` if this caller may not have this item. Fetches nothing."""
+        """Raises `NotSupportedError` if this caller may not have this item, `WrongFormatError` for what nobody can ask
+        for. Fetches nothing.
+        """
         if item.mm_type is MMUrlType.IGRAPH:
             raise NotSupportedError("IGRAPH items are not supported")
         if item.mm_type is MMUrlType.TENSOR:
             return
-        match _scheme(item.url):
+        scheme = _scheme(item.url)
+        if scheme != "data" and len(item.url) > MAX_URL_CHARACTERS:
+            raise WrongFormatError(f"a URL of {len(item.url)} characters, over the limit of {MAX_URL_CHARACTERS}")
+        match scheme:
             case "http" | "https" | "data":
                 return
             case "file" | "":
                 self._files.check(local_path(item.url), caller)
-            case scheme:
+            case _:
                 self._filesystems.check(scheme, item.url)
 
     def at_hand(self, item: MultimodalInput) -> Blob | None:

@@ -17,6 +17,7 @@ from rtp_mm.errors import DownloadFailedError, DownloadRefusedError, MMError, No
 from rtp_mm.media.limits import START_BYTES, SizeLimit
 from rtp_mm.types import Caller
 
+PATH_MAX = 4096  # Linux's, in bytes with the NUL behind it
 # Asking again gives the same answer; all else (too many open files, an I/O error) may pass.
 _PERMANENT = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}
 
@@ -24,7 +25,8 @@ _PERMANENT = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ELOO
 def local_path(url: str) -> str:
     """The path in a `file:` URL (percent-decoded, any bytes) or the plain path itself.
 
-    Raises `NotSupportedError` for a `file:` URL that names another host, `WrongFormatError` for no path at all.
+    Raises `NotSupportedError` for a `file:` URL that names another host, `WrongFormatError` for no path at all,
+    `DownloadRefusedError` for one that is too long.
     """
     path = url
     if url[:5].lower() == "file:":
@@ -39,6 +41,8 @@ def local_path(url: str) -> str:
         raise WrongFormatError("an empty URL")
     if "\0" in path or not _is_encodable(path):
         raise WrongFormatError("not a path that a file can have")
+    if len(os.fsencode(path)) >= PATH_MAX:  # what the system says, before every part of it is looked up
+        raise _failure(OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG)))
     return path
 
 
