@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import gzip
 import io
 import re
+import socket
 import zlib
 from functools import partial
+from threading import Event, Semaphore
 from typing import Any
 
 import fetching
@@ -20,6 +23,7 @@ from web_source import Source
 
 from rtp_mm.config import load_settings
 from rtp_mm.errors import DownloadFailedError, DownloadRefusedError, MMError, StartError, WrongFormatError
+from rtp_mm.media.addresses import SystemResolver
 from rtp_mm.media.fetch import Fetcher
 from rtp_mm.media.probe import probe
 from rtp_mm.types import MMUrlType, MultimodalInput
@@ -293,6 +297,44 @@ async def test_a_body_that_cannot_be_inflated_is_an_error(
     source: Source, body: bytes, encoding: str, error: type[MMError]
 ) -> None:
     assert type(await refusal(source.answers_with("/x", body=body, headers={"Content-Encoding": encoding}))) is error
+
+
+async def test_names_that_hang_keep_no_one_else_waiting(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, is_over = Semaphore(0), Event()
+
+    def hang(*args: Any, **kwargs: Any) -> Any:
+        asked.release()
+        is_over.wait(30)
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr("socket.getaddrinfo", hang)
+    large = "data:image/png;base64," + base64.b64encode(bytes(1 << 20)).decode()  # decoded in a thread
+    async with Fetcher(load_settings(**LOOPBACK)) as fetcher:
+        hanging = [
+            asyncio.ensure_future(fetcher.fetch(MultimodalInput(f"http://{i}.example/"), REMOTE)) for i in range(40)
+        ]
+        try:
+            await asyncio.sleep(0.1)
+            assert asked.acquire(timeout=10)
+            async with asyncio.timeout(10):
+                assert (await fetcher.fetch(MultimodalInput(large), REMOTE)).nbytes == 1 << 20
+        finally:
+            is_over.set()
+            outcomes = await asyncio.gather(*hanging, return_exceptions=True)
+    assert {type(outcome) for outcome in outcomes} == {DownloadFailedError}
+
+
+async def test_a_name_is_resolved_to_addresses_as_the_system_gives_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = (socket.SOCK_STREAM, 6, "")
+    found = [(socket.AF_INET, *stream, ("192.0.2.1", 80)), (socket.AF_INET6, *stream, ("fe80::1", 80, 0, 3))]
+    monkeypatch.setattr("socket.getaddrinfo", lambda *args, **kwargs: found)
+    resolver = SystemResolver()
+    answers = await resolver.resolve("cdn.example", 80)
+    await resolver.close()
+    assert [(a["hostname"], a["host"], a["port"], a["family"]) for a in answers] == [
+        ("cdn.example", "192.0.2.1", 80, socket.AF_INET),
+        ("cdn.example", "fe80::1%3", 80, socket.AF_INET6),
+    ]
 
 
 async def test_one_fetcher_serves_many_at_once_over_few_connections(source: Source) -> None:

@@ -5,9 +5,12 @@ A name is checked by its answers, and the answers that pass are the ones dialled
 
 from __future__ import annotations
 
+import asyncio
 import re
 import socket
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
 
 from aiohttp.abc import AbstractResolver, ResolveResult
@@ -62,6 +65,9 @@ _TRANSLATED = (IPv6Network("::ffff:0:0/96"), IPv6Network("64:ff9b::/96"))
 # Suffixes that name no public host (RFC 6761, 6762, 8375; ICANN for "internal").
 _PRIVATE_SUFFIXES = ("localhost", "local", "internal", "home.arpa")
 
+NAMES_AT_ONCE = 64
+_NUMERIC = socket.AI_NUMERICHOST | socket.AI_NUMERICSERV
+
 _NAME = re.compile(r"[a-z0-9_-]{1,63}(\.[a-z0-9_-]{1,63})*")  # RFC 1035; no resolver takes a longer label
 _ENDS_IN_NUMBER = re.compile(r"(.*\.)?([0-9]+|0x[0-9a-f]*)")  # WHATWG URL: such a host can be nothing but IPv4
 
@@ -113,6 +119,28 @@ class Destinations:
         return admitted
 
 
+class SystemResolver(AbstractResolver):
+    """The system's, in threads apart from all others: one that waits for a server of names is lost for a while."""
+
+    def __init__(self) -> None:
+        self._threads = ThreadPoolExecutor(NAMES_AT_ONCE, "rtp_mm-names")
+
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
+    ) -> list[ResolveResult]:
+        """Raises `OSError` for a name that does not resolve."""
+        ask = partial(socket.getaddrinfo, host, port, family, socket.SOCK_STREAM, flags=socket.AI_ADDRCONFIG)
+        found = await asyncio.get_running_loop().run_in_executor(self._threads, ask)
+        return [
+            ResolveResult(hostname=host, host=_numeric(*address), port=port, family=family, proto=proto, flags=_NUMERIC)
+            for family, _, proto, _, address in found
+        ]
+
+    async def close(self) -> None:
+        """Waits for nobody."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+
 class CheckedResolver(AbstractResolver):
     """A resolver whose answers are only those that `Destinations` admits."""
 
@@ -128,6 +156,11 @@ class CheckedResolver(AbstractResolver):
 
     async def close(self) -> None:
         await self._resolver.close()
+
+
+def _numeric(address: str, _port: int, _flow: int = 0, scope: int = 0) -> str:
+    """An address as the system gives it, with the interface that a link-local one is at."""
+    return f"{address}%{scope}" if scope else address
 
 
 def _literal(host: str) -> IPv4Address | IPv6Address | None:

@@ -30,7 +30,7 @@ from rtp_mm.errors import (
     NotSupportedError,
     WrongFormatError,
 )
-from rtp_mm.media.addresses import CheckedResolver, Destinations
+from rtp_mm.media.addresses import CheckedResolver, Destinations, SystemResolver
 from rtp_mm.media.freshness import Answer
 from rtp_mm.media.http_body import read_body
 from rtp_mm.media.limits import PixelLimit, SizeLimit
@@ -82,7 +82,7 @@ class HttpSource:
         clock: Callable[[], float] = time.monotonic,
         *,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
-        resolver: Callable[[], AbstractResolver] = aiohttp.DefaultResolver,
+        resolver: Callable[[], AbstractResolver] = SystemResolver,
         connector: Callable[..., aiohttp.BaseConnector] = aiohttp.TCPConnector,
     ) -> None:
         """`clock` tells the age of refusals, `sleep` waits before another try, both in seconds; the resolver and the
