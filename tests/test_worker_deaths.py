@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
 import subprocess
@@ -17,7 +18,7 @@ from scripted_worker import ScriptedPreprocessor, script
 from waiting import until
 from worker_pools import IMAGE, is_gone, kill, new_pool, run, text, until_slab_is_free
 
-from rtp_mm.engine import worker_pool
+from rtp_mm.engine import worker_pool, worker_process
 from rtp_mm.engine.worker_pool import WorkerPool
 from rtp_mm.engine.worker_process import WorkerProcess
 from rtp_mm.errors import DrainingError, ProcessError, StartError
@@ -48,11 +49,16 @@ async def test_a_worker_killed_while_it_writes_fails_its_item_and_nobody_sees_it
     assert pair.restarts == {"crash": 1}
 
 
+HUGE = "9" * 4000
 FATAL = [
     (script("crash", note="/dev/null"), "was killed by SIGSEGV"),
     (script("leave", status=3), "ended with status 3"),
     (script("lie", said=["no JSON"]), "was killed by SIGKILL"),
+    (script("lie", said=["[" * 60_000]), "was killed by SIGKILL"),
+    (script("lie", said=['{"error": [], "text": ""}']), "was killed by SIGKILL"),
+    (script("lie", said=[f'{{"shape": [{HUGE}, {HUGE}]}}']), "was killed by SIGKILL"),
     (script("lie", said=['{"shape": [4, 12]}', '{"grid": [1, 2, 3]}']), "was killed by SIGKILL"),
+    (script("lie", said=['{"shape": [4, 12]}', f'{{"grid": [1, 2, 2], "decoded_frames": {HUGE}}}']), "SIGKILL"),
 ]
 
 
@@ -101,6 +107,17 @@ async def test_workers_that_do_not_start_again_are_tried_again(
     assert pool.ready == 0
     (tmp_path / "obstacle").unlink()
     assert int(await waiting)
+
+
+def test_a_worker_that_cannot_be_spawned_leaves_no_descriptor(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_process(*fds: int) -> subprocess.Popen[bytes]:
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(worker_process, "_spawn", no_process)
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(StartError, match=r"cannot be started: .*temporarily unavailable"):
+        WorkerProcess(0, 1 << 20)
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_workers_that_cannot_start_end_the_start(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -42,13 +43,17 @@ class WorkerProcess:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._answer: asyncio.Future[dict[str, Any]] | None = None
         self.on_idle_death: Callable[[], object] = lambda: None  # called where it dies, or talks, unasked
-        try:
-            self._inbox = SharedBytes("rtp_mm-inbox", inbox_bytes)
-            self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            with theirs:
-                self._process = _spawn(theirs.fileno(), self._inbox.fd, slab_fd)
-        except OSError as error:
-            raise StartError(f"a preprocess worker cannot be started: {error}") from None
+        with ExitStack() as opened:
+            try:
+                self._inbox = SharedBytes("rtp_mm-inbox", inbox_bytes)
+                opened.callback(self._inbox.close)
+                self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+                opened.callback(self._socket.close)
+                with theirs:
+                    self._process = _spawn(theirs.fileno(), self._inbox.fd, slab_fd)
+            except OSError as error:
+                raise StartError(f"a preprocess worker cannot be started: {error}") from None
+            opened.pop_all()
 
     def greet(self, setup: bytes) -> None:
         """Blocks until the worker is ready. Raises `StartError` for one that is not, which has ended then."""
@@ -102,7 +107,7 @@ class WorkerProcess:
         answer, self._answer = self._answer, None
         try:
             said = json.loads(self._socket.recv(MAX_MESSAGE_BYTES))  # nothing, from a closed end, is no JSON either
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             said = None
         if answer is not None and isinstance(said, dict):
             answer.set_result(said)

@@ -24,6 +24,7 @@ Answer = Mapping[str, Any]
 
 _log = logging.getLogger(__name__)
 
+_MOST = 1 << 62  # JSON's integers have thousands of digits, which no error can print and no counter hold
 _ERRORS = {cls.__name__: cls for cls in (WrongFormatError, NotSupportedError, ProcessError)}  # what a worker may raise
 
 
@@ -42,18 +43,21 @@ def task(blob: Blob, mm_type: MMUrlType, options: PreprocessOptions, place: Plac
 
 def checked(answer: Answer, source: str) -> Answer:
     """The answer about the item from `source`; raises the `MMError` that it may be instead."""
-    if "bug" in answer:
-        log_event(_log, "preprocessing failed", logging.ERROR, source=source, stack=answer.get("stack"))
-        raise ProcessError(f"preprocessing failed with {answer['bug']}")
-    if "error" in answer:
-        raise _ERRORS.get(answer["error"], ProcessError)(answer.get("text"))
+    match answer:
+        case {"bug": str(bug), "stack": str(stack)}:
+            log_event(_log, "preprocessing failed", logging.ERROR, source=source, stack=stack)
+            raise ProcessError(f"preprocessing failed with {bug}")
+        case {"error": str(name), "text": str(text)}:
+            raise _ERRORS.get(name, ProcessError)(text)
+        case {"bug": _} | {"error": _}:
+            raise WorkerDiedError
     return answer
 
 
 def rows_shape(answer: Answer) -> tuple[int, int]:
     """Of the rows that the worker asks room for."""
     match answer.get("shape"):
-        case [int(count), int(columns)] if count > 0 and columns > 0:
+        case [int(count), int(columns)] if count > 0 and columns > 0 and count * columns < _MOST:
             return count, columns
     raise WorkerDiedError
 
@@ -87,6 +91,6 @@ def _seconds(answer: Answer) -> float | None:
 
 def _count(answer: Answer, name: str) -> int:
     match answer.get(name):
-        case int(count) if count >= 0:
+        case int(count) if 0 <= count < _MOST:
             return count
     raise WorkerDiedError
