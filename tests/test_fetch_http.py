@@ -22,7 +22,14 @@ from PIL import Image
 from web_source import Source
 
 from rtp_mm.config import load_settings
-from rtp_mm.errors import DownloadFailedError, DownloadRefusedError, MMError, StartError, WrongFormatError
+from rtp_mm.errors import (
+    DownloadFailedError,
+    DownloadRefusedError,
+    MMError,
+    QueueFullError,
+    StartError,
+    WrongFormatError,
+)
 from rtp_mm.media.addresses import SystemResolver
 from rtp_mm.media.fetch import Fetcher
 from rtp_mm.media.probe import probe
@@ -281,7 +288,24 @@ async def test_a_gzip_bomb_hits_the_limit(source: Source) -> None:
     bomb = gzip.compress(b"\0" * 50_000_000)
     assert len(bomb) < LIMIT
     caught = await refusal(source.answers_with("/x", body=bomb, headers={"Content-Encoding": "gzip"}))
-    assert str(caught) == "65537 bytes or more, over the limit of 65536 (MM_IMAGE_MAX_FILE_SIZE_KB)"
+    reached = re.fullmatch(r"(\d+) bytes or more, over the limit of 65536 \(MM_IMAGE_MAX_FILE_SIZE_KB\)", str(caught))
+    assert reached is not None
+    assert int(reached[1]) < 5_000_000
+
+
+async def test_a_body_is_metered_while_it_is_inflated(source: Source) -> None:
+    url = source.answers_with("/x", body=gzip.compress(bytes(50 << 20)), headers={"Content-Encoding": "gzip"})
+    sizes = []
+
+    def meter(nbytes: int) -> None:
+        sizes.append(nbytes)
+        if nbytes > 4 << 20:
+            raise QueueFullError("full", 100)
+
+    async with Fetcher(load_settings(**LOOPBACK)) as fetcher:
+        with pytest.raises(QueueFullError):
+            await fetcher.fetch(MultimodalInput(url, MMUrlType.VIDEO), REMOTE, meter)
+    assert max(sizes) < 6 << 20
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,8 @@ import aiohttp
 from rtp_mm.errors import DownloadFailedError, DownloadRefusedError, WrongFormatError
 from rtp_mm.media.limits import START_BYTES, PixelLimit, SizeLimit
 
+PIECE_BYTES = 4096  # inflated at a time, to 1032 times as many at most, before the limit is asked
+
 
 async def read_body(response: aiohttp.ClientResponse, limit: SizeLimit, pixels: PixelLimit | None) -> bytes:
     """The body, decompressed. Content-Length is believed only to refuse early.
@@ -49,13 +51,15 @@ def _told(body: io.BytesIO, limit: SizeLimit) -> SizeLimit:
 
 def _inflate(data: bytes, limit: SizeLimit) -> bytes:
     inflater = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32)  # gzip or zlib, told from the header
+    body = io.BytesIO()
     try:
-        start = inflater.decompress(data, START_BYTES)
-        limit = limit.told(start)
-        inflated = start + inflater.decompress(inflater.unconsumed_tail, limit.nbytes + 1 - len(start))
+        for start in range(0, len(data), PIECE_BYTES):
+            body.write(inflater.decompress(data[start : start + PIECE_BYTES]))
+            limit.check(body.tell())
+            if body.tell() >= START_BYTES:
+                limit = _told(body, limit)
+            if inflater.eof:
+                return body.getvalue()
     except zlib.error:
         raise WrongFormatError("the body is not what its Content-Encoding says") from None
-    limit.check(len(inflated))
-    if not inflater.eof:
-        raise DownloadFailedError("the compressed body ends early")
-    return inflated
+    raise DownloadFailedError("the compressed body ends early")
