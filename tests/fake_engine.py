@@ -41,6 +41,7 @@ class FakeEngine:
         self.asked: list[tuple[list[MultimodalInput], Caller, float | None]] = []
         self.cancelled = 0
         self.running = 0
+        self._tasks: set[asyncio.Task[Any]] = set()
         self.is_closed = False
         self.is_alive = True
         self.figures = EngineStats()
@@ -50,6 +51,9 @@ class FakeEngine:
     ) -> MMEmbeddingRes:
         timeout_s = time_limit_s(inputs, timeout_s, load_settings())
         self.asked.append(([*inputs], caller, timeout_s))
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
         self.running += 1
         try:
             async with asyncio.timeout(timeout_s):
@@ -58,8 +62,12 @@ class FakeEngine:
             raise errors.DeadlineError("too slow") from None
         except asyncio.CancelledError:
             self.cancelled += 1
-            raise
+            if not self.is_closed:
+                raise
+            task.uncancel()
+            raise errors.DrainingError("the engine is closed") from None
         finally:
+            self._tasks.discard(task)
             self.running -= 1
         return self.answer(rows)
 
@@ -102,6 +110,8 @@ class FakeEngine:
 
     async def aclose(self) -> None:
         self.close()
+        for task in self._tasks:
+            task.cancel()
 
 
 def failure(name: str) -> Exception:

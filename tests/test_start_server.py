@@ -118,7 +118,7 @@ def test_a_drain_ends_in_time_and_cuts_what_is_left() -> None:
         cut = server.call("slow:600")
         server.popen.send_signal(signal.SIGINT)
         assert server.exit_status() == 0
-        assert isinstance(cut.exception(60), RemoteCallError)
+        assert isinstance(cut.exception(60), DrainingError)
         assert "calls_cut=1" in "".join(server.log)
 
 

@@ -83,9 +83,9 @@ async def serve(settings: Settings, load_engine: LoadEngine) -> bool:
             is_drained = await state.drained(settings.mm_drain_timeout_ms / 1e3)
             if not is_drained:
                 log_event(_log, "drain timed out", logging.WARNING, calls_cut=state.calls)
+                await _close_engine(state)  # which tells its callers so, in the words of the table; gRPC would not
     finally:
-        if state.loaded is not None:
-            await state.loaded.engine.aclose()
+        await _close_engine(state)
     log_event(_log, "stopped", seconds=time.perf_counter() - started)
     return is_drained
 
@@ -128,6 +128,11 @@ async def open_ports(state: ServerState, settings: Settings) -> AsyncIterator[he
         await server.stop(grace=_LAST_WORDS_S)
         await runner.cleanup()
         await asyncio.to_thread(spans.close)
+
+
+async def _close_engine(state: ServerState) -> None:
+    if state.loaded is not None:
+        await state.loaded.engine.aclose()
 
 
 def _freeze_heap() -> None:
