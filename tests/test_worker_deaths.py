@@ -73,6 +73,34 @@ async def test_a_worker_that_crashes_or_lies_is_replaced(pool: WorkerPool) -> No
     assert pool.restarts == {"crash": len(FATAL)}
 
 
+async def test_a_worker_that_lies_is_not_listened_to_while_it_ends(
+    pool: WorkerPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its socket's number would be the next worker's, which the loop would never hear."""
+    calls: list[str] = []
+    for name in ("unwatch", "end"):
+        method = getattr(WorkerProcess, name)
+        monkeypatch.setattr(
+            WorkerProcess, name, lambda self, name=name, method=method: (calls.append(name), method(self))[1]
+        )
+    for said in ('{"shape": []}', '{"error": []}'):
+        calls.clear()
+        with pytest.raises(ProcessError, match="was killed by SIGKILL"):
+            await run(pool, script("lie", said=[said]))
+        assert calls[:2] == ["unwatch", "end"]
+        assert int(await text(pool, "pid"))
+
+
+async def test_a_worker_that_talks_while_it_waits_for_room_fails_its_item(pool: WorkerPool) -> None:
+    held = await run(pool, script(count=60 << 10, columns=1024))  # of the slab's 64 MiB
+    lying = asyncio.create_task(run(pool, script("lie", said=[f'{{"shape": [{32 << 10}, 1024]}}', "{}"])))
+    await until(lambda: all(worker._is_over for worker in pool._workers))
+    del held
+    with pytest.raises(ProcessError, match="was killed by SIGKILL"):
+        await lying
+    assert int(await text(pool, "pid"))
+
+
 async def test_a_worker_that_dies_idle_is_replaced_and_fails_nobody(pair: WorkerPool) -> None:
     for round_number in range(1, 3):
         victim = kill(int(await text(pair, "pid")))

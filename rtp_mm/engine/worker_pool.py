@@ -241,6 +241,7 @@ class WorkerPool:
     async def _reaped(self, worker: WorkerProcess) -> str:
         """How it ended."""
         self._workers.remove(worker)
+        worker.unwatch()  # before its socket is closed: the loop would take the next one of that number for it
         return await self._in_thread(worker.end)
 
     async def _space(self, nbytes: int, job: _Job) -> Slot | None:

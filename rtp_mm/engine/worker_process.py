@@ -42,6 +42,7 @@ class WorkerProcess:
         """
         self._loop: asyncio.AbstractEventLoop | None = None
         self._answer: asyncio.Future[dict[str, Any]] | None = None
+        self._is_over = False  # nothing that it says counts any more
         self.on_idle_death: Callable[[], object] = lambda: None  # called where it dies, or talks, unasked
         with ExitStack() as opened:
             try:
@@ -100,6 +101,8 @@ class WorkerProcess:
     async def answer(self) -> dict[str, Any]:
         """To what it was told just now. Raises `WorkerDiedError`."""
         assert self._loop is not None
+        if self._is_over:
+            raise WorkerDiedError
         self._answer = self._loop.create_future()
         return await self._answer
 
@@ -112,6 +115,7 @@ class WorkerProcess:
         if answer is not None and isinstance(said, dict):
             answer.set_result(said)
             return
+        self._is_over = True
         self.unwatch()
         if answer is None:
             self.on_idle_death()
