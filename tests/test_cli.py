@@ -55,6 +55,7 @@ def test_errors_with_a_reason_are_one_line(tmp_path: Path, capsys: pytest.Captur
         (["look", "x.jpg", "--checkpoint", str(tmp_path), "--out", str(tmp_path / "none" / "x.png")], "be written"),
         (["init-checkpoint", str(file)], "cannot be written: [Errno 17] File exists"),
         (["embed", "x.jpg"], "name a model"),
+        (["embed", "x.jpg", "--checkpoint", str(tmp_path), "--server", "localhost:1"], "leave one out"),
         (["embed", "x.jpg", "--checkpoint", str(tmp_path / "none")], "is no folder"),
         (["look", "x.jpg", "--checkpoint", str(tmp_path)], ""),
     ]:

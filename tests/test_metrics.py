@@ -44,8 +44,9 @@ FIGURES = EngineStats(
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
 
-async def scrape(server: Serving) -> str:
-    async with aiohttp.ClientSession() as http, http.get(f"{server.http_url}/metrics") as response:
+async def scrape(server: Serving, accept: str = "*/*") -> str:
+    headers = {"Accept": accept}
+    async with aiohttp.ClientSession() as http, http.get(f"{server.http_url}/metrics", headers=headers) as response:
         assert response.status == 200
         assert response.headers["Content-Type"].startswith("text/plain; version=")
         return await response.text()
@@ -147,6 +148,11 @@ async def test_before_the_model_is_there_metrics_are_zeros() -> None:
     assert found["rtp_mm_requests_running", ()] == 0
     assert found["process_resident_memory_bytes", ()] > 0
     assert found["process_cpu_seconds_total", ()] > 0
+
+
+async def test_a_version_that_is_none_is_answered_as_no_version() -> None:
+    async with serving() as server:
+        assert samples(await scrape(server, "application/openmetrics-text; version=a.b"))["rtp_mm_serving", ()] == 1
 
 
 async def test_two_servers_in_a_process_count_apart() -> None:

@@ -33,6 +33,8 @@ def run(
         check_output("--save", save, SUFFIXES)
     if server is None and checkpoint is None:
         raise StartError("name a model: --checkpoint FOLDER, or --server IP:PORT")
+    if server is not None and checkpoint is not None:
+        raise StartError("--checkpoint and --server name two models: leave one out")
     check_pixel_limits(options, partial(_family, checkpoint, server), mm_type)
 
     console = Console(stderr=True)

@@ -129,7 +129,10 @@ class Metrics:
 
     def exposition(self, accept: str) -> tuple[bytes, str]:
         """All metrics in the format that an `Accept` header asks for, and its content type."""
-        encode, content_type = choose_encoder(accept)
+        try:
+            encode, content_type = choose_encoder(accept)
+        except (ValueError, TypeError):  # from a version that is none
+            encode, content_type = choose_encoder("")
         return encode(self._registry), content_type
 
 
