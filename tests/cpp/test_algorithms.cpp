@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "check.h"
-#include "cpu/packed_attention.h"
+#include "check_attention.h"
 #include "cpu/packed_linear.h"
 #include "cpu/rms_norm.h"
 #include "cpu/vision_positions.h"
@@ -159,63 +159,6 @@ void test_rows_of_bytes(Isa isa, int64_t m, int64_t k, int64_t width) {
   CHECK(std::memcmp(out.data(), of_floats.data(), out.size() * sizeof(float)) == 0);
 }
 
-void test_packed_attention(Isa isa, const std::vector<int32_t>& cu_seqlens, int64_t heads, int64_t dim) {
-  const int64_t n = cu_seqlens.back(), half = dim / 2;
-  const std::vector<float> qkv = random_floats<float>(n * 3 * heads * dim), angles = random_floats<float>(n * half);
-  std::vector<float> cos, sin, out(n * heads * dim);
-  for (float angle : angles) cos.push_back(std::cos(angle)), sin.push_back(std::sin(angle));
-  const PackedAttention<float> job{.qkv = qkv.data(),
-                                   .row_stride = 3 * heads * dim,
-                                   .part_stride = heads * dim,
-                                   .head_stride = dim,
-                                   .cos = cos.data(),
-                                   .sin = sin.data(),
-                                   .cu_seqlens = cu_seqlens.data(),
-                                   .out = out.data(),
-                                   .segments = static_cast<int64_t>(cu_seqlens.size()) - 1,
-                                   .heads = heads,
-                                   .dim = dim,
-                                   .isa = isa};
-  for (int64_t task = job.tasks(); task-- > 0;) job.run(task, task + 1);
-
-  std::vector<float> at_once(out.size());
-  PackedAttention<float> whole = job;
-  whole.out = at_once.data();
-  whole.run(0, whole.tasks());
-  CHECK(std::memcmp(at_once.data(), out.data(), out.size() * sizeof(float)) == 0);
-
-  const auto rotated = [&](int64_t part, int64_t head, int64_t i) {
-    const float* row = qkv.data() + ((i * 3 + part) * heads + head) * dim;
-    std::vector<double> result(dim);
-    for (int64_t j = 0; j < half; ++j) {
-      const double c = cos[i * half + j], s = sin[i * half + j];
-      result[j] = row[j] * c - row[half + j] * s;
-      result[half + j] = row[half + j] * c + row[j] * s;
-    }
-    return result;
-  };
-  for (size_t s = 0; s + 1 < cu_seqlens.size(); ++s) {
-    for (int64_t head = 0; head < heads; ++head) {
-      for (int64_t i = cu_seqlens[s]; i < cu_seqlens[s + 1]; ++i) {
-        const std::vector<double> query = rotated(0, head, i);
-        std::vector<double> values(dim);
-        double sum = 0;
-        for (int64_t j = cu_seqlens[s]; j < cu_seqlens[s + 1]; ++j) {
-          const std::vector<double> key = rotated(1, head, j);
-          double score = 0;
-          for (int64_t l = 0; l < dim; ++l) score += query[l] * key[l];
-          const double weight = std::exp(score / std::sqrt(dim));
-          sum += weight;
-          for (int64_t l = 0; l < dim; ++l) values[l] += weight * qkv[((j * 3 + 2) * heads + head) * dim + l];
-        }
-        for (int64_t l = 0; l < dim; ++l) {
-          CHECK(std::abs(out[(i * heads + head) * dim + l] - values[l] / sum) <= 1e-5);
-        }
-      }
-    }
-  }
-}
-
 // The integers' own arithmetic, then float32 in the order that is promised: the same bits on every instruction set.
 void test_int8_linear(Isa isa, int64_t m, int64_t k, int64_t width) {
   const PanelLayout layout{width, 1};
@@ -301,8 +244,8 @@ int main() {
     test_rows_of_bytes(isa, 460, 27, 16);
     test_int8_linear(isa, 1, 1, 1);
     test_int8_linear(isa, 230, 1030, 70);
-    test_packed_attention(isa, {0, 1, 1, 130, 160}, 2, 10);
-    test_packed_attention(isa, {0, 40}, 1, 128);
+    test_packed_attention<float>(isa, {0, 1, 1, 130, 160}, 2, 10, 1e-5);
+    test_packed_attention<float>(isa, {0, 40}, 1, 128, 1e-5);
     test_rms_norm(isa, 3, 1);
     test_rms_norm(isa, 5, 83);
   }

@@ -12,7 +12,7 @@
 
 #include "bf16_instruction.h"
 #include "check.h"
-#include "cpu/packed_attention.h"
+#include "check_attention.h"
 #include "cpu/packed_linear.h"
 #include "cpu/rms_norm.h"
 #include "random_data.h"
@@ -20,7 +20,8 @@
 namespace rtp_mm {
 namespace {
 
-constexpr double kHalfUnit = 0x1p-8;  // of a bfloat16's last place, relative to it
+constexpr double kHalfUnit = 0x1p-8;               // of a bfloat16's last place, relative to it
+constexpr double kAttentionError = 6 * kHalfUnit;  // q, k and probabilities are rounded, scores are a few units wide
 
 std::vector<BFloat16> pack(const std::vector<BFloat16>& weight, const PanelLayout& layout, int64_t k) {
   const int64_t rows = layout.parts * layout.width, depth = (k + 1) / 2;
@@ -98,69 +99,6 @@ void test_linear(const std::vector<Isa>& isas, const Layer& layer) {
   }
 }
 
-double dot(const std::vector<double>& a, const std::vector<double>& b) {
-  double sum = 0;
-  for (size_t i = 0; i < a.size(); ++i) sum += a[i] * b[i];
-  return sum;
-}
-
-void test_attention(Isa isa, const std::vector<int32_t>& cu_seqlens, int64_t heads, int64_t dim) {
-  const int64_t n = cu_seqlens.back(), half = dim / 2;
-  const std::vector<BFloat16> qkv = random_floats<BFloat16>(n * 3 * heads * dim);
-  const std::vector<float> angles = random_floats<float>(n * half);
-  std::vector<float> cos, sin;
-  for (float angle : angles) cos.push_back(std::cos(angle)), sin.push_back(std::sin(angle));
-  std::vector<BFloat16> out(n * heads * dim), at_once(out);
-  PackedAttention<BFloat16> job{.qkv = qkv.data(),
-                                .row_stride = 3 * heads * dim,
-                                .part_stride = heads * dim,
-                                .head_stride = dim,
-                                .cos = cos.data(),
-                                .sin = sin.data(),
-                                .cu_seqlens = cu_seqlens.data(),
-                                .out = out.data(),
-                                .segments = static_cast<int64_t>(cu_seqlens.size()) - 1,
-                                .heads = heads,
-                                .dim = dim,
-                                .isa = isa};
-  for (int64_t task = job.tasks(); task-- > 0;) job.run(task, task + 1);
-  job.out = at_once.data();
-  job.run(0, job.tasks());
-  CHECK(std::memcmp(at_once.data(), out.data(), out.size() * sizeof(BFloat16)) == 0);
-
-  const auto element = [&](int64_t part, int64_t head, int64_t i, int64_t j) -> double {
-    return to_float(qkv[((i * 3 + part) * heads + head) * dim + j]);
-  };
-  const auto rotated = [&](int64_t part, int64_t head, int64_t i) {
-    std::vector<double> result(dim);
-    for (int64_t j = 0; j < half; ++j) {
-      const double c = cos[i * half + j], s = sin[i * half + j];
-      const double x = element(part, head, i, j), y = element(part, head, i, half + j);
-      result[j] = x * c - y * s;
-      result[half + j] = y * c + x * s;
-    }
-    return result;
-  };
-  for (size_t s = 0; s + 1 < cu_seqlens.size(); ++s) {
-    for (int64_t head = 0; head < heads; ++head) {
-      for (int64_t i = cu_seqlens[s]; i < cu_seqlens[s + 1]; ++i) {
-        const std::vector<double> query = rotated(0, head, i);
-        std::vector<double> values(dim);
-        double sum = 0;
-        for (int64_t j = cu_seqlens[s]; j < cu_seqlens[s + 1]; ++j) {
-          const double weight = std::exp(dot(query, rotated(1, head, j)) / std::sqrt(dim));
-          sum += weight;
-          for (int64_t l = 0; l < dim; ++l) values[l] += weight * element(2, head, j, l);
-        }
-        // Roundings of q, k and probabilities: values are of size 1, scores of a few units.
-        for (int64_t l = 0; l < dim; ++l) {
-          CHECK(std::abs(to_float(out[(i * heads + head) * dim + l]) - values[l] / sum) <= 6 * kHalfUnit);
-        }
-      }
-    }
-  }
-}
-
 void test_rms_norm(Isa isa, int64_t rows, int64_t dim) {
   const std::vector<float> x = random_floats<float>(rows * dim), weight = random_floats<float>(dim);
   std::vector<float> exact(rows * dim);
@@ -197,9 +135,9 @@ int main() {
   test_linear(isas, {40, 301, 70, Activation::kNone});
   test_linear(isas, {5, 600, 150, Activation::kNone});
   for (const Isa isa : isas) {
-    test_attention(isa, {0, 1, 1, 130, 160}, 2, 10);
-    test_attention(isa, {0, 161}, 1, 80);
-    test_attention(isa, {0, 40}, 1, 128);
+    test_packed_attention<BFloat16>(isa, {0, 1, 1, 130, 160}, 2, 10, kAttentionError);
+    test_packed_attention<BFloat16>(isa, {0, 161}, 1, 80, kAttentionError);
+    test_packed_attention<BFloat16>(isa, {0, 40}, 1, 128, kAttentionError);
     test_rms_norm(isa, 3, 1);
     test_rms_norm(isa, 5, 83);
   }
