@@ -11,7 +11,7 @@ import aiohttp
 from rtp_mm.errors import DownloadFailedError, DownloadRefusedError, WrongFormatError
 from rtp_mm.media.limits import START_BYTES, PixelLimit, SizeLimit
 
-PIECE_BYTES = 4096  # inflated at a time, to 1032 times as many at most, before the limit is asked
+PIECE_BYTES = 4096  # inflated at a time, to 1032 times as many at most, before the server is asked for room
 
 
 async def read_body(response: aiohttp.ClientResponse, limit: SizeLimit, pixels: PixelLimit | None) -> bytes:
@@ -54,7 +54,7 @@ def _inflate(data: bytes, limit: SizeLimit) -> bytes:
     body = io.BytesIO()
     try:
         for start in range(0, len(data), PIECE_BYTES):
-            body.write(inflater.decompress(data[start : start + PIECE_BYTES]))
+            body.write(inflater.decompress(data[start : start + PIECE_BYTES], limit.most + 1 - body.tell()))
             limit.check(body.tell())
             if body.tell() >= START_BYTES:
                 limit = _told(body, limit)

@@ -56,9 +56,18 @@ class SizeLimit:
         limit = self.clip if sniff(start) in _CLIPS else replace(self, clip=None)
         return limit.metered(self.meter)
 
+    @property
+    def most(self) -> int:
+        """Bytes of the largest file that `check` takes."""
+        return self._counting.nbytes
+
+    @property
+    def _counting(self) -> SizeLimit:
+        return self.clip if self.clip is not None and self.clip.nbytes > self.nbytes else self
+
     def check(self, nbytes: int) -> None:
         """Raises `WrongFormatError` if a file of at least `nbytes` is too large."""
-        limit = self.clip if self.clip is not None and self.clip.nbytes > self.nbytes else self
+        limit = self._counting
         if nbytes > limit.nbytes:
             raise WrongFormatError(f"{nbytes} bytes or more, over the limit of {limit.nbytes} ({limit.option})")
         if self.meter is not None:
