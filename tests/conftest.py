@@ -45,6 +45,7 @@ FEATURES: dict[str, Callable[[], bool]] = {
     "flash": lambda: _is_installed("flash_attn"),
     "dali": lambda: _is_installed("nvidia.dali"),
     "arm": arm_compiled.is_available,
+    "avx512": torch.cpu._is_avx512_supported,
 }
 
 
