@@ -262,6 +262,11 @@ class Settings(BaseSettings):
     mm_profile_dir: DirectoryPath | None = Field(
         None, description="folder for traces of POST /debug/profile; unset: off"
     )
+    mm_max_connection_age_ms: Positive = Field(
+        600000,
+        description="a gRPC connection is closed after this long, ms, once its calls have ended, and a client opens "
+        "another; what its calls leave unread is dropped MM_TIMEOUT_MS and a minute later",
+    )
     mm_drain_timeout_ms: NonNegative = Field(30000, description="SIGTERM: time for running calls to finish, ms")
     disable_access_log: bool = Field(False, description="1: no log line per request")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="lowest level logged")

@@ -244,30 +244,6 @@ async def test_silence_ends_the_download(source: Source) -> None:
         assert str(caught) == "the source was silent for 0.2 s (MM_FETCH_TIMEOUT_MS)"
 
 
-async def test_cancelling_a_slow_drip_closes_its_connection(source: Source) -> None:
-    dripping, closed = asyncio.Event(), asyncio.Event()
-
-    async def drip(request: web.Request) -> web.StreamResponse:
-        response = web.StreamResponse()
-        await response.prepare(request)
-        try:
-            while True:
-                await response.write(b"x")
-                dripping.set()
-                await asyncio.sleep(0.01)
-        finally:
-            closed.set()
-
-    url = source.answers_by("/x", drip)
-    async with Fetcher(load_settings(**LOOPBACK)) as fetcher:
-        task = asyncio.create_task(fetcher.fetch(MultimodalInput(url), REMOTE))
-        await dripping.wait()
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
-        await asyncio.wait_for(closed.wait(), 10)  # while the fetcher is still open
-
-
 async def test_no_connection_is_told_without_the_url() -> None:
     server, url = await raw(b"")
     server.close()
@@ -357,16 +333,6 @@ async def test_a_name_is_resolved_to_addresses_as_the_system_gives_them(monkeypa
         ("cdn.example", "192.0.2.1", 80, socket.AF_INET),
         ("cdn.example", "fe80::1%3", 80, socket.AF_INET6),
     ]
-
-
-async def test_one_fetcher_serves_many_at_once_over_few_connections(source: Source) -> None:
-    async with Fetcher(load_settings(**LOOPBACK)) as fetcher:
-        urls = [source.answers_with(f"/{i}", body=str(i).encode()) for i in range(40)]
-        blobs = await asyncio.gather(*(fetcher.fetch(MultimodalInput(url), REMOTE) for url in urls))
-        for url in urls:
-            await fetcher.fetch(MultimodalInput(url), REMOTE)
-    assert [blob.data for blob in blobs] == [str(i).encode() for i in range(40)]
-    assert len({id(request.transport) for request in source.requests}) <= 40
 
 
 @pytest.mark.parametrize("headers", [{"X": "a\r\nY: b"}, {"": "x"}])

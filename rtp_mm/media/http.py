@@ -46,6 +46,7 @@ REFUSAL_TTL_S = 5.0
 BACKOFF_S = 0.25  # before the second try, doubled for each further one, times 0.5 to 1.5 at random
 RETRY_AFTER_MAX_S = 10.0  # a source that asks for more is not asked again
 MAX_CONNECTIONS = 512  # well under the usual 1024 descriptors; who waits for one waits at most the connect timeout
+MAX_CONNECTIONS_A_HOST = 384  # so that one that has become slow leaves some for the others
 
 # Compression wins nothing on media and hides their size, so it is not asked for. Both may be overridden.
 DEFAULT_HEADERS = {"User-Agent": "rtp_mm", "Accept-Encoding": "identity"}
@@ -174,7 +175,9 @@ class HttpSource:
             self._resolver = CheckedResolver(self._resolver, self._destinations)
         # `connect` covers name, TCP and TLS; `sock_read` is the longest silence, not the whole download.
         return aiohttp.ClientSession(
-            connector=self._make_connector(limit=MAX_CONNECTIONS, resolver=self._resolver),
+            connector=self._make_connector(
+                limit=MAX_CONNECTIONS, limit_per_host=MAX_CONNECTIONS_A_HOST, resolver=self._resolver
+            ),
             timeout=aiohttp.ClientTimeout(total=None, connect=self._timeout_s, sock_read=self._timeout_s),
             cookie_jar=aiohttp.DummyCookieJar(),
             auto_decompress=False,

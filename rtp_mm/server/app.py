@@ -41,6 +41,7 @@ _HEALTH_NAMES = ("", SERVICE)  # "" stands for the server as a whole
 LoadEngine = Callable[[Settings, asyncio.AbstractEventLoop], Loaded]  # blocks; the engine then lives on that loop
 _HEALTH_PERIOD_S = 0.5
 _LAST_WORDS_S = 0.2  # after the drain: for health watchers and refusals to reach their clients
+_CARRIAGE_MS = 60_000  # for the messages of a call, both ways, beside its MM_TIMEOUT_MS
 
 GRPC_OPTIONS = (
     *MESSAGE_SIZE_OPTIONS,
@@ -53,6 +54,17 @@ GRPC_OPTIONS = (
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
     ("grpc.keepalive_permit_without_calls", 1),
 )
+
+
+def grpc_options(settings: Settings) -> tuple[tuple[str, int], ...]:
+    """A connection ends some day: a caller that sends half a message, or reads no answer, holds memory till then.
+    Clients connect anew without a word, and so find servers that were added meanwhile.
+    """
+    return (
+        *GRPC_OPTIONS,
+        ("grpc.max_connection_age_ms", settings.mm_max_connection_age_ms),
+        ("grpc.max_connection_age_grace_ms", settings.mm_timeout_ms + _CARRIAGE_MS),
+    )
 
 
 async def serve(settings: Settings, load_engine: LoadEngine) -> bool:
@@ -100,7 +112,7 @@ async def open_ports(state: ServerState, settings: Settings) -> AsyncIterator[he
     runner = web.AppRunner(app, access_log=None, logger=http_logger(), shutdown_timeout=_LAST_WORDS_S)
     await runner.setup()
     interceptors = [TokenInterceptor(guard, lambda: metrics.refused("grpc"))] if guard.is_on else []
-    server = grpc.aio.server(options=GRPC_OPTIONS, interceptors=interceptors)
+    server = grpc.aio.server(options=grpc_options(settings), interceptors=interceptors)
     healths = health.aio.HealthServicer()
     await _set_health(healths, state)
     health_pb2_grpc.add_HealthServicer_to_server(healths, server)
