@@ -38,8 +38,7 @@ class CropBox(NamedTuple):
     y2: float
 
 
-@dataclass(frozen=True, slots=True)
-class PreprocessOptions:
+class PreprocessOptions(NamedTuple):
     """A request's overrides of the model family's rules; `None` is unset. Hashable: it is part of every cache key."""
 
     width: int | None = None

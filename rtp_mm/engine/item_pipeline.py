@@ -77,12 +77,10 @@ class ItemPipeline:
 
     def begin(self, item: MultimodalInput, caller: Caller, visit: Visit) -> Begun:
         """As far as it goes without waiting: to the answer, where that is kept, or to a refusal."""
-        timings: Timings = {}
         try:
             self.fetcher.check_access(item, caller)
             options = item.config.options()
-            with Stopwatch(timings, "fetch"):
-                blob = self.fetcher.at_hand(item)
+            blob = self.fetcher.at_hand(item)
             if (known := self.answers.recall(item, blob, options)) is None:
                 if blob is None:
                     self._check_room(item, visit)
@@ -90,7 +88,7 @@ class ItemPipeline:
         except MMError as error:
             return Begun(error)
         self.admission.keep(visit, known.nbytes)
-        return Begun(Answer(known, {} if blob is None else timings))
+        return Begun(Answer(known, {}))
 
     async def end(self, begun: Begun, item: MultimodalInput, caller: Caller, visit: Visit) -> Answer | MMError:
         """The rest of the way. An answer counts as held from here on, while other items are still under way."""

@@ -17,6 +17,7 @@ from rtp_mm.types import Caller, MMEmbeddingRes, MultimodalInput
 
 REQUEST_ID_METADATA = "rtp-mm-request-id"
 MAX_SECONDS_BYTES = 4096  # a status with more metadata than the peer takes (8 KiB) is lost
+Metadata = Sequence[tuple[str, Any]]
 _access = logging.getLogger("rtp_mm.access")
 
 
@@ -25,6 +26,7 @@ class Call:
     """A call in progress, or, once `seconds` is set, one that has ended."""
 
     caller: Caller
+    metadata: Metadata = ()  # that came with it
     id: str = field(default_factory=lambda: secrets.token_hex(4))
     trace_id: str | None = None
     started: float = field(default_factory=time.perf_counter)

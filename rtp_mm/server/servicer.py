@@ -20,7 +20,7 @@ from rtp_mm.server.proto import CacheStatusPB, MultimodalRpcServiceServicer, Wor
 from rtp_mm.server.security import is_loopback
 from rtp_mm.server.state import ServerState
 from rtp_mm.server.tracing import Trace, Tracing
-from rtp_mm.types import Caller
+from rtp_mm.types import Caller, MMEmbeddingRes
 
 CALLERS_KEPT = 1024  # connections
 _log = logging.getLogger(__name__)
@@ -39,8 +39,9 @@ class MultimodalServicer(MultimodalRpcServiceServicer):
 
     async def RemoteMultimodalEmbedding(self, request: Any, context: Any) -> Any:
         """A call that, however it ends, leaves its log line, metrics and span, once its reply is on its way."""
-        trace = self._tracing.begin(context.invocation_metadata() or ())
-        call = Call(self._caller_of(context.peer()), trace_id=trace.id)
+        metadata = context.invocation_metadata() or ()  # made anew each time it is asked for
+        trace = self._tracing.begin(metadata)
+        call = Call(self._caller_of(context.peer()), metadata, trace_id=trace.id)
         try:
             return await self._answer(request, context, call, self._embed)
         finally:
@@ -56,14 +57,20 @@ class MultimodalServicer(MultimodalRpcServiceServicer):
     async def _embed(self, request: Any, context: Any, call: Call) -> bytes:
         call.items = len(request.multimodal_inputs)
         engine = self._state.admit()
+        unsent: list[MMEmbeddingRes] = []  # held, and so counted by the engine; the context itself is a cycle's
+
+        def leave(_: Any) -> None:
+            """The reply is sent, or the caller gone."""
+            unsent.clear()
+            self._state.leave()
+
         self._state.enter()
-        context.add_done_callback(lambda _: self._state.leave())  # runs once the reply is sent, or the caller gone
-        form = wire.choose_form(request, context.invocation_metadata() or (), self._settings)
+        context.add_done_callback(leave)
+        form = wire.choose_form(request, call.metadata, self._settings)
         inputs = wire.read_inputs(request)
         call.received(inputs)
         result = await engine.embed(inputs, caller=call.caller, timeout_s=context.time_remaining())
-        unsent = [result]  # held, and so counted by the engine, until it is sent; the context itself is a cycle's
-        context.add_done_callback(lambda _: unsent.clear())
+        unsent.append(result)
         reply = wire.write_result(result, form)
         call.answered(result, reply)
         return reply

@@ -9,20 +9,18 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Protocol
 
 from rtp_mm.config import Settings
 from rtp_mm.errors import StartError
 from rtp_mm.logs import log_event
-from rtp_mm.server.call import Call
+from rtp_mm.server.call import Call, Metadata
 from rtp_mm.server.proto import SERVICE
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace.export import SpanExporter
     from opentelemetry.trace import Span
 
-Metadata = Iterable[tuple[str, Any]]
 _log = logging.getLogger(__name__)
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}(-.*)?")
 _CLOSE_LIMIT_S = 2.0
