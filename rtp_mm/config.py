@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
 import re
 from collections.abc import Iterable
 from ipaddress import ip_address
@@ -18,6 +17,7 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, BeforeValidator, DirectoryPath, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict, SettingsError
 
+from rtp_mm.cores import available_cores
 from rtp_mm.errors import StartError
 
 Port = Annotated[int, Field(ge=1, le=65534)]  # gRPC listens on the next one
@@ -182,10 +182,11 @@ class Settings(BaseSettings):
         "auto", description="whose rule decides the first pass of a resize; auto: the installed Pillow's"
     )
     mm_preprocess_max_workers: Positive = Field(
-        default_factory=lambda: len(os.sched_getaffinity(0)), description="preprocess workers; default: one a core"
+        default_factory=available_cores,
+        description="preprocess workers; default: one a core, or of a container's quota",
     )
     mm_torch_threads: Positive | None = Field(
-        None, description="threads of a tower on the CPU; default: one a core that the process may run on"
+        None, description="threads of a tower on the CPU; default: one a core, or of a container's quota"
     )
     use_local_preprocess: Annotated[Literal[0, 1], BeforeValidator(_digit)] = Field(
         0, description="1: preprocess in threads of this process instead of worker processes"

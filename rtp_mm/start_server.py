@@ -10,6 +10,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from rtp_mm.config import Settings, load_settings, unknown_variables
+from rtp_mm.cores import affine_cores, available_cores
 from rtp_mm.errors import StartError
 from rtp_mm.logs import setup_logs
 
@@ -27,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
         _check(settings)
     except StartError as error:
         return _failed(error)
-    _share_cores()
+    share_cores()
     from rtp_mm.library import load_engine
 
     return run(settings, load_engine)
@@ -68,9 +69,13 @@ def _check(settings: Settings) -> None:
         raise StartError(f"CHECKPOINT_PATH={settings.checkpoint_path} is no folder")
 
 
-def _share_cores() -> None:
-    """Before torch is imported. Its OpenMP threads wait for each other without giving up their core, libgomp's by
-    default for 300,000 rounds, milliseconds of a core that the preprocess workers want just then."""
+def share_cores() -> None:
+    """Before torch is imported. It knows of no quota, and a thread more than that stops all of them for a while. Its
+    OpenMP threads wait for each other without giving up their core, libgomp's by default for 300,000 rounds,
+    milliseconds of a core that the preprocess workers want just then.
+    """
+    if (cores := available_cores()) < affine_cores():
+        os.environ.setdefault("OMP_NUM_THREADS", str(cores))
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)
 

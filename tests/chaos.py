@@ -50,6 +50,7 @@ OPTIONS: dict[str, object] = {
     "mm_bytes_cache_mb": 1,
     "mm_embedding_cache_mb": 1,
     "mm_image_max_file_size_kb": 2048,
+    "mm_max_connection_age_ms": 1000,  # the clients' own connection ends again and again, amid their calls
     "disable_access_log": 1,
     "log_level": "ERROR",
 }

@@ -16,7 +16,7 @@ PACKAGE = Path(rtp_mm.__file__).parent
 
 # Later lines may import from earlier ones and from their own. A name stands for a file or for a folder.
 LAYERS = [
-    {"errors"},
+    {"errors", "cores"},
     {"types", "config", "logs"},
     {"lru"},
     {"_core"},
