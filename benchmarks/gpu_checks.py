@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
 from typing import Any
 
@@ -29,16 +30,15 @@ from benchmarks.gpu_common import (
 )
 
 LIMIT_S = 240  # of a command
-KERNEL_TESTS = ("tests/test_ops_positions.py", "tests/test_ops_patch_embed.py", "tests/test_ops_resize_patchify.py")
 # Every file with tests that need a GPU, and what their names have in common.
 GPU_TESTS = (
-    *KERNEL_TESTS,
+    *("tests/test_ops_positions.py", "tests/test_ops_patch_embed.py", "tests/test_ops_resize_patchify.py"),
     *("tests/test_ops_triton.py", "tests/test_packing.py", "tests/test_slab.py"),
     *("tests/test_tower.py", "tests/test_audio_tower.py", "tests/test_forward.py"),
 )
-GPU_TEST_NAMES = "cuda or gpu or spills"
-TRITON_TESTS = ("tests/triton_kernels.py", "tests/triton_linear.py")
-SANITIZERS = ("memcheck", "racecheck", "initcheck")
+GPU_TEST_NAMES = "cuda or gpu"
+SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
+SANITIZER_PLACES = (None, "/usr/local/cuda/bin")  # the first: PATH
 # Without the project's own options, some of which need plugins that a lent machine does not have.
 PYTEST = (sys.executable, "-m", "pytest", "-q", "-o", "addopts=")
 
@@ -54,26 +54,30 @@ def build(options: Options) -> Figures:
 def tests(options: Options) -> Figures:
     """Every CUDA and Triton kernel against its twin, towers against Hugging Face, copies and launches, on a GPU."""
     need_cuda(options)
-    for file in GPU_TESTS:
-        yield file, end_of(options, *PYTEST, "-k", GPU_TEST_NAMES, file, RTP_MM_REQUIRE="cuda,triton")
+
+    def end(file: str) -> Any:
+        return end_of(options, *PYTEST, "-k", GPU_TEST_NAMES, file, RTP_MM_REQUIRE="cuda,triton")
+
+    with ThreadPoolExecutor(len(GPU_TESTS)) as pool:  # side by side: most of their time they compile
+        ends = {pool.submit(end, file): file for file in GPU_TESTS}
+        for done in as_completed(ends):
+            yield ends[done], done.result()
 
 
 def sanitizer(options: Options) -> Figures:
-    """compute-sanitizer over the kernels' tests."""
+    """compute-sanitizer over every kernel."""
     need_cuda(options)
-    if shutil.which("compute-sanitizer") is None:
+    found = [shutil.which("compute-sanitizer", path=place) for place in SANITIZER_PLACES]
+    if not any(found):
         raise Unavailable("no compute-sanitizer")
-    targets: dict[str, tuple[str, ...]] = {"operators": (*PYTEST, "-x", "-k", "cuda", *KERNEL_TESTS)}
-    targets |= {script: (sys.executable, script) for script in TRITON_TESTS}
     for tool in SANITIZERS:
-        for target, command in targets.items():
-            outcome = end_of(
-                options,
-                *("compute-sanitizer", "--tool", tool, "--error-exitcode", "1", "--target-processes", "all"),
-                *command,
-                PYTORCH_NO_CUDA_MEMORY_CACHING="1",  # else an access past a tensor stays inside torch's own block
-            )
-            yield f"{target}, {tool}", outcome
+        outcome = end_of(
+            options,
+            *(next(filter(None, found)), "--tool", tool, "--error-exitcode", "1"),
+            *(sys.executable, "tests/kernels_once.py"),
+            PYTORCH_NO_CUDA_MEMORY_CACHING="1",  # else an access past a tensor stays inside torch's own block
+        )
+        yield tool, outcome
 
 
 def invariance(options: Options) -> Figures:
@@ -120,8 +124,9 @@ def changes(variant: str, options: Options) -> dict[str, Any]:
 class CommandError(Exception):
     """A command failed, or took too long; keeps how it ended and the end of what it said."""
 
-    def __init__(self, command: Sequence[str], ended: str, output: str) -> None:
-        self.ended, self.output = ended, output[-3000:]
+    def __init__(self, command: Sequence[str], ended: str, output: str, *, is_cut_off: bool) -> None:
+        """is_cut_off: the session's end came, which says nothing of the command."""
+        self.ended, self.output, self.is_cut_off = ended, output[-3000:], is_cut_off
         super().__init__(f"{' '.join(command)}: {ended}\n{self.output}")
 
 
@@ -130,7 +135,8 @@ def run(options: Options, *command: str, **environment: str) -> str:
 
     One that takes too long is killed with all that it started, before the step itself would be.
     """
-    limit = max(1.0, min(LIMIT_S, options.until - time.time()))
+    left = options.until - time.time()
+    limit, is_cut_off = max(1.0, min(LIMIT_S, left)), False
     paths = [str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
     with tempfile.TemporaryFile("w+", errors="replace") as output:
         process = subprocess.Popen(
@@ -144,13 +150,13 @@ def run(options: Options, *command: str, **environment: str) -> str:
         try:
             ended = f"status {process.wait(limit)}"
         except subprocess.TimeoutExpired:
-            ended = f"not done after {limit:.0f} s"
+            ended, is_cut_off = f"not done after {limit:.0f} s", left < LIMIT_S
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         output.seek(0)
         text = output.read()
     if process.returncode:
-        raise CommandError(command, ended, text)
+        raise CommandError(command, ended, text, is_cut_off=is_cut_off)
     return text
 
 
@@ -163,4 +169,6 @@ def end_of(options: Options, *command: str, **environment: str) -> str | dict[st
     try:
         return last_line(run(options, *command, **environment))
     except CommandError as error:
+        if error.is_cut_off:
+            return f"no time left: {error.ended}"
         return {FAILED: f"{error.ended}: {last_line(error.output)}", "output": error.output}

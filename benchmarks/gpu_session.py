@@ -4,8 +4,9 @@
     TRITON_INTERPRET=1 python -m benchmarks.gpu_session --device cpu --size tiny      to try the script anywhere
 
 Each step runs in a process of its own, so that neither a crash, nor a hang, nor a broken CUDA context takes another's
-figures along; every figure is written (to --out) as soon as it is there. What --minutes leave no time for is left out,
-and says so. Where results/gpu_session.json is there already, its other steps are kept: one file from several calls.
+figures along; every figure is written as soon as it is there, a line of --out/gpu_session.jsonl, which only a session
+that is killed leaves behind. What --minutes leave no time for is left out, and says so. Where results/gpu_session.json
+is there already, its other steps are kept: one file from several calls, if it is copied there between them.
 Within a step, what fails is its own figure, and what comes after it is measured still (`gpu_common.attempt`).
 The exit status is 1 where anything failed: a step, a case or variant of one, a test, a sanitizer, an image's bits; the
 last table names these first. Steps that a machine cannot do (no GPU, no DALI) say so, which is no failure.
@@ -42,8 +43,8 @@ from benchmarks.report import RESULTS, machine
 STEPS: dict[str, Callable[[Options], Figures]] = {
     step.__name__: step
     for step in (
-        *(build, peaks, attention, pointwise, linears, tower, invariance),
-        *(tests, service, profile, decode, tiles, sanitizer),
+        *(build, peaks, tests, tower, invariance, service),
+        *(linears, pointwise, attention, profile, sanitizer, decode, tiles),
     )
 }
 STEP_LIMIT_S = 400  # no step may take what the others need
@@ -57,10 +58,10 @@ def run_step(name: str, options: Options) -> None:
     """In a step's own process: its figures, a line of JSON each, to the file that waits for them."""
     faulthandler.enable()
     faulthandler.dump_traceback_later(max(1.0, options.until - time.time()) + GRACE_S / 2)
-    with (options.folder / f"{name}.jsonl").open("w") as lines:
+    with lines_of(options).open("a") as lines:
 
         def put(figure: str, value: Any) -> None:
-            lines.write(json.dumps([figure, value]) + "\n")
+            lines.write(json.dumps([name, figure, value]) + "\n")
             lines.flush()
 
         try:
@@ -76,11 +77,17 @@ def run_step(name: str, options: Options) -> None:
     faulthandler.cancel_dump_traceback_later()
 
 
+def lines_of(options: Options) -> Path:
+    """What all steps write as they go: there even where the session is killed."""
+    out: Path = options.out
+    return out / "gpu_session.jsonl"
+
+
 def read_figures(name: str, options: Options) -> dict[str, Any]:
     """Those that a step has written whole."""
-    file = options.folder / f"{name}.jsonl"
-    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-    return dict(json.loads(line) for line in lines if line.endswith("\n"))
+    lines = lines_of(options).read_text().splitlines(keepends=True) if lines_of(options).exists() else []
+    rows = [json.loads(line) for line in lines if line.endswith("\n")]
+    return {figure: value for step, figure, value in rows if step == name}
 
 
 def figures_of(name: str, options: Options) -> dict[str, Any]:
@@ -90,6 +97,7 @@ def figures_of(name: str, options: Options) -> dict[str, Any]:
         return {"not here": "no time left"}
     until = time.time() + min(left, STEP_LIMIT_S)
     flags = ["--device", options.device, "--size", options.size, "--folder", options.folder, "--until", until]
+    flags += ["--out", options.out]
     process = subprocess.Popen(
         [sys.executable, "-m", "benchmarks.gpu_session", "--step", name, *map(str, flags)],
         cwd=ROOT,
@@ -139,7 +147,7 @@ def parse() -> Options:
     parser.add_argument("--only", help=f"steps, comma-separated: {', '.join(STEPS)}")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--size", default="3b", help="tiny, 3b or 7b")
-    parser.add_argument("--minutes", type=float, default=9.5, help="for all steps together")
+    parser.add_argument("--minutes", type=float, default=8.5, help="for all steps together")
     parser.add_argument(
         "--out", type=Path, default=Path(os.environ.get("OUT", RESULTS)), help="folder of gpu_session.json"
     )
@@ -158,6 +166,7 @@ def main() -> int:
         raise SystemExit(f"no such steps: {', '.join(sorted(unknown))}")
     options.until = time.time() + 60 * options.minutes
     options.out.mkdir(parents=True, exist_ok=True)
+    lines_of(options).unlink(missing_ok=True)
     file = f"gpu_session{'' if options.device != 'cpu' else '_try'}.json"
     known: dict[str, Any] = json.loads((RESULTS / file).read_text()) if (RESULTS / file).exists() else {}
     results = known | {"machine": machine()}
@@ -168,8 +177,11 @@ def main() -> int:
             results[name] = figures_of(name, options) | {"step_seconds": time.perf_counter() - started}
             show(name, results[name])
             (options.out / file).write_text(json.dumps(results, indent=2) + "\n")
+            if name == "build" and FAILED in results[name]:
+                break  # all others but one would fail for it
+    lines_of(options).unlink(missing_ok=True)
     console.print(f"wrote {options.out / file}")
-    return summarize({name: results[name] for name in names})
+    return summarize({name: results[name] for name in names if name in results})
 
 
 if __name__ == "__main__":

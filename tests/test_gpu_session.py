@@ -35,7 +35,7 @@ def test_a_step_goes_on_after_a_case_that_fails(tmp_path: Path, monkeypatch: pyt
         broken()
 
     monkeypatch.setitem(gpu_session.STEPS, "peaks", step)
-    options = Namespace(**vars(OPTIONS) | {"folder": tmp_path, "until": time.time() + 60})
+    options = Namespace(**vars(OPTIONS) | {"out": tmp_path, "until": time.time() + 60})
     gpu_session.run_step("peaks", options)
     figures = gpu_session.read_figures("peaks", options)
     assert figures["good"] == 1

@@ -110,10 +110,12 @@ def test_cuda_gives_the_same_bytes(filter: Any, order: Order) -> None:
     random = [(size, tuple((28 * rng.integers(1, 12, 2)).tolist()), 14, 2) for size in sizes]
     for size, out, patch, merge in [*SHAPES, *random]:
         whole = torch.randint(0, 256, (2, size[0] + 3, size[1] + 2, 4), dtype=torch.uint8)
-        for frames in (whole[..., :3], whole[:, 1:-2, 2:, :3], whole[..., :3].contiguous()):
+        on_device = whole.cuda()  # a view that is copied there would be no view
+        views = ((t[..., :3], t[:, 1:-2, 2:, :3], t[..., :3].contiguous()) for t in (whole, on_device))
+        for frames, device_frames in zip(*views, strict=True):
             for temporal in (1, 2):
                 how: Any = {"order": order, "filter": filter, "temporal_patch_size": temporal}
-                ours = ops.resize_patchify(frames.cuda(), *out, patch, merge, **how)
+                ours = ops.resize_patchify(device_frames, *out, patch, merge, **how)
                 assert torch.equal(ours.cpu(), ops.resize_patchify(frames, *out, patch, merge, **how))
     with pytest.raises(RuntimeError, match="patch_size must be at most 32 on CUDA, got 64"):
         ops.resize_patchify(noise(1, 64, 64).cuda(), 64, 64, 64, 1)

@@ -14,7 +14,7 @@ import pytest
 from conftest import require
 
 HERE = Path(__file__).parent
-SCRIPTS = ("triton_kernels.py", "triton_linear.py")
+SCRIPTS = ("triton_kernels.py", "triton_linear.py", "kernels_once.py")
 
 
 def run(script: str, *arguments: object, **environment: str) -> None:

@@ -23,6 +23,7 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 FLOAT, HALF, BYTE, INT = "*fp32", "*bf16", "*fp8e4nv", "i32"
 # What multiplies 16-bit and 8-bit matrices, and what fetches them: asynchronous copies of 16 bytes, or whole tiles.
 MATRIX = {80: ("HMMA", ""), 89: ("HMMA", "QMMA"), 90: ("HGMMA", "QGMMA"), 100: ("UTCHMMA", "UTCQMMA")}[CAPABILITY]
+SHARED = {80: 166912, 89: 101376, 90: 232448, 100: 232448}[CAPABILITY]  # bytes that a program may take
 FETCH = r"LDGSTS\.\S*\.128" if CAPABILITY < 90 else "UTMALDG"
 
 
@@ -74,8 +75,9 @@ CASES = [
     Case(pointwise_triton._layer_norm, NORM | {"bias_ptr": FLOAT}, NORM_CONSTANTS),
     Case(
         pointwise_triton._rotate_qk,
-        {"qkv_ptr": HALF, "cos_ptr": FLOAT, "sin_ptr": FLOAT, "heads": INT, "half": INT},
-        {"HEADS": 32, "HALF": 64},
+        {"qkv_ptr": HALF, "cos_ptr": FLOAT, "sin_ptr": FLOAT},
+        {"heads": 16, "half": 40, "HEADS": 32, "HALF": 64},
+        (r"LDG\.E\.128", r"STG\.E\.128"),
     ),
     Case(pointwise_triton._silu_gate, {"gate_up_ptr": HALF, "out_ptr": HALF, "width": INT}, {"BLOCK": 1024}),
     Case(pointwise_triton._activate_, {"x_ptr": HALF, "count": INT}, {"ACTIVATION": "gelu", "BLOCK": 1024}),
@@ -114,6 +116,7 @@ for case in CASES:
     resources = of_cubin(cubin, "cuobjdump", "--dump-resource-usage")
     spills = sum(int(n) for n in re.findall(r"(?:LOCAL|STACK):(\d+)", resources))
     assert spills == 0, f"{case.name} spills {spills} bytes"
+    assert compiled.metadata.shared <= SHARED, f"{case.name} takes {compiled.metadata.shared} bytes of shared memory"
     machine_code = of_cubin(cubin, "nvdisasm", "-c")
     for instruction in case.instructions:
         assert re.search(instruction, machine_code), f"{case.name} has no {instruction}"

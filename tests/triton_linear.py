@@ -29,12 +29,21 @@ def error(ours: Tensor, exact: Tensor) -> float:
     return float((ours.double() - exact).norm() / exact.norm())
 
 
-def check(name: str, ours: Tensor, exact: Tensor, limit: float | None = None) -> None:
-    """One rounding of its dtype: sums are float32. Columns past the twin's are zeros."""
+wrong: list[str] = []  # what does not hold: told at the end, all of it
+
+
+def check(name: str, ours: Tensor, exact: Tensor, depth: int) -> None:
+    """One rounding of its dtype: sums are float32, over `depth` products. Columns past the twin's are zeros.
+
+    A sum in float32 loses half a last bit at each of its additions, and tensor cores cut off what they cannot hold, all
+    of it to one side: measured by simulation 7e-7 and 3e-6 at a depth of 3420.
+    """
     columns = exact.shape[1]
-    limit = limit or (3e-7 if ours.dtype == torch.float32 else torch.finfo(ours.dtype).eps / 2)
-    assert (found := error(ours[:, :columns], exact)) < limit, f"{name}: {found:.1e}"
-    assert not ours[:, columns:].any(), f"{name}: columns past the end must be zeros, the next layer reads them"
+    limit = 3e-7 + depth / 16 * 2.0**-24 if ours.dtype == torch.float32 else torch.finfo(ours.dtype).eps / 2
+    if (found := error(ours[:, :columns], exact)) >= limit:
+        wrong.append(f"{name}: {found:.1e}, over {limit:.1e}")
+    if ours[:, columns:].any():
+        wrong.append(f"{name}: columns past the end must be zeros, the next layer reads them")
 
 
 for shape in SHAPES:
@@ -43,13 +52,13 @@ for shape in SHAPES:
         for activation in ops.ACTIVATIONS:
             packed = ops.pack_fixed_linear(weight, bias, activation)
             exact = reference.packed_linear(x, weight, bias, activation)
-            check(f"{activation} {shape} {dtype}", ops.fixed_linear(x, *packed, activation), exact)
+            check(f"{activation} {shape} {dtype}", ops.fixed_linear(x, *packed, activation), exact, shape[1])
         packed = ops.pack_fixed_linear(weight, bias, "none")
         residual = torch.randn(shape[0], shape[2])
         product = reference.packed_linear(x, weight, bias, "none")
-        check(f"add {shape} {dtype}", ops.fixed_linear_add_(residual.clone(), x, *packed), residual + product, 3e-7)
-        wrong = ops.fixed_linear(x, packed[0], packed[1] * 1.01, "none")
-        assert error(wrong, product) > 1e-3, "a wrong bias passed"
+        check(f"add {shape} {dtype}", ops.fixed_linear_add_(residual.clone(), x, *packed), residual + product, shape[1])
+        other = ops.fixed_linear(x, packed[0], packed[1] * 1.01, "none")
+        assert error(other, product) > 1e-3, "a wrong bias passed"
 
 # A layer with an activation feeds the next one its padding.
 x, weight, bias = random(5, 48, 172, torch.float32)
@@ -57,7 +66,7 @@ hidden = ops.fixed_linear(x, *ops.pack_fixed_linear(weight, bias, "gelu"), "gelu
 assert hidden.shape[1] == 176
 _, weight2, bias2 = random(1, 172, 48, torch.float32)
 out = ops.fixed_linear(hidden, *ops.pack_fixed_linear(weight2, bias2, "none"))
-check("two layers", out, reference.packed_linear(hidden[:, :172], weight2, bias2, "none"))
+check("two layers", out, reference.packed_linear(hidden[:, :172], weight2, bias2, "none"), 172)
 
 # A row's bits: alone, in any company, at any place.
 k, n = (96, 160) if IS_INTERPRETED else (3420, 1280)
@@ -68,7 +77,8 @@ for dtype in DTYPES:
         whole = ops.fixed_linear(x, *packed, activation)
         for start, rows in ((0, 1), (17, 1), (63, 2), (64, 5), (1, 64), (50, 129)):
             part = ops.fixed_linear(x[start : start + rows].clone(), *packed, activation)
-            assert torch.equal(part, whole[start : start + rows]), f"{dtype} {activation}: rows {start} and {rows} on"
+            if not torch.equal(part, whole[start : start + rows]):
+                wrong.append(f"{dtype} {activation}: other bits in {rows} rows from {start} on")
 
 rows, scale = ops.quantize_rows(torch.randn(5, 300) * torch.tensor([[1e-6], [1.0], [1e6], [0.0], [3.0]]))
 values = rows[:, :300].float()
@@ -82,5 +92,6 @@ if not IS_INTERPRETED:
         (qx, sx), (qw, sw) = ops.quantize_rows(x), ops.quantize_rows(packed)
         exact = (qx.double() * sx.double()[:, None]) @ (qw.double() * sw.double()[:, None]).T + bias.double()
         ours = ops.fixed_linear(qx, qw, padded_bias, scales=(sx, sw), dtype=torch.bfloat16)
-        check(f"e4m3 {shape}", ours, exact)
+        check(f"e4m3 {shape}", ours, exact, shape[1])
+assert not wrong, "\n".join(wrong)
 print("all linear layers hold")

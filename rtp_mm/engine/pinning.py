@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 
 import numpy as np
 import torch
@@ -28,6 +29,8 @@ class PinnedBytes:
         if not self.is_pinned:
             reason = self._runtime.cudaGetErrorString(error)
             log_event(_log, "slab not pinned", logging.WARNING, bytes=memory.nbytes, reason=reason)
+            with suppress(RuntimeError):  # the error stays until somebody is told: not whoever launches a kernel next
+                torch.zeros(1, device="cuda")
 
     def close(self) -> None:
         """Before the memory goes."""

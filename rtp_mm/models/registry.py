@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -53,8 +54,9 @@ def load_model(settings: Settings) -> MultimodalMixin:
     model = cls(config)
     model.config = config  # also where a third party's __init__ does not call ours
     try:
-        model.init_multimodal(config, device)
-        model.load_mm_weight(folder, device)
+        with current(device):
+            model.init_multimodal(config, device)
+            model.load_mm_weight(folder, device)
     except StartError as error:
         own = read_json(folder / "config.json").get("model_type") if settings.model_type in FAMILIES else None
         if own is None or own == settings.model_type:
@@ -74,6 +76,13 @@ def choose_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise StartError(f"DEVICE={name}: this torch sees {torch.cuda.device_count()} CUDA devices")
     return device
+
+
+def current(device: torch.device) -> AbstractContextManager[object]:
+    """Makes the device, where it is a CUDA device with a number, the thread's own while it is entered: Triton's
+    kernels, streams and graphs go to that one, wherever their tensors are.
+    """
+    return torch.cuda.device(device) if device.type == "cuda" and device.index is not None else nullcontext()
 
 
 def _class_for(folder: Path, model_type: str | None) -> type[MultimodalMixin]:

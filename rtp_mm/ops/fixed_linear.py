@@ -32,7 +32,8 @@ def fixed_linear(
     activation:   "none", "gelu" (with erf), "quick_gelu", or "silu_gate": `silu(gate) * up`, gates above ups.
     scales:       for e4m3 operands, [M] and [N] float32: what each row of x and of the weight was divided by.
 
-    Accumulated in float32 and rounded once. A row's bits do not depend on its neighbours, its place or M.
+    Accumulated in float32, e4m3 on Hopper in fewer bits, and rounded once. A row's bits do not depend on its
+    neighbours, its place or M.
     """
     from rtp_mm.ops import linear_triton
 

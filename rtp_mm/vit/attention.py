@@ -12,7 +12,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property, partial
 from typing import Any
 
 import torch
@@ -54,6 +54,11 @@ class Segments:
         return cls(cu, max(lengths), tuple(lengths))
 
     @cached_property
+    def rows(self) -> int:
+        """Those that belong to a segment, as far as the host knows."""
+        return sum(self.lengths)
+
+    @cached_property
     def groups(self) -> list[tuple[int, Tensor]]:
         """For backends that want rectangular batches: rows of all segments of one length, as (length, [B * length]
         int64 on the device)."""
@@ -92,13 +97,18 @@ def packed(qkv: Tensor, rotary: RotaryTable, segments: Segments) -> Tensor:
 
 def torch_varlen(qkv: Tensor, rotary: RotaryTable, segments: Segments) -> Tensor:
     """torch.nn.attention.varlen (2.10+): CUDA, 16-bit."""
+    q, k, v = _rotated(qkv, rotary)
+    out: Tensor = _varlen_attn()(q, k, v, segments.cu, segments.cu, segments.max_length, segments.max_length)
+    return _zero_padding(out, segments)
+
+
+@cache
+def _varlen_attn() -> Callable[..., Any]:
+    """Where it can split the keys (after torch 2.11) it must not: by how much would depend on the rest of the batch."""
     from torch.nn.attention.varlen import varlen_attn
 
-    # Where it can split the keys (torch after 2.11), it must not: by how much would depend on the rest of the batch.
-    whole: dict[str, Any] = {"num_splits": 1} if "num_splits" in inspect.signature(varlen_attn).parameters else {}
-    q, k, v = _rotated(qkv, rotary)
-    out: Any = varlen_attn(q, k, v, segments.cu, segments.cu, segments.max_length, segments.max_length, **whole)
-    return _zero_padding(out, segments)
+    can_split = "num_splits" in inspect.signature(varlen_attn).parameters
+    return partial(varlen_attn, num_splits=1) if can_split else varlen_attn
 
 
 def flash(qkv: Tensor, rotary: RotaryTable, segments: Segments) -> Tensor:
@@ -113,6 +123,8 @@ def flash(qkv: Tensor, rotary: RotaryTable, segments: Segments) -> Tensor:
 
 def _zero_padding(out: Tensor, segments: Segments) -> Tensor:
     """Zeroes rows past the last segment, which no kernel writes: padding must stay finite."""
+    if segments.rows == out.shape[0]:
+        return out
     is_padding = torch.arange(out.shape[0], device=out.device) >= segments.cu[-1]
     return out.masked_fill_(is_padding[:, None, None], 0)
 

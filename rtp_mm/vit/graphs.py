@@ -6,8 +6,10 @@ belong to no segment; padding segments are empty. Both stay finite and touch nob
 
 from __future__ import annotations
 
+import logging
 import threading
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -17,13 +19,17 @@ from cachetools import LRUCache
 from torch import Tensor
 
 from rtp_mm.errors import StartError
+from rtp_mm.logs import log_event
 from rtp_mm.vit.attention import Segments
 from rtp_mm.vit.rope import RotaryTable
 
 LARGEST = 4096  # patches; above, the GPU is busy for longer than the launches take
 GRANULE = 64
 GROWTH = 1.25  # from bucket to bucket: at most a fifth of a batch is padding
+SIGHTS = 2  # of a bucket, before it gets a graph: a capture takes as long as several forwards
 GRAPH_UNSAFE = ("sdpa",)  # attention backends whose launches depend on the lengths of the segments
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,10 +124,12 @@ class _Graph:
 
 
 class CudaGraphs:
-    """`run` by graphs, captured when first needed; the longest unused go when all together hold over `max_bytes`.
+    """`run` by graphs, captured for buckets that come again; the longest unused go when all together hold over
+    `max_bytes`.
 
-    `capture` records a function of no arguments. All calls must be on one stream: a batch enters a graph's buffers
-    there only after the one before it was computed and copied out, however early it is launched.
+    `capture` records a function of no arguments; where it raises `RuntimeError`, as where another thread asks the
+    device for what no capture allows, the batch runs without. All calls must be on one stream: a batch enters a graph's
+    buffers there only after the one before it was computed and copied out, however early it is launched.
     """
 
     def __init__(
@@ -133,6 +141,7 @@ class CudaGraphs:
         self._run = run
         self._capture = capture
         self._graphs: LRUCache[Bucket, _Graph] = LRUCache(max_bytes, getsizeof=lambda graph: graph.nbytes)
+        self._sights: Counter[Bucket] = Counter()  # of those without a graph
         self._lock = threading.Lock()  # a graph's buffers are one caller's until its answer is copied out
 
     def __call__(self, batch: Batch) -> Tensor:
@@ -141,31 +150,41 @@ class CudaGraphs:
         if bucket is None:
             return self._run(batch)
         with self._lock:
-            graph = self._graphs.get(bucket)
+            graph = self._graphs.get(bucket) or self._record(batch, bucket)
             if graph is None:
-                graph = self._record(batch, bucket)
+                return self._run(batch)
             copy_into(graph.inputs, batch)
             graph.captured.replay()
             output = graph.captured.output
             return output[: output.shape[0] * batch.x.shape[0] // bucket.patches].clone()
 
-    def _record(self, batch: Batch, bucket: Bucket) -> _Graph:
+    def _record(self, batch: Batch, bucket: Bucket) -> _Graph | None:
+        """`None` where it is too early, or fails."""
+        self._sights[bucket] += 1
+        if self._sights[bucket] < SIGHTS:
+            return None
+        del self._sights[bucket]
         inputs = padded(batch, bucket)
-        graph = _Graph(inputs, self._capture(lambda: self._run(inputs)))
+        try:
+            graph = _Graph(inputs, self._capture(lambda: self._run(inputs)))
+        except RuntimeError as error:
+            log_event(_log, "no graph", logging.WARNING, bucket=tuple(bucket), reason=str(error).partition("\n")[0])
+            return None
         if graph.nbytes <= self._graphs.maxsize:
             self._graphs[bucket] = graph
         return graph
 
 
 class CudaCapture:
-    """Records on the current device. The recordings share their memory for intermediate results: no two may run at
-    once."""
+    """Records on what is the current device when it is made. The recordings share their memory for intermediate
+    results: no two may run at once."""
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream()  # always the same: a block of the pool goes to the stream that it came from
 
     def __call__(self, function: Callable[[], Tensor]) -> Captured:
-        stream = torch.cuda.Stream()
+        stream = self._stream
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # compiles kernels and makes handles, which a capture must not
             function()
@@ -173,8 +192,12 @@ class CudaCapture:
         torch.cuda.empty_cache()  # as the capture does: what it frees must not hide what the capture takes
         free, _ = torch.cuda.mem_get_info()
         graph = torch.cuda.CUDAGraph()
-        # thread_local: other threads may go on using the device
-        with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
+        # The stream outside: `graph` leaves its own behind where the capture's end fails. thread_local: other threads
+        # may go on using the device.
+        with (
+            torch.cuda.stream(stream),
+            torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"),
+        ):
             output = function()
         return Captured(graph.replay, output, max(0, free - torch.cuda.mem_get_info()[0]))
 
