@@ -30,6 +30,7 @@ from benchmarks.gpu_common import (
 )
 
 LIMIT_S = 240  # of a command
+USUAL_S = 90  # that the longest of them needs, about: one that is stopped before it says nothing
 # Every file with tests that need a GPU, and what their names have in common.
 GPU_TESTS = (
     *("tests/test_ops_positions.py", "tests/test_ops_patch_embed.py", "tests/test_ops_resize_patchify.py"),
@@ -67,13 +68,13 @@ def tests(options: Options) -> Figures:
 def sanitizer(options: Options) -> Figures:
     """compute-sanitizer over every kernel."""
     need_cuda(options)
-    found = [shutil.which("compute-sanitizer", path=place) for place in SANITIZER_PLACES]
-    if not any(found):
+    places = (shutil.which("compute-sanitizer", path=place) for place in SANITIZER_PLACES)
+    if (program := next(filter(None, places), None)) is None:
         raise Unavailable("no compute-sanitizer")
     for tool in SANITIZERS:
         outcome = end_of(
             options,
-            *(next(filter(None, found)), "--tool", tool, "--error-exitcode", "1"),
+            *(program, "--tool", tool, "--error-exitcode", "1"),
             *(sys.executable, "tests/kernels_once.py"),
             PYTORCH_NO_CUDA_MEMORY_CACHING="1",  # else an access past a tensor stays inside torch's own block
         )
@@ -92,8 +93,10 @@ def changes(variant: str, options: Options) -> dict[str, Any]:
 
     import torch
 
+    from rtp_mm.vit import graphs
     from rtp_mm.vit.graphs import SIZES
 
+    graphs.SIGHTS = 1  # by graphs from the first batch on
     edges = SIZES if is_gpu(options) else SIZES[:1]
     part = load_part(checkpoint(options), options, VARIANTS[variant])
     shuffled = random.Random(0)
@@ -125,7 +128,7 @@ class CommandError(Exception):
     """A command failed, or took too long; keeps how it ended and the end of what it said."""
 
     def __init__(self, command: Sequence[str], ended: str, output: str, *, is_cut_off: bool) -> None:
-        """is_cut_off: the session's end came, which says nothing of the command."""
+        """is_cut_off: the step's end left it less than a command usually needs, which says nothing of it."""
         self.ended, self.output, self.is_cut_off = ended, output[-3000:], is_cut_off
         super().__init__(f"{' '.join(command)}: {ended}\n{self.output}")
 
@@ -150,7 +153,7 @@ def run(options: Options, *command: str, **environment: str) -> str:
         try:
             ended = f"status {process.wait(limit)}"
         except subprocess.TimeoutExpired:
-            ended, is_cut_off = f"not done after {limit:.0f} s", left < LIMIT_S
+            ended, is_cut_off = f"not done after {limit:.0f} s", left < USUAL_S
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         output.seek(0)

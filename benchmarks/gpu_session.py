@@ -25,6 +25,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def run_step(name: str, options: Options) -> None:
     with lines_of(options).open("a") as lines:
 
         def put(figure: str, value: Any) -> None:
-            lines.write(json.dumps([name, figure, value]) + "\n")
+            lines.write("\n" + json.dumps([name, figure, value]) + "\n")  # after what another step left of a line
             lines.flush()
 
         try:
@@ -85,9 +86,13 @@ def lines_of(options: Options) -> Path:
 
 def read_figures(name: str, options: Options) -> dict[str, Any]:
     """Those that a step has written whole."""
-    lines = lines_of(options).read_text().splitlines(keepends=True) if lines_of(options).exists() else []
-    rows = [json.loads(line) for line in lines if line.endswith("\n")]
-    return {figure: value for step, figure, value in rows if step == name}
+    figures = {}
+    for line in lines_of(options).read_text().splitlines() if lines_of(options).exists() else []:
+        with suppress(ValueError):
+            step, figure, value = json.loads(line)
+            if step == name:
+                figures[figure] = value
+    return figures
 
 
 def figures_of(name: str, options: Options) -> dict[str, Any]:
@@ -170,6 +175,7 @@ def main() -> int:
     file = f"gpu_session{'' if options.device != 'cpu' else '_try'}.json"
     known: dict[str, Any] = json.loads((RESULTS / file).read_text()) if (RESULTS / file).exists() else {}
     results = known | {"machine": machine()}
+    ran: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
         options.folder = Path(folder)
         for name in names:
@@ -177,11 +183,12 @@ def main() -> int:
             results[name] = figures_of(name, options) | {"step_seconds": time.perf_counter() - started}
             show(name, results[name])
             (options.out / file).write_text(json.dumps(results, indent=2) + "\n")
+            ran.append(name)
             if name == "build" and FAILED in results[name]:
-                break  # all others but one would fail for it
+                break  # nearly all others would fail for it
     lines_of(options).unlink(missing_ok=True)
     console.print(f"wrote {options.out / file}")
-    return summarize({name: results[name] for name in names if name in results})
+    return summarize({name: results[name] for name in ran})
 
 
 if __name__ == "__main__":

@@ -186,7 +186,7 @@ class Settings(BaseSettings):
         description="preprocess workers; default: one a core, or of a container's quota",
     )
     mm_torch_threads: Positive | None = Field(
-        None, description="threads of a tower on the CPU; default: one a core, or of a container's quota"
+        None, description="threads of a tower on the CPU; default: one a core; a server's: or of its container's quota"
     )
     use_local_preprocess: Annotated[Literal[0, 1], BeforeValidator(_digit)] = Field(
         0, description="1: preprocess in threads of this process instead of worker processes"

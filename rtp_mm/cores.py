@@ -43,17 +43,26 @@ def _quotas() -> Iterator[float]:
 def _quota_of_version_2(folder: Path) -> float | None:
     """`cpu.max` is `max 100000`, or microseconds of CPU time in a period of so many."""
     quota, _, period = _text(folder / "cpu.max").partition(" ")
-    return int(quota) / int(period) if quota.isdecimal() else None
+    return _cpus(quota, period)
 
 
 def _quota_of_version_1(folder: Path) -> float | None:
     quota, period = (_text(folder / f"cpu.cfs_{name}_us").strip() for name in ("quota", "period"))
-    return int(quota) / int(period) if quota.isdecimal() else None  # -1: none
+    return _cpus(quota, period)
+
+
+def _cpus(quota: str, period: str) -> float | None:
+    """`None` where no quota is set: `max`, -1, or what is no number."""
+    try:
+        cpus = int(quota) / int(period)
+    except (ValueError, ZeroDivisionError):
+        return None
+    return cpus if cpus > 0 else None
 
 
 def _text(file: Path) -> str:
     """Nothing, where it cannot be read."""
     try:
-        return file.read_text()
+        return file.read_text(errors="replace")
     except OSError:
         return ""

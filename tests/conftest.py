@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from rtp_mm.models.random_checkpoint import write_checkpoint
+from rtp_mm.vit import graphs
 
 if TYPE_CHECKING:
     from web_source import Source
@@ -172,3 +173,9 @@ def urls(photos: dict[str, NDArray[np.uint8]]) -> list[str]:
     from watched_engine import as_data_url
 
     return [as_data_url(photos["chelsea"][i : i + 60, :60]) for i in range(8)]
+
+
+@pytest.fixture(autouse=True)
+def graphs_at_first_sight(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches on a GPU run by graphs from the first one on."""
+    monkeypatch.setattr(graphs, "SIGHTS", 1)

@@ -1,6 +1,6 @@
-"""Every CUDA and Triton kernel once or twice, with tails in every direction, against the host: so little that under
-compute-sanitizer, where a kernel takes a hundred times as long, it is through in a minute. Inputs are made and outputs
-compared on the host, so that hardly a kernel runs that is not ours.
+"""Every CUDA and Triton kernel once or twice, with tails in every direction, against the host: little enough for
+compute-sanitizer, which makes kernels many times slower. Inputs are made and outputs compared on the host, so that
+hardly a kernel runs that is not ours.
 
     compute-sanitizer --tool memcheck python tests/kernels_once.py
     TRITON_INTERPRET=1 python tests/kernels_once.py          the Triton ones, in the interpreter

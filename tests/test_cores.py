@@ -54,6 +54,8 @@ def write(groups: Path, memberships: str, files: dict[str, str]) -> None:
             2,
         ),
         ("", {}, 16),
+        (V2.format("/"), {"cpu.max": "\xff what is this\n"}, 16),
+        (V1.format("/"), {"cpu/cpu.cfs_quota_us": "400000\n"}, 16),  # no period
     ],
 )
 def test_a_quota_below_the_cores_counts(groups: Path, memberships: str, files: dict[str, str], expected: int) -> None:

@@ -14,6 +14,7 @@ import pytest
 from benchmarks import gpu_session
 from benchmarks.gpu_checks import GPU_TESTS, ROOT, end_of
 from benchmarks.gpu_common import attempt, failures
+from benchmarks.gpu_towers import judge
 
 OPTIONS = Namespace(device="cpu", size="tiny", only=None, until=float("inf"))
 
@@ -40,6 +41,33 @@ def test_a_step_goes_on_after_a_case_that_fails(tmp_path: Path, monkeypatch: pyt
     figures = gpu_session.read_figures("peaks", options)
     assert figures["good"] == 1
     assert [*failures(figures)] == ["bad: ValueError: at 12:4:", "and a page of source"]
+
+
+def test_a_step_killed_amid_a_line_costs_no_other_its_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = Namespace(**vars(OPTIONS) | {"out": tmp_path, "until": time.time() + 60})
+    gpu_session.lines_of(options).write_text('["build", "seconds", 1.0]\n["build", "cu')
+    monkeypatch.setitem(gpu_session.STEPS, "peaks", lambda _: iter([("copy_gb_s", 2.0)]))
+    gpu_session.run_step("peaks", options)
+    assert gpu_session.read_figures("peaks", options) == {"copy_gb_s": 2.0}
+    assert gpu_session.read_figures("build", options) == {"seconds": 1.0}
+
+
+def test_a_tower_that_answers_wrongly_is_a_failure_and_keeps_its_times() -> None:
+    figures: dict[str, Any] = {
+        "ours": {"error": 0.012, "ms": 3.0},
+        "ours, no graphs": {"error": 0.010, "ms": 4.0},
+        "ours, fp8": {"error": 0.04, "ms": 2.0},
+        "Hugging Face": {"error": 0.010, "ms": 9.0},
+    }
+    judge(figures)
+    assert [*failures(figures)] == ["ours: an error of 1.2e-02, over 1.1e-02"]
+    assert figures["ours"]["ms"] == 3.0
+
+
+def test_a_command_that_is_stopped_by_the_steps_end_says_nothing() -> None:
+    hanging = (sys.executable, "-c", "import time; time.sleep(60)")
+    soon = Namespace(**vars(OPTIONS) | {"until": time.time() + 1})
+    assert str(end_of(soon, *hanging)).startswith("no time left: not done after")
 
 
 def test_a_command_that_fails_is_told_from_its_output() -> None:

@@ -89,13 +89,10 @@ def test_padding_is_zeros_in_no_segment() -> None:
     assert three.full.cu.tolist() == [0, 4, 8, 12, 12, 12, 12, 12, 12]
 
 
-@pytest.fixture
-def at_first_sight(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Graphs are captured when a bucket is first seen."""
-    monkeypatch.setattr("rtp_mm.vit.graphs.SIGHTS", 1)
-
-
-def test_a_bucket_that_comes_again_gets_a_graph_and_one_whose_graph_went_waits_again() -> None:
+def test_a_bucket_that_comes_again_gets_a_graph_and_one_whose_graph_went_waits_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("rtp_mm.vit.graphs.SIGHTS", 2)
     record = Recorder(nbytes=40 * MB)
     graphs = CudaGraphs(lambda b: b.x * 2, record, 50 * MB)
     small, large = batch([64]), batch([128])
@@ -106,18 +103,30 @@ def test_a_bucket_that_comes_again_gets_a_graph_and_one_whose_graph_went_waits_a
     assert captures == [0, 1, 1, 1, 2, 2, 3]
 
 
-def test_a_batch_whose_capture_fails_runs_without(caplog: pytest.LogCaptureFixture) -> None:
-    def fail(function: Callable[[], Tensor]) -> Captured:
-        raise RuntimeError("operation not permitted\nwhen stream is capturing")
+def test_after_a_capture_that_fails_batches_run_without_unless_they_have_a_graph(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    record = Recorder()
 
-    graphs = CudaGraphs(lambda b: b.x * 2, fail, MB)
-    one = batch([64])
-    for _ in range(4):
-        assert torch.equal(graphs(one), one.x * 2)
-    assert [record.getMessage() for record in caplog.records].count("no graph") == 2
+    def capture(function: Callable[[], Tensor]) -> Captured:
+        if record.captures:
+            raise RuntimeError("operation not permitted\nwhen stream is capturing")
+        return record(function)
+
+    runs: list[int] = []
+
+    def run(b: Batch) -> Tensor:
+        runs.append(len(b.x))
+        return b.x * 2
+
+    graphs = CudaGraphs(run, capture, MB)
+    early, late, last = batch([60]), batch([100]), batch([150])
+    for b in (early, late, last, early):
+        assert torch.equal(graphs(b), b.x * 2)
+    assert runs == [64, 64, 100, 150, 64]  # padded: by a graph
+    assert [r.getMessage() for r in caplog.records] == ["no more graphs"]
 
 
-@pytest.mark.usefixtures("at_first_sight")
 def test_a_graph_is_captured_once_a_bucket_and_its_answers_outlive_the_next() -> None:
     record = Recorder()
     graphs = CudaGraphs(lambda b: b.x.mul(2), record, MB)
@@ -131,7 +140,6 @@ def test_a_graph_is_captured_once_a_bucket_and_its_answers_outlive_the_next() ->
         assert torch.equal(second, first)
 
 
-@pytest.mark.usefixtures("at_first_sight")
 def test_what_the_run_overwrites_is_the_graphs_own() -> None:
     graphs = CudaGraphs(lambda b: b.x.add_(1), Recorder(), MB)
     one = batch([5])
@@ -141,7 +149,6 @@ def test_what_the_run_overwrites_is_the_graphs_own() -> None:
     assert torch.equal(one.x, before)
 
 
-@pytest.mark.usefixtures("at_first_sight")
 def test_memory_is_bounded_and_the_longest_unused_goes_first() -> None:
     record = Recorder(nbytes=40 * MB)
     graphs = CudaGraphs(lambda b: b.x * 1, record, max_bytes=100 * MB)
@@ -155,7 +162,6 @@ def test_memory_is_bounded_and_the_longest_unused_goes_first() -> None:
     assert record.captures == 4
 
 
-@pytest.mark.usefixtures("at_first_sight")
 def test_a_graph_over_the_whole_budget_runs_and_is_not_kept() -> None:
     record = Recorder(nbytes=101 * MB)
     graphs = CudaGraphs(lambda b: b.x * 3, record, max_bytes=100 * MB)
@@ -186,7 +192,6 @@ def images(seed: int = 0) -> list[Patches]:
     return [Patches(random.integers(0, 256, (t * h * w, 588), np.uint8), (t, h, w)) for t, h, w in GRIDS]
 
 
-@pytest.mark.usefixtures("at_first_sight")
 def test_graphs_are_invisible(tower: VisionTower) -> None:
     """The same bits with and without, alone and together, also after a forward that left NaN in all buffers."""
 
@@ -207,7 +212,6 @@ def test_graphs_are_invisible(tower: VisionTower) -> None:
         assert torch.equal(embedding, expected)
 
 
-@pytest.mark.usefixtures("at_first_sight")
 @pytest.mark.parametrize("edge", [size for size in SIZES if size <= 1024])
 def test_batching_is_invisible_at_a_buckets_edge(tower: VisionTower, edge: int) -> None:
     """Images of 4 and 12 patches keep their bits beside one that brings the batch just below, to and above the edge."""

@@ -107,8 +107,9 @@ class ItemPipeline:
             config = MMPreprocessConfig.from_options(options)
             return Answer(*await self.batcher.run(item, None, item.mm_type, config))
         timings: Timings = {}
-        with Stopwatch(timings, "fetch"):
-            blob = begun.blob or await self._fetch(item, caller, visit)
+        if (blob := begun.blob) is None:
+            with Stopwatch(timings, "fetch"):
+                blob = await self._fetch(item, caller, visit)
         key = self.answers.key(item, blob, options)
         if (known := self.answers.get(key)) is not None:
             return Answer(known, timings)

@@ -9,7 +9,7 @@ import torch
 
 from rtp_mm.config import Settings
 from rtp_mm.models.multimodal_common import MultiModalEmbeddingInterface
-from rtp_mm.models.registry import current
+from rtp_mm.models.registry import thread_on
 from rtp_mm.preprocess.media import MediaPreprocessor
 from rtp_mm.types import MMPreprocessConfig, MMUrlType, Patches
 
@@ -64,7 +64,7 @@ def _fitting_patches(mm_part: MultiModalEmbeddingInterface) -> int:
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
-    with current(device), torch.inference_mode():
+    with thread_on(device), torch.inference_mode():
         mm_part.mm_process_batch([grey], [MMUrlType.IMAGE], [MMPreprocessConfig()])
     torch.cuda.synchronize(device)
     a_patch: int = max(1, (torch.cuda.max_memory_allocated(device) - before) // patches)

@@ -29,11 +29,16 @@ class PinnedBytes:
         if not self.is_pinned:
             reason = self._runtime.cudaGetErrorString(error)
             log_event(_log, "slab not pinned", logging.WARNING, bytes=memory.nbytes, reason=reason)
-            with suppress(RuntimeError):  # the error stays until somebody is told: not whoever launches a kernel next
-                torch.zeros(1, device="cuda")
+            _let_go_of_the_error()
 
     def close(self) -> None:
         """Before the memory goes."""
         if self.is_pinned:
             self.is_pinned = False
             self._runtime.cudaHostUnregister(self._address)
+
+
+def _let_go_of_the_error() -> None:
+    """CUDA keeps its last error until somebody is told: this launch, not whoever's is next on the thread."""
+    with suppress(RuntimeError, AssertionError):  # an assertion where torch has no CUDA
+        torch.zeros(1, device="cuda")

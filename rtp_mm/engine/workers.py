@@ -14,6 +14,7 @@ from rtp_mm.engine.pinning import PinnedBytes
 from rtp_mm.engine.worker_pool import WorkerPool
 from rtp_mm.errors import MMError, ProcessError, WrongFormatError
 from rtp_mm.models.multimodal_common import MultiModalEmbeddingInterface
+from rtp_mm.models.registry import thread_on
 from rtp_mm.types import Blob, MMPreprocessConfig, MMUrlType, PreprocessOptions
 
 _log = logging.getLogger(__name__)
@@ -67,7 +68,8 @@ class PreprocessWorkers:
             )
             if mm_part._device.type == "cuda":
                 slab = self._processes.slab
-                self._pinned = PinnedBytes(slab.bytes[: slab.kept_bytes])
+                with thread_on(mm_part._device):
+                    self._pinned = PinnedBytes(slab.bytes[: slab.kept_bytes])
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="rtp_mm-preprocess")
 
     async def prepare(

@@ -54,7 +54,7 @@ def load_model(settings: Settings) -> MultimodalMixin:
     model = cls(config)
     model.config = config  # also where a third party's __init__ does not call ours
     try:
-        with current(device):
+        with thread_on(device):
             model.init_multimodal(config, device)
             model.load_mm_weight(folder, device)
     except StartError as error:
@@ -78,9 +78,10 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def current(device: torch.device) -> AbstractContextManager[object]:
-    """Makes the device, where it is a CUDA device with a number, the thread's own while it is entered: Triton's
-    kernels, streams and graphs go to that one, wherever their tensors are.
+def thread_on(device: torch.device) -> AbstractContextManager[object]:
+    """A CUDA device with a number as the thread's own, while it is entered.
+
+    Triton's kernels, streams and graphs go to the thread's device, wherever their tensors are.
     """
     return torch.cuda.device(device) if device.type == "cuda" and device.index is not None else nullcontext()
 

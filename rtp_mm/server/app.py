@@ -41,6 +41,7 @@ _HEALTH_NAMES = ("", SERVICE)  # "" stands for the server as a whole
 LoadEngine = Callable[[Settings, asyncio.AbstractEventLoop], Loaded]  # blocks; the engine then lives on that loop
 _HEALTH_PERIOD_S = 0.5
 _LAST_WORDS_S = 0.2  # after the drain: for health watchers and refusals to reach their clients
+_NEVER_MS = (1 << 31) - 1  # as gRPC takes it; a larger number it does not take
 _CARRIAGE_MS = 60_000  # for the messages of a call, both ways, beside its MM_TIMEOUT_MS
 
 GRPC_OPTIONS = (
@@ -62,8 +63,8 @@ def grpc_options(settings: Settings) -> tuple[tuple[str, int], ...]:
     """
     return (
         *GRPC_OPTIONS,
-        ("grpc.max_connection_age_ms", settings.mm_max_connection_age_ms),
-        ("grpc.max_connection_age_grace_ms", settings.mm_timeout_ms + _CARRIAGE_MS),
+        ("grpc.max_connection_age_ms", min(settings.mm_max_connection_age_ms, _NEVER_MS)),
+        ("grpc.max_connection_age_grace_ms", min(settings.mm_timeout_ms + _CARRIAGE_MS, _NEVER_MS)),
     )
 
 

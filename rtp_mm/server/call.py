@@ -26,7 +26,7 @@ class Call:
     """A call in progress, or, once `seconds` is set, one that has ended."""
 
     caller: Caller
-    metadata: Metadata = ()  # that came with it
+    metadata: Metadata = field(default=(), repr=False)  # that came with it; it may hold a token
     id: str = field(default_factory=lambda: secrets.token_hex(4))
     trace_id: str | None = None
     started: float = field(default_factory=time.perf_counter)

@@ -11,6 +11,7 @@ import threading
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -128,8 +129,9 @@ class CudaGraphs:
     `max_bytes`.
 
     `capture` records a function of no arguments; where it raises `RuntimeError`, as where another thread asks the
-    device for what no capture allows, the batch runs without. All calls must be on one stream: a batch enters a graph's
-    buffers there only after the one before it was computed and copied out, however early it is launched.
+    device for what no capture allows, that was the last one, and batches without a graph run without. All calls must be
+    on one stream: a batch enters a graph's buffers there only after the one before it was computed and copied out,
+    however early it is launched.
     """
 
     def __init__(
@@ -142,6 +144,7 @@ class CudaGraphs:
         self._capture = capture
         self._graphs: LRUCache[Bucket, _Graph] = LRUCache(max_bytes, getsizeof=lambda graph: graph.nbytes)
         self._sights: Counter[Bucket] = Counter()  # of those without a graph
+        self._has_failed = False
         self._lock = threading.Lock()  # a graph's buffers are one caller's until its answer is copied out
 
     def __call__(self, batch: Batch) -> Tensor:
@@ -159,16 +162,17 @@ class CudaGraphs:
             return output[: output.shape[0] * batch.x.shape[0] // bucket.patches].clone()
 
     def _record(self, batch: Batch, bucket: Bucket) -> _Graph | None:
-        """`None` where it is too early, or fails."""
+        """`None` where it is too early, or fails, or failed once: a spoiled capture may spoil those after it."""
         self._sights[bucket] += 1
-        if self._sights[bucket] < SIGHTS:
+        if self._sights[bucket] < SIGHTS or self._has_failed:
             return None
         del self._sights[bucket]
         inputs = padded(batch, bucket)
         try:
             graph = _Graph(inputs, self._capture(lambda: self._run(inputs)))
         except RuntimeError as error:
-            log_event(_log, "no graph", logging.WARNING, bucket=tuple(bucket), reason=str(error).partition("\n")[0])
+            self._has_failed = True
+            log_event(_log, "no more graphs", logging.WARNING, reason=str(error).partition("\n")[0])
             return None
         if graph.nbytes <= self._graphs.maxsize:
             self._graphs[bucket] = graph
@@ -194,11 +198,16 @@ class CudaCapture:
         graph = torch.cuda.CUDAGraph()
         # The stream outside: `graph` leaves its own behind where the capture's end fails. thread_local: other threads
         # may go on using the device.
-        with (
-            torch.cuda.stream(stream),
-            torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"),
-        ):
-            output = function()
+        try:
+            with (
+                torch.cuda.stream(stream),
+                torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"),
+            ):
+                output = function()
+        except RuntimeError:
+            with suppress(RuntimeError):  # torch leaves it open, and gives no memory back to the device meanwhile
+                torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self._pool)
+            raise
         return Captured(graph.replay, output, max(0, free - torch.cuda.mem_get_info()[0]))
 
 
