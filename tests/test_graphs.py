@@ -127,6 +127,22 @@ def test_after_a_capture_that_fails_batches_run_without_unless_they_have_a_graph
     assert [r.getMessage() for r in caplog.records] == ["no more graphs"]
 
 
+def test_a_capture_without_memory_is_tried_again() -> None:
+    record = Recorder()
+    errors = [torch.OutOfMemoryError("no memory")]
+
+    def capture(function: Callable[[], Tensor]) -> Captured:
+        if errors:
+            raise errors.pop()
+        return record(function)
+
+    graphs = CudaGraphs(lambda b: b.x * 2, capture, MB)
+    one = batch([60])
+    for _ in range(2):
+        assert torch.equal(graphs(one), one.x * 2)
+    assert record.captures == 1
+
+
 def test_a_graph_is_captured_once_a_bucket_and_its_answers_outlive_the_next() -> None:
     record = Recorder()
     graphs = CudaGraphs(lambda b: b.x.mul(2), record, MB)

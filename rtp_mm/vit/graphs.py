@@ -171,8 +171,9 @@ class CudaGraphs:
         try:
             graph = _Graph(inputs, self._capture(lambda: self._run(inputs)))
         except RuntimeError as error:
-            self._has_failed = True
-            log_event(_log, "no more graphs", logging.WARNING, reason=str(error).partition("\n")[0])
+            if not isinstance(error, torch.OutOfMemoryError):  # which spoils nothing
+                self._has_failed = True
+                log_event(_log, "no more graphs", logging.WARNING, reason=str(error).partition("\n")[0])
             return None
         if graph.nbytes <= self._graphs.maxsize:
             self._graphs[bucket] = graph
