@@ -119,14 +119,15 @@ def video() -> str:
 def audio() -> str:
     rows = []
     for _, result in results("audio_*"):
+        tower = f"`{result['checkpoint']}`, {result['act_type']}"
         for sound in result["sounds"]:
             ours, ratios = [], []
             for stage in ("frames_ms", "tower_ms"):
                 ms = {side: times["median"] for side, times in sound[stage].items()}
                 ours.append(f"{ms['ours']:.1f}")
                 ratios.append(f"{ms['peer'] / ms['ours']:.1f}x")
-            rows.append([str(sound["seconds"]), ours[0], ratios[0], ours[1], ratios[1]])
-    return markdown(["sound, s", "log-mel frames, ms", "Hugging Face", "tower, ms", "Hugging Face"], rows)
+            rows.append([tower, str(sound["seconds"]), ours[0], ratios[0], ours[1], ratios[1]])
+    return markdown(["tower", "sound, s", "log-mel frames, ms", "Hugging Face", "tower, ms", "Hugging Face"], rows)
 
 
 def service() -> str:
