@@ -17,6 +17,7 @@ from typing import Any
 from benchmarks.gpu_common import (
     FAILED,
     ROOT,
+    UNFINISHED,
     VARIANTS,
     Figures,
     Options,
@@ -173,5 +174,5 @@ def end_of(options: Options, *command: str, **environment: str) -> str | dict[st
         return last_line(run(options, *command, **environment))
     except CommandError as error:
         if error.is_cut_off:
-            return f"no time left: {error.ended}"
+            return {UNFINISHED: f"no time left, {error.ended}"}
         return {FAILED: f"{error.ended}: {last_line(error.output)}", "output": error.output}

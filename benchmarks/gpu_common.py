@@ -14,6 +14,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 ROUNDS = 9
+UNFINISHED = "unfinished"  # the key, at any depth, of what there was no time for, which is no failure
 FAILED = "failed"  # the key, at any depth of a step's figures, of what went wrong: then the session's status is 1
 # Ways to run our tower, by the settings that differ.
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -49,13 +50,18 @@ def attempt(measure: Callable[[], Any]) -> Any:
         return failure(error)
 
 
-def failures(figures: dict[str, Any], name: str = "") -> Iterator[str]:
+def failures(figures: dict[str, Any]) -> Iterator[str]:
     """A line for each failure in a step's figures, after the names that lead to it."""
+    return found(FAILED, figures)
+
+
+def found(wanted: str, figures: dict[str, Any], name: str = "") -> Iterator[str]:
+    """A line for each value under this key, at any depth, after the names that lead to it."""
     for key, value in figures.items():
-        if key == FAILED:
+        if key == wanted:
             yield ": ".join([*filter(None, [name]), *value.strip().splitlines()[-1:]])
         elif isinstance(value, dict):
-            yield from failures(value, ", ".join(filter(None, [name, key])))
+            yield from found(wanted, value, ", ".join(filter(None, [name, key])))
 
 
 def is_gpu(options: Options) -> bool:

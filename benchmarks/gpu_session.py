@@ -34,7 +34,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from benchmarks.gpu_checks import build, invariance, sanitizer, tests
-from benchmarks.gpu_common import FAILED, ROOT, Figures, Options, Unavailable, failures
+from benchmarks.gpu_common import FAILED, ROOT, UNFINISHED, Figures, Options, Unavailable, failures, found
 from benchmarks.gpu_decode import decode
 from benchmarks.gpu_kernels import attention, linears, peaks, pointwise, tiles
 from benchmarks.gpu_towers import profile, service, tower
@@ -69,7 +69,7 @@ def run_step(name: str, options: Options) -> None:
             for figure, value in STEPS[name](options):
                 put(figure, value)
                 if time.time() > options.until:
-                    put("unfinished", "no time left")
+                    put(UNFINISHED, "no time left")
                     break
         except Unavailable as reason:
             put("not here", str(reason))
@@ -135,13 +135,14 @@ def show(name: str, figures: dict[str, Any]) -> None:
 
 def summarize(steps: dict[str, dict[str, Any]]) -> int:
     """Prints what failed, then how each step ended; the session's exit status."""
-    failed = {name: found for name, figures in steps.items() if (found := [*failures(figures)])}
+    failed = {name: lines for name, figures in steps.items() if (lines := [*failures(figures)])}
     table = Table("step", "s", "outcome")
     for name, lines in failed.items():
         for line in lines:
             table.add_row(name, "", escape(f"FAILED: {line}"))
     for name, figures in steps.items():
-        outcome = next((f"{key}: {figures[key]}" for key in ("not here", "unfinished") if key in figures), "done")
+        left = [f"{UNFINISHED}: {line}" for line in found(UNFINISHED, figures)]
+        outcome = f"not here: {figures['not here']}" if "not here" in figures else ", ".join(left) or "done"
         table.add_row(name, f"{figures['step_seconds']:.0f}", "failed" if name in failed else escape(outcome))
     console.print(table)
     return int(bool(failed))

@@ -70,8 +70,8 @@ def _check(settings: Settings) -> None:
 
 
 def share_cores() -> None:
-    """Before torch is imported. It knows of no quota, and a thread more than that stops all of them for a while. Its
-    OpenMP threads wait for each other without giving up their core, libgomp's by default for 300,000 rounds,
+    """Before torch is imported. It knows of no quota: were its threads more, all of them would stand still for the rest
+    of each period. OpenMP's wait for each other without giving up their core, libgomp's by default for 300,000 rounds,
     milliseconds of a core that the preprocess workers want just then.
     """
     if (cores := available_cores()) < affine_cores():

@@ -53,7 +53,7 @@ def resize() -> None:
         for size, temporal in (((56, 84), 1), ((28, 140), 2)):
             for order in ("horizontal", "vertical"):
                 ours, expected = (
-                    ops.resize_patchify(f, *size, 14, 2, order=order, temporal_patch_size=temporal)  # type: ignore[arg-type]
+                    ops.resize_patchify(f, *size, 14, 2, order=order, temporal_patch_size=temporal)
                     for f in (on_device, view)
                 )
                 assert torch.equal(ours.cpu(), expected)

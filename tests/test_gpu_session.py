@@ -13,7 +13,7 @@ import pytest
 
 from benchmarks import gpu_session
 from benchmarks.gpu_checks import GPU_TESTS, ROOT, end_of
-from benchmarks.gpu_common import attempt, failures
+from benchmarks.gpu_common import UNFINISHED, attempt, failures, found
 from benchmarks.gpu_towers import judge
 
 OPTIONS = Namespace(device="cpu", size="tiny", only=None, until=float("inf"))
@@ -67,7 +67,9 @@ def test_a_tower_that_answers_wrongly_is_a_failure_and_keeps_its_times() -> None
 def test_a_command_that_is_stopped_by_the_steps_end_says_nothing() -> None:
     hanging = (sys.executable, "-c", "import time; time.sleep(60)")
     soon = Namespace(**vars(OPTIONS) | {"until": time.time() + 1})
-    assert str(end_of(soon, *hanging)).startswith("no time left: not done after")
+    figures = {"tests/test_slab.py": end_of(soon, *hanging)}
+    assert not [*failures(figures)]
+    assert [*found(UNFINISHED, figures)] == ["tests/test_slab.py: no time left, not done after 1 s"]
 
 
 def test_a_command_that_fails_is_told_from_its_output() -> None:

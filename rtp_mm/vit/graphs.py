@@ -27,7 +27,7 @@ from rtp_mm.vit.rope import RotaryTable
 LARGEST = 4096  # patches; above, the GPU is busy for longer than the launches take
 GRANULE = 64
 GROWTH = 1.25  # from bucket to bucket: at most a fifth of a batch is padding
-SIGHTS = 2  # of a bucket, before it gets a graph: a capture takes as long as several forwards
+SIGHTS = 2  # of a bucket, before it gets a graph: a capture, and the forward before it, pay for what comes again
 GRAPH_UNSAFE = ("sdpa",)  # attention backends whose launches depend on the lengths of the segments
 
 _log = logging.getLogger(__name__)
