@@ -21,6 +21,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "ours": {},
     "ours, no graphs": {"mm_cuda_graphs": "0"},
     "ours, cuBLAS": {"mm_batch_invariant": False},
+    "ours, cuBLAS, torch.compile": {"mm_batch_invariant": False, "mm_torch_compile": True},
     "ours, fp8": {"mm_quantization": "fp8"},
 }
 

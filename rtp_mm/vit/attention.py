@@ -131,6 +131,7 @@ def _zero_padding(out: Tensor, segments: Segments) -> Tensor:
 
 # In order of preference.
 VARLEN_ATTENTION: dict[str, Attention] = {"flash": flash, "torch": torch_varlen, "packed": packed, "sdpa": sdpa}
+TRACEABLE = ("packed",)  # the others read lengths on the host, for each of which torch.compile would compile anew
 
 
 def is_usable(name: str, dtype: torch.dtype, device: torch.device) -> bool:

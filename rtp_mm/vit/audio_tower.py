@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from rtp_mm.errors import ProcessError, StartError
 from rtp_mm.types import LogMel
-from rtp_mm.vit.attention import VARLEN_ATTENTION, Segments
+from rtp_mm.vit.attention import Segments
 from rtp_mm.vit.graphs import Batch
 from rtp_mm.vit.layers import Block, LayerNorm, Mlp, SelfAttention
 from rtp_mm.vit.linear import Gemm, Linear, choose_gemm
@@ -151,7 +151,6 @@ class AudioTower(Tower):
         qkv = partial(QkvLinear, dtype=dtype, gemm=gemm)
         convolution = partial(Convolution, dtype=dtype, gemm=exact_gemm)  # a hundredth of the work
         norm = partial(LayerNorm, dtype=self.compute_dtype, eps=NORM_EPS)
-        attention = VARLEN_ATTENTION[self.attention_backend]
         dim = config.d_model
         with torch.device("meta"):
             self.conv1 = convolution(config.num_mel_bins, dim)
@@ -162,7 +161,7 @@ class AudioTower(Tower):
             self.layers = nn.ModuleList(
                 Block(
                     norm,
-                    SelfAttention(linear, dim, config.encoder_attention_heads, attention, qkv),
+                    SelfAttention(linear, dim, config.encoder_attention_heads, self._attention, qkv),
                     Mlp(linear, delicate, dim, config.encoder_ffn_dim, config.activation_function),
                     dim,
                 )

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from rtp_mm import ops
 from rtp_mm.errors import StartError
 from rtp_mm.types import DevicePatches, Patches
-from rtp_mm.vit.attention import VARLEN_ATTENTION, Segments
+from rtp_mm.vit.attention import Segments
 from rtp_mm.vit.graphs import Batch
 from rtp_mm.vit.layers import Block, GatedMlp, LayerNorm, Mlp, PatchMerger, RMSNorm, SelfAttention
 from rtp_mm.vit.linear import Linear
@@ -117,7 +117,7 @@ class VisionTower(Tower):
             self.blocks = nn.ModuleList(
                 Block(
                     norm,
-                    SelfAttention(linear, dim, config.num_heads, VARLEN_ATTENTION[self.attention_backend]),
+                    SelfAttention(linear, dim, config.num_heads, self._attention),
                     mlp(linear, delicate, dim, config.intermediate_size, config.activation),
                     dim,
                 )

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from rtp_mm import ops
 from rtp_mm.config import Settings
-from rtp_mm.vit.attention import choose_attention
+from rtp_mm.vit.attention import TRACEABLE, VARLEN_ATTENTION, Attention, choose_attention
 from rtp_mm.vit.graphs import Batch, CudaCapture, CudaGraphs, use_graphs
+from rtp_mm.vit.layers import Block, PatchMerger
 from rtp_mm.vit.linear import Gemm, Linear, choose_gemm, compute_dtype
 
 
@@ -25,6 +26,7 @@ class TowerOptions:
     quantization: str = "none"
     cuda_graphs: str = "auto"
     cuda_graphs_bytes: int = 1 << 30
+    is_compiled: bool = False
 
     @classmethod
     def of(cls, settings: Settings) -> TowerOptions:
@@ -35,6 +37,7 @@ class TowerOptions:
             quantization=settings.mm_quantization,
             cuda_graphs=settings.mm_cuda_graphs,
             cuda_graphs_bytes=settings.mm_cuda_graphs_mb << 20,
+            is_compiled=settings.mm_torch_compile,
         )
 
 
@@ -56,6 +59,13 @@ class Tower(nn.Module):
         self.attention_backend = choose_attention(self.options.attention, self.compute_dtype, device)
         self.between_blocks: Callable[[], None] = _nothing
         self._run: Callable[[Batch], Tensor] = self._run_eagerly
+
+    @property
+    def _attention(self) -> Attention:
+        attention = VARLEN_ATTENTION[self.attention_backend]
+        if self.options.is_compiled and self.attention_backend not in TRACEABLE:
+            return torch.compiler.disable(attention)  # type: ignore[no-any-return]
+        return attention
 
     def _choose_gemms(self) -> tuple[type[Gemm], type[Gemm], int]:
         """For most layers and for delicate ones (see `choose_gemm`), and what rows must be a multiple of for both."""
@@ -83,10 +93,15 @@ class Tower(nn.Module):
         raise NotImplementedError
 
     def _pack(self) -> None:
-        """Packs the GEMMs' weights, and has batches run by graphs where they can; once, after loading."""
+        """Packs the GEMMs' weights, and has batches run by graphs where they can; once, after loading.
+
+        What is to be compiled is so at its first calls: once for all blocks, and for few shapes that stand for all.
+        """
         for module in self.modules():
             if isinstance(module, Linear):
                 module.prepare()
+            elif isinstance(module, Block | PatchMerger) and self.options.is_compiled:
+                module.compile(dynamic=True)
         if use_graphs(self.options.cuda_graphs, self.device, self.attention_backend):
             self._run = CudaGraphs(self._run_eagerly, CudaCapture(), self.options.cuda_graphs_bytes)
 
