@@ -205,7 +205,8 @@ class LogMel:
 
 
 Prepared = Patches | LogMel  # what a worker makes of a blob
-RowAllocator = Callable[[tuple[int, int]], NDArray[np.uint8]]  # gives the [N, C] bytes that rows are written to
+RowsShape = tuple[int, int]  # [N, C] bytes, of an item's rows
+RowAllocator = Callable[[RowsShape], NDArray[np.uint8]]  # gives what rows are written to
 
 
 @dataclass(slots=True, weakref_slot=True)

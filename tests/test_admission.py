@@ -78,15 +78,29 @@ def test_what_was_not_foreseen_counts_once_it_is_known() -> None:
     admission = new_admission()
     with admission.visiting(0, 0) as first:
         guessed = admission._usual_patches
-        with admission.holding(first, Cost(0, 10)) as settle:
+        with admission.holding(first, Cost(0, 10)) as held:
             assert (admission.patches, admission.nbytes) == (0, 10)
             assert admission._usual_patches == guessed
-            settle(Cost(150, 2000))
+            held.settle(Cost(150, 2000))
             assert (admission.patches, admission.nbytes) == (150, 2000)
             assert admission._usual_patches > guessed
             with pytest.raises(QueueFullError, match="150 patches"), admission.holding(Visit(0, 0), Cost(1, 0)):
                 pass
         assert (admission.patches, admission.nbytes) == (0, 0)
+
+
+def test_what_comes_to_light_before_it_is_spent_may_be_refused() -> None:
+    admission = new_admission()
+    with admission.visiting(0, 0), admission.holding(Visit(0, 0), Cost(0, 10)) as held:
+        admission.patches = 60
+        with pytest.raises(QueueFullError, match="60 patches"):
+            held.expect(Cost(41, 1000))
+        with pytest.raises(QueueFullError, match="in flight"):
+            held.expect(Cost(40, 1 << 40))
+        assert (admission.patches, admission.nbytes) == (60, 10)
+        held.expect(Cost(40, 1000))
+        assert (admission.patches, admission.nbytes) == (100, 1000)
+    assert (admission.patches, admission.nbytes) == (60, 0)
 
 
 def test_what_is_refused_tells_what_downloads_come_to() -> None:

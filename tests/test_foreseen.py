@@ -186,6 +186,30 @@ async def test_a_containers_clip_counts_in_the_queue_once_it_is_decoded(
             assert await second
 
 
+@pytest.mark.parametrize(("limit", "is_admitted"), [(48, True), (47, False)])
+async def test_a_containers_clip_is_refused_before_it_is_decoded(
+    limit: int, is_admitted: bool, tiny_qwen2_5_vl: Path, urls: list[str], frames: list[Pixels]
+) -> None:
+    url = as_url(encode(frames))
+    async with watched(tiny_qwen2_5_vl, mm_max_queue_patches=limit) as w:
+        w.may_forward.clear()
+        first = w.ask(urls[0])  # 16 patches
+        await until(lambda: len(w.forwards) == 1)
+        second = w.ask(url, mm_type=MMUrlType.VIDEO, config=FOUR)  # 32
+        if is_admitted:
+            await until(lambda: w.engine.stats().items_waiting == 1)
+            assert w.engine._items.admission.patches == 48
+        else:
+            with pytest.raises(QueueFullError, match=r"16 patches are waiting or running \(MM_MAX_QUEUE_PATCHES\)"):
+                await second
+            assert w.engine._items.admission.patches == 16
+        assert (w.engine.stats().decoded_frames > 0) == is_admitted
+        w.may_forward.set()
+        await first
+        if is_admitted:
+            assert await second
+
+
 async def test_the_bytes_of_its_rows_are_held(tiny_qwen2_5_vl: Path, frames: list[Pixels]) -> None:
     data = animate(frames, "WEBP", 50)
     async with watched(tiny_qwen2_5_vl) as w:

@@ -13,15 +13,12 @@ from math import prod
 from typing import NamedTuple, Protocol, runtime_checkable
 
 from rtp_mm.errors import QueueFullError, WrongFormatError
-from rtp_mm.types import Blob, MMUrlType, PreprocessOptions
+from rtp_mm.types import Blob, MMUrlType, PreprocessOptions, RowsShape
 
 FIRST_GUESS_SHARE = 1 / 32  # of the patches that may wait: what a download comes to, before any has shown it
 AVERAGED_ITEMS = 16  # that this is learnt from, about: an exponential average
 DOWNLOADS_SHARE = 1 / 2  # of the patches that may wait, at most, for what downloads come to: slow ones idle no device
 MIN_RETRY_AFTER_MS = 100  # before any forward has shown how long one takes
-
-
-Shape = tuple[int, int]  # [N, C] bytes, of an item's patch rows
 
 
 class Cost(NamedTuple):
@@ -31,7 +28,7 @@ class Cost(NamedTuple):
     nbytes: int
 
     @classmethod
-    def of(cls, blob: Blob, rows: Shape | None) -> Cost:
+    def of(cls, blob: Blob, rows: RowsShape | None) -> Cost:
         """`rows`, where they are foreseen."""
         return cls(0, blob.nbytes) if rows is None else cls(rows[0], blob.nbytes + prod(rows))
 
@@ -40,7 +37,7 @@ class Cost(NamedTuple):
 class Predicts(Protocol):
     """A preprocessor that tells the shape of an item's rows before it is decoded, `None` where it cannot."""
 
-    def predict(self, blob: Blob, mm_type: MMUrlType, options: PreprocessOptions) -> Shape | None: ...
+    def predict(self, blob: Blob, mm_type: MMUrlType, options: PreprocessOptions) -> RowsShape | None: ...
 
 
 @dataclass(slots=True, eq=False)
@@ -50,6 +47,31 @@ class Visit:
     nbytes: int
     ends_at: float  # its deadline, by the loop's clock
     downloads: int = 0  # that it was granted
+
+
+class Held:
+    """What an item under way costs in all, as far as is known."""
+
+    def __init__(self, admission: Admission, visit: Visit) -> None:
+        self._admission, self._visit = admission, visit
+        self.cost = Cost(0, 0)
+
+    def expect(self, cost: Cost) -> None:
+        """Before it is spent. Raises `QueueFullError`."""
+        self._admission._learn(cost)
+        more = Cost(cost.patches - self.cost.patches, cost.nbytes - self.cost.nbytes)
+        self._admission._check(self._visit, more)
+        self.count(cost)
+
+    def settle(self, cost: Cost) -> None:
+        """Once it is spent: it counts, and refuses nothing any more."""
+        self._admission._learn(cost)
+        self.count(cost)
+
+    def count(self, cost: Cost) -> None:
+        self._admission.patches += cost.patches - self.cost.patches
+        self._admission._add(cost.nbytes - self.cost.nbytes)
+        self.cost = cost
 
 
 class Admission:
@@ -108,30 +130,14 @@ class Admission:
             self._add(-visit.nbytes)
 
     @contextmanager
-    def holding(self, visit: Visit, cost: Cost) -> Iterator[Callable[[Cost], None]]:
-        """Work for `visit` that costs so much while it is under way. Raises `QueueFullError`.
-
-        To be told of another cost, where that comes to light on the way; it counts, and refuses nothing any more.
-        """
-        held = Cost(0, 0)
-
-        def hold(cost: Cost) -> None:
-            nonlocal held
-            self.patches += cost.patches - held.patches
-            self._add(cost.nbytes - held.nbytes)
-            held = cost
-
-        def settle(cost: Cost) -> None:
-            self._learn(cost)
-            hold(cost)
-
-        self._learn(cost)
-        self._check(visit, cost)
-        hold(cost)
+    def holding(self, visit: Visit, cost: Cost) -> Iterator[Held]:
+        """Work for `visit` that costs so much while it is under way. Raises `QueueFullError`."""
+        held = Held(self, visit)
+        held.expect(cost)
         try:
-            yield settle
+            yield held
         finally:
-            hold(Cost(0, 0))
+            held.count(Cost(0, 0))
 
     def _learn(self, cost: Cost) -> None:
         if cost.patches:  # else they are not known

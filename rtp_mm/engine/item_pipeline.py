@@ -7,13 +7,14 @@ from collections.abc import Callable
 from functools import partial
 
 from rtp_mm.config import Settings
-from rtp_mm.engine.admission import Admission, Cost, Predicts, Shape, Visit
+from rtp_mm.engine.admission import Admission, Cost, Predicts, Visit
 from rtp_mm.engine.answers import Answers
 from rtp_mm.engine.batcher import Batcher
 from rtp_mm.engine.caches import ByteCache, Embedded, EmbeddingKey, PatchKey
 from rtp_mm.engine.contents import is_data_url
 from rtp_mm.engine.flights import Flights
 from rtp_mm.engine.forward import Forward, WholeForward
+from rtp_mm.engine.job_line import Check, no_check
 from rtp_mm.engine.limits import bound_clips, device_limits
 from rtp_mm.engine.response import Answer, Begun, Stopwatch, Timings
 from rtp_mm.engine.workers import ForwardInput, PreprocessWorkers
@@ -32,6 +33,7 @@ from rtp_mm.types import (
     MMUrlType,
     MultimodalInput,
     Patches,
+    RowsShape,
 )
 
 LARGEST_HEADERS = 1 << 18  # bytes of a clip whose headers are read on the event loop; at worst it takes a millisecond
@@ -137,7 +139,7 @@ class ItemPipeline:
     def _fetch_key(self, item: MultimodalInput) -> tuple[str, SizeLimit]:
         return item.url, self.fetcher.limit(item)
 
-    async def _foresee(self, key: PatchKey, blob: Blob) -> Shape | None:
+    async def _foresee(self, key: PatchKey, blob: Blob) -> RowsShape | None:
         """What the item's rows will be, read from its headers before memory is spent; `None` where they do not tell: a
         third party's, a container's. Raises `WrongFormatError` for an item over a limit, and `NotSupportedError`.
         """
@@ -147,7 +149,7 @@ class ItemPipeline:
             return await asyncio.to_thread(self._predictor.predict, blob, key.mm_type, key.options)
         return self._predictor.predict(blob, key.mm_type, key.options)
 
-    def _admit(self, key: EmbeddingKey, rows: Shape | None, visit: Visit) -> None:
+    def _admit(self, key: EmbeddingKey, rows: RowsShape | None, visit: Visit) -> None:
         """Raises `WrongFormatError` for an item too large for the device, `QueueFullError` for one that would come too
         late.
         """
@@ -155,19 +157,29 @@ class ItemPipeline:
             return
         self.admission.check_item(rows[0], self.limits.item)
         if key not in self._computations:
-            self.admission.check_in_time(visit, self.batcher.seconds_before(rows[0]), self._clock())
+            self._check_in_time(rows, visit)
 
-    async def _compute(self, key: EmbeddingKey, blob: Blob, rows: Shape | None, visit: Visit) -> Answer:
+    def _check_in_time(self, rows: RowsShape, visit: Visit) -> None:
+        """Raises `QueueFullError`."""
+        self.admission.check_in_time(visit, self.batcher.seconds_before(rows[0]), self._clock())
+
+    async def _compute(self, key: EmbeddingKey, blob: Blob, rows: RowsShape | None, visit: Visit) -> Answer:
         """Prepare and forward: once for all who want the same now, whoever came first."""
         config = MMPreprocessConfig.from_options(key.patches.options)  # what the key says and no more
         timings: Timings = {}
-        with self.admission.holding(visit, Cost.of(blob, rows)) as settle:
+        with self.admission.holding(visit, Cost.of(blob, rows)) as held:
+
+            def check(shape: RowsShape) -> None:
+                """Of a container, which only a worker knows: before it decodes."""
+                self._check_in_time(shape, visit)
+                held.expect(Cost.of(blob, shape))
+
             with Stopwatch(timings, "preprocess"):
-                prepared = await self._prepare(key.patches, blob, rows)
+                prepared = await self._prepare(key.patches, blob, rows, check if self._predictor else no_check)
             if prepared.patches is not None:
                 self.admission.check_item(prepared.patches, self.limits.item)
-                if rows is None:
-                    settle(Cost(prepared.patches, blob.nbytes + getattr(prepared.value, "nbytes", 0)))
+                if not held.cost.patches:  # nobody foresaw them
+                    held.settle(Cost(prepared.patches, blob.nbytes + getattr(prepared.value, "nbytes", 0)))
             embedded, device_timings = await self.batcher.run(*prepared, key.patches.mm_type, config)
         if isinstance(prepared.value, Patches | DevicePatches):
             embedded = embedded._replace(seconds_per_grid=prepared.value.seconds_per_grid)
@@ -177,10 +189,10 @@ class ItemPipeline:
         self.answers.put(key, embedded)
         return Answer(embedded, timings | device_timings)
 
-    async def _prepare(self, key: PatchKey, blob: Blob, rows: Shape | None) -> ForwardInput:
+    async def _prepare(self, key: PatchKey, blob: Blob, rows: RowsShape | None, check: Check) -> ForwardInput:
         if (kept := self.patches.get(key)) is not None:
             return ForwardInput(kept, self._mm_part.patches(kept))
-        prepared = await self.workers.prepare(blob, key.mm_type, key.options, rows)
+        prepared = await self.workers.prepare(blob, key.mm_type, key.options, rows, check)
         self._decoded_frames += getattr(prepared.value, "decoded_frames", 0)
         if isinstance(prepared.value, Patches | LogMel) and self.patches.has_room_for(prepared.value.nbytes):
             # A copy: the rows may be a worker's memory, given back after the forward.

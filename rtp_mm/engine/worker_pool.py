@@ -10,20 +10,20 @@ import asyncio
 import logging
 import math
 import pickle
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from rtp_mm.engine import worker_protocol
+from rtp_mm.engine.job_line import Check, Job, JobLine, no_check
 from rtp_mm.engine.slab import Slab, Slot
 from rtp_mm.engine.worker_process import WorkerDiedError, WorkerProcess
 from rtp_mm.errors import DrainingError, MMError, ProcessError, StartError, WrongFormatError
 from rtp_mm.logs import log_event
 from rtp_mm.preprocess.worker import Place, Setup
-from rtp_mm.types import Blob, MMUrlType, Prepared, PreprocessOptions
+from rtp_mm.types import Blob, MMUrlType, Prepared, PreprocessOptions, RowsShape
 
 _log = logging.getLogger(__name__)
 
@@ -33,25 +33,6 @@ _GRACE_S = 1.0  # for work that nobody waits for any more: about what a new work
 _AHEAD_BYTES = 8 << 20  # more rows wait for their room until they are needed; their images may yet be given up
 _INLINE_BYTES = 1 << 20  # a longer copy, of 0.3 ms and more, leaves the event loop
 _FIRST_RETRY_S, _LAST_RETRY_S = 0.1, 1.0  # between starts of workers that do not start
-
-
-@dataclass(slots=True, eq=False)
-class _Job:
-    blob: Blob
-    mm_type: MMUrlType
-    options: PreprocessOptions
-    answer: asyncio.Future[Prepared]
-    shape: tuple[int, int] | None = None  # foreseen, of its rows
-    is_begun: bool = False  # a worker has heard of it
-    slots: list[Slot] = field(default_factory=list)  # where a worker may write, the last where it was told to
-
-    def succeed(self, prepared: Prepared) -> None:
-        if not self.answer.done():
-            self.answer.set_result(prepared)
-
-    def fail(self, error: MMError) -> None:
-        if not self.answer.done():
-            self.answer.set_exception(error)
 
 
 class WorkerPool:
@@ -72,9 +53,9 @@ class WorkerPool:
             raise StartError(f"a preprocessor that workers cannot get ({error}) needs USE_LOCAL_PREPROCESS=1") from None
         self._inbox_bytes = inbox_bytes
         self.slab = Slab(slab_mb << 20)
-        self._jobs: deque[_Job] = deque()
-        self._busy: dict[_Job, WorkerProcess] = {}
-        self._idle: list[asyncio.Future[_Job | None]] = []  # each a worker's turn, the latest last
+        self._jobs = JobLine(count)
+        self._busy: dict[Job, WorkerProcess] = {}
+        self._idle: list[asyncio.Future[Job | None]] = []  # each a worker's turn, the latest last
         self._space_line = asyncio.Lock()
         self._space_freed = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
@@ -103,10 +84,16 @@ class WorkerPool:
         return len(self._busy)
 
     async def run(
-        self, blob: Blob, mm_type: MMUrlType, options: PreprocessOptions, shape: tuple[int, int] | None = None
+        self,
+        blob: Blob,
+        mm_type: MMUrlType,
+        options: PreprocessOptions,
+        shape: RowsShape | None = None,
+        check: Check = no_check,
     ) -> Prepared:
         """Rows are read-only views of the slab, given back as they become garbage. A `shape` that is foreseen spares a
-        small item a turn of the conversation; one that turns out wrong costs nothing more.
+        small item a turn of the conversation; one that turns out wrong costs nothing more. Where none is foreseen,
+        `check` is told it before rows are made.
 
         Cancelled, a job that waits is forgotten, one that runs has a second to end before its worker is killed. Raises
         what the preprocessor raises as `MMError`, and `ProcessError` for any other exception or a worker that died.
@@ -114,8 +101,8 @@ class WorkerPool:
         self._loop = asyncio.get_running_loop()
         if not self._tasks:
             self._tasks = [self._loop.create_task(self._tend(worker)) for worker in self._workers]
-        job = _Job(blob, mm_type, options, self._loop.create_future(), shape)
-        self._jobs.append(job)
+        job = Job(blob, mm_type, options, self._loop.create_future(), shape, check)
+        self._jobs.add(job)
         self._match()
         try:
             return await job.answer
@@ -124,11 +111,11 @@ class WorkerPool:
             raise
 
     def _match(self) -> None:
-        """The job that waited longest to the worker that is idle since a moment, so is warm."""
-        while self._jobs and self._idle:
-            self._idle.pop().set_result(self._jobs.popleft())
+        """The next job to the worker that is idle since a moment, so is warm."""
+        while self._idle and (job := self._jobs.take()) is not None:
+            self._idle.pop().set_result(job)
 
-    def _abandon(self, job: _Job) -> None:
+    def _abandon(self, job: Job) -> None:
         if job in self._busy:
             self._space_freed.set()  # it may wait for space
             self._loop.call_later(_GRACE_S, self._kill_at, job)
@@ -136,7 +123,7 @@ class WorkerPool:
             with suppress(ValueError):
                 self._jobs.remove(job)
 
-    def _kill_at(self, job: _Job) -> None:
+    def _kill_at(self, job: Job) -> None:
         if (worker := self._busy.get(job)) is not None:
             worker.kill()
 
@@ -169,14 +156,15 @@ class WorkerPool:
             return await self._bury(worker, job)
         finally:
             del self._busy[job]
+            self._jobs.end(job)
             for slot in job.slots:  # the worker answered or is reaped
                 self._free(slot)
             job.slots.clear()
         return None
 
-    async def _turn(self, worker: WorkerProcess) -> _Job | None:
+    async def _turn(self, worker: WorkerProcess) -> Job | None:
         """The next job; `None` where the worker dies without one."""
-        turn: asyncio.Future[_Job | None] = self._loop.create_future()
+        turn: asyncio.Future[Job | None] = self._loop.create_future()
 
         def dies() -> None:
             if not turn.done():
@@ -188,7 +176,7 @@ class WorkerPool:
         self._match()
         return await turn
 
-    async def _patches(self, worker: WorkerProcess, job: _Job) -> Prepared:
+    async def _patches(self, worker: WorkerProcess, job: Job) -> Prepared:
         """One conversation. Every figure of the worker's is checked before anything is read or written by it."""
         content = worker_protocol.content(job.blob)
         if content.size > _INLINE_BYTES:
@@ -206,7 +194,7 @@ class WorkerPool:
         prepared = worker_protocol.prepared_by(answer, place.shape)
         return prepared(self.slab.rows(job.slots.pop(), place.shape, self._take_back))
 
-    def _place_ahead(self, job: _Job) -> Place | None:
+    def _place_ahead(self, job: Job) -> Place | None:
         """For rows as foreseen, if they are few and there is room that nobody waits for."""
         if job.shape is None or math.prod(job.shape) > _AHEAD_BYTES or self._space_line.locked():
             return None
@@ -215,9 +203,17 @@ class WorkerPool:
         job.slots.append(slot)
         return Place(slot.offset, job.shape)
 
-    async def _asked_place(self, worker: WorkerProcess, job: _Job, shape: tuple[int, int]) -> Place:
-        """For the rows that the worker asks room for, and knows of now. Raises `WrongFormatError` for too many."""
+    async def _asked_place(self, worker: WorkerProcess, job: Job, shape: RowsShape) -> Place:
+        """For the rows that the worker asks room for, and knows of now. Raises `WrongFormatError` for too many, and
+        what the job's `check` raises.
+        """
         nbytes = math.prod(shape)
+        if job.shape is None:
+            try:
+                job.check(shape)
+            except MMError:
+                worker.tell(None)
+                raise
         if (slot := await self._space(nbytes, job)) is None:
             worker.tell(None)
             raise WrongFormatError(f"{nbytes} bytes of patch rows, over the limit of {self.slab.nbytes} (MM_SLAB_MB)")
@@ -225,14 +221,14 @@ class WorkerPool:
         worker.tell(slot.offset)
         return Place(slot.offset, shape)
 
-    async def _bury(self, worker: WorkerProcess, job: _Job) -> str:
+    async def _bury(self, worker: WorkerProcess, job: Job) -> str:
         """Reaps it; only after that its slot may be used again. What it died of."""
         how = await self._reaped(worker)
         log_event(_log, "preprocess worker lost", logging.WARNING, pid=worker.pid, end=how, source=job.blob.source)
         if job.answer.cancelled():
             return "overrun"
         if not job.is_begun:  # it had died before
-            self._jobs.appendleft(job)
+            self._jobs.add(job)
             self._match()
             return "idle"
         job.fail(ProcessError(f"the preprocess worker {how} while it held this item"))
@@ -244,7 +240,7 @@ class WorkerPool:
         worker.unwatch()  # before its socket is closed: the loop would take the next one of that number for it
         return await self._in_thread(worker.end)
 
-    async def _space(self, nbytes: int, job: _Job) -> Slot | None:
+    async def _space(self, nbytes: int, job: Job) -> Slot | None:
         """First come, first served; `None` for more than there is, or once nobody waits for the job."""
         async with self._space_line:
             while nbytes <= self.slab.nbytes and not job.answer.done():

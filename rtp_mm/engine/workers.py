@@ -10,12 +10,13 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 from rtp_mm.config import Settings
+from rtp_mm.engine.job_line import Check, no_check
 from rtp_mm.engine.pinning import PinnedBytes
 from rtp_mm.engine.worker_pool import WorkerPool
 from rtp_mm.errors import MMError, ProcessError, WrongFormatError
 from rtp_mm.models.multimodal_common import MultiModalEmbeddingInterface
 from rtp_mm.models.registry import thread_on
-from rtp_mm.types import Blob, MMPreprocessConfig, MMUrlType, PreprocessOptions
+from rtp_mm.types import Blob, MMPreprocessConfig, MMUrlType, PreprocessOptions, RowsShape
 
 _log = logging.getLogger(__name__)
 
@@ -73,10 +74,15 @@ class PreprocessWorkers:
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="rtp_mm-preprocess")
 
     async def prepare(
-        self, blob: Blob, mm_type: MMUrlType, options: PreprocessOptions, shape: tuple[int, int] | None = None
+        self,
+        blob: Blob,
+        mm_type: MMUrlType,
+        options: PreprocessOptions,
+        shape: RowsShape | None = None,
+        check: Check = no_check,
     ) -> ForwardInput:
-        """What the model's `prepare` gives. `shape`, [N, C] bytes, is what its rows are foreseen to be: no more than a
-        hint.
+        """What the model's `prepare` gives. `shape` is what its rows are foreseen to be: no more than a hint. Where
+        they are not, `check` is told once a process knows, before it makes them; never where something else does.
 
         Raises `MMError`; a third party's own exception becomes `ProcessError`. Cancelled, a process that still runs a
         second later is killed; a thread goes on to its end.
@@ -90,7 +96,7 @@ class PreprocessWorkers:
                 prepared = await self._in_thread(on_device, blob, mm_type, options)
                 if prepared.value is not None:
                     return prepared
-            patches = await self._processes.run(blob, mm_type, options, shape)
+            patches = await self._processes.run(blob, mm_type, options, shape, check)
             return ForwardInput(patches, self._mm_part.patches(patches))
 
     async def _in_thread(self, prepare: Callable[..., Any], *arguments: Any) -> ForwardInput:

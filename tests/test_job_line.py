@@ -1,0 +1,108 @@
+"""The order of preprocess workers: short jobs before long ones, nothing for ever, a worker left to the short."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from scripted_worker import script
+from waiting import until
+from worker_pools import NO_OPTIONS, new_pool, run
+
+from rtp_mm.engine.job_line import LONG_S, Job, JobLine
+from rtp_mm.engine.worker_pool import WorkerPool
+from rtp_mm.types import Blob, MMUrlType, Patches
+
+SHORT, LONG = 50_000, 60_000_000  # bytes of a photograph, of a film
+
+
+@pytest.fixture
+def loop() -> Iterator[asyncio.AbstractEventLoop]:
+    loop = asyncio.new_event_loop()
+    yield loop
+    loop.close()
+
+
+def job(loop: asyncio.AbstractEventLoop, nbytes: int, at: float, mm_type: MMUrlType = MMUrlType.VIDEO) -> Job:
+    return Job(Blob(bytes(nbytes), b"", ""), mm_type, NO_OPTIONS, loop.create_future(), queued_at=at)
+
+
+def test_films_are_long_and_photographs_are_not(loop: asyncio.AbstractEventLoop) -> None:
+    assert job(loop, LONG, 0).is_long
+    assert not job(loop, SHORT, 0).is_long
+    assert not job(loop, 10_000_000, 0, MMUrlType.IMAGE).is_long
+    rows = Job(Blob(b"", b"", ""), MMUrlType.VIDEO, NO_OPTIONS, loop.create_future(), shape=(1 << 18, 1176))
+    assert rows.is_long  # an animation's, whose file is small
+
+
+def test_short_jobs_go_first_and_equals_in_the_order_they_came(loop: asyncio.AbstractEventLoop) -> None:
+    line = JobLine(1)
+    long, *short = job(loop, LONG, 0), job(loop, SHORT, 1), job(loop, SHORT, 1)
+    for each in (long, *short):
+        line.add(each)
+    assert [line.take(), line.take(), line.take(), line.take()] == [*short, long, None]
+
+
+def test_a_long_job_yields_for_as_long_as_it_takes_itself(loop: asyncio.AbstractEventLoop) -> None:
+    line, rng = JobLine(1), random.Random(3)
+    long = job(loop, LONG, 0)
+    others = [job(loop, SHORT, rng.uniform(0, 3 * long.expected_s)) for _ in range(100)]
+    for each in (long, *others):
+        line.add(each)
+    order = [line.take() for _ in range(101)]
+    before = {each for each in others if each.queued_at + each.expected_s <= long.expected_s}
+    assert set(order[: order.index(long)]) == before
+    assert 20 < len(before) < 50
+
+
+def test_one_of_several_workers_is_left_to_short_jobs(loop: asyncio.AbstractEventLoop) -> None:
+    line = JobLine(3)
+    long = [job(loop, LONG, 0) for _ in range(4)]
+    for each in long:
+        line.add(each)
+    assert [line.take(), line.take(), line.take()] == [*long[:2], None]
+    line.add(short := job(loop, SHORT, 100))
+    assert line.take() is short
+    line.end(short)
+    assert line.take() is None
+    line.end(long[0])
+    assert line.take() is long[2]
+
+
+def test_the_only_worker_takes_long_jobs(loop: asyncio.AbstractEventLoop) -> None:
+    line = JobLine(1)
+    line.add(long := job(loop, LONG, 0))
+    assert line.take() is long
+
+
+def test_a_job_that_was_given_up_is_not_taken(loop: asyncio.AbstractEventLoop) -> None:
+    line = JobLine(1)
+    line.add(first := job(loop, SHORT, 0))
+    line.add(second := job(loop, SHORT, 1))
+    line.remove(first)
+    assert [*line] == [second]
+    with pytest.raises(ValueError, match="not in list"):
+        line.remove(first)
+
+
+async def test_a_photograph_passes_clips_that_hold_all_workers_they_may(tmp_path: Path) -> None:
+    def film(pool: WorkerPool, n: int) -> asyncio.Task[Patches]:
+        stall = script("stall", note=str(tmp_path / f"note{n}"))
+        assert isinstance(stall.data, bytes)
+        data = stall.data[:-1] + b" " * round(2 * LONG_S * 5e6) + b"}"  # still JSON
+        return asyncio.create_task(pool.run(Blob(data, b"", "film"), MMUrlType.VIDEO, NO_OPTIONS))  # type: ignore[arg-type]
+
+    async with new_pool(tmp_path, count=2) as pool:
+        films = [film(pool, n) for n in range(3)]
+        await until(lambda: (tmp_path / "note0").exists())
+        for value in range(3):
+            assert (await run(pool, script(value=value))).rows.max() == value
+        assert not (tmp_path / "note1").exists()
+        for each in films:
+            each.cancel()
+        await asyncio.gather(*films, return_exceptions=True)
+        await until(lambda: pool.busy == 0)
+        assert (await run(pool, script(value=7))).rows.max() == 7
