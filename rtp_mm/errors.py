@@ -5,8 +5,9 @@ Raise the most precise class from anywhere in the pipeline; only `server/service
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import ClassVar
 
 MAX_MESSAGE_BYTES = 1024  # gRPC details over the peer's metadata limit destroy the status itself
@@ -17,6 +18,7 @@ class MMError(Exception):
 
     name: ClassVar[str] = "MM_PROCESS_ERROR"
     status: ClassVar[str] = "INTERNAL"
+    timings_ms: Mapping[str, float] = MappingProxyType({})  # a request's, by stage, up to where it failed
 
     @property
     def wire_message(self) -> str:

@@ -112,8 +112,11 @@ async def test_a_deadline_takes_waiting_work_out_of_the_queue(tiny_qwen2_5_vl: P
         await until(lambda: len(w.forwards) == 1)
         late = w.ask(urls[1], timeout_s=0.3)
         await until(lambda: w.engine.stats().items_waiting == 1)
-        with pytest.raises(DeadlineError):
+        with pytest.raises(
+            DeadlineError, match=r"within 0\.300 s \(fetch 0\.\d+ s, preprocess 0\.\d+ s, queue 0\.\d+ s\)$"
+        ) as caught:
             await late
+        assert set(caught.value.timings_ms) == {"fetch", "preprocess", "queue"}
         assert w.engine.stats().items_waiting == 0
         w.may_forward.set()
         await first

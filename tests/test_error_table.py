@@ -167,7 +167,8 @@ async def test_a_deadline_of_the_item_or_of_the_server(model: MultimodalMixin) -
         for options, config in (({}, {"mm_timeout_ms": 100}), ({"mm_timeout_ms": 100}, {})):
             async with served(model, mm_allow_private_network=True, **options) as server:
                 request = message(item(url, **config))
-                await said(server, request, DEADLINE, r"within 0\.100 s")
+                error = await said(server, request, DEADLINE, r"within 0\.100 s \(fetch \d\.\d+ s\)$")
+                assert float(dict(error.trailing_metadata())["rtp-mm-fetch-ms"]) > 0
 
 
 async def test_a_full_queue(model: MultimodalMixin) -> None:

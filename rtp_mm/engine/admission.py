@@ -8,10 +8,11 @@ import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import NamedTuple, Protocol, runtime_checkable
 
+from rtp_mm.engine.response import Stages
 from rtp_mm.errors import QueueFullError, WrongFormatError
 from rtp_mm.types import Blob, MMUrlType, PreprocessOptions, RowsShape
 
@@ -47,6 +48,7 @@ class Visit:
     nbytes: int
     ends_at: float  # its deadline, by the loop's clock
     downloads: int = 0  # that it was granted
+    stages: list[Stages] = field(default_factory=list)  # of what was begun for it
 
 
 class Held:

@@ -16,7 +16,7 @@ from rtp_mm.engine.flights import Flights
 from rtp_mm.engine.forward import Forward, WholeForward
 from rtp_mm.engine.job_line import Check, no_check
 from rtp_mm.engine.limits import bound_clips, device_limits
-from rtp_mm.engine.response import Answer, Begun, Stopwatch, Timings
+from rtp_mm.engine.response import Answer, Begun, Stages
 from rtp_mm.engine.workers import ForwardInput, PreprocessWorkers
 from rtp_mm.errors import MMError
 from rtp_mm.media.fetch import Fetcher
@@ -108,17 +108,17 @@ class ItemPipeline:
         if self._is_whole:
             config = MMPreprocessConfig.from_options(options)
             return Answer(*await self.batcher.run(item, None, item.mm_type, config))
-        timings: Timings = {}
+        visit.stages.append(stages := Stages())
         if (blob := begun.blob) is None:
-            with Stopwatch(timings, "fetch"):
+            with stages.inside("fetch"):
                 blob = await self._fetch(item, caller, visit)
         key = self.answers.key(item, blob, options)
         if (known := self.answers.get(key)) is not None:
-            return Answer(known, timings)
+            return Answer(known, stages.so_far())
         rows = await self._foresee(key.patches, blob)
         self._admit(key, rows, visit)
         embedded, computed = await self._computations.join(key, partial(self._compute, key, blob, rows, visit))
-        return Answer(embedded, timings | computed)
+        return Answer(embedded, stages.so_far() | computed)
 
     async def _fetch(self, item: MultimodalInput, caller: Caller, visit: Visit) -> Blob:
         """One download for all who want the same now. What came with the message itself is at hand already."""
@@ -166,7 +166,7 @@ class ItemPipeline:
     async def _compute(self, key: EmbeddingKey, blob: Blob, rows: RowsShape | None, visit: Visit) -> Answer:
         """Prepare and forward: once for all who want the same now, whoever came first."""
         config = MMPreprocessConfig.from_options(key.patches.options)  # what the key says and no more
-        timings: Timings = {}
+        visit.stages.append(stages := Stages())
         with self.admission.holding(visit, Cost.of(blob, rows)) as held:
 
             def check(shape: RowsShape) -> None:
@@ -174,20 +174,21 @@ class ItemPipeline:
                 self._check_in_time(shape, visit)
                 held.expect(Cost.of(blob, shape))
 
-            with Stopwatch(timings, "preprocess"):
+            with stages.inside("preprocess"):
                 prepared = await self._prepare(key.patches, blob, rows, check if self._predictor else no_check)
             if prepared.patches is not None:
                 self.admission.check_item(prepared.patches, self.limits.item)
                 if not held.cost.patches:  # nobody foresaw them
                     held.settle(Cost(prepared.patches, blob.nbytes + getattr(prepared.value, "nbytes", 0)))
-            embedded, device_timings = await self.batcher.run(*prepared, key.patches.mm_type, config)
+            with stages.inside("queue"):  # and the forward, which only the batcher tells apart
+                embedded, on_device = await self.batcher.run(*prepared, key.patches.mm_type, config)
         if isinstance(prepared.value, Patches | DevicePatches):
             embedded = embedded._replace(seconds_per_grid=prepared.value.seconds_per_grid)
         elif isinstance(prepared.value, LogMel):
             embedded = embedded._replace(cut_s=prepared.value.cut_s)
         embedded = self._seal(embedded)
         self.answers.put(key, embedded)
-        return Answer(embedded, timings | device_timings)
+        return Answer(embedded, stages.so_far() | on_device)
 
     async def _prepare(self, key: PatchKey, blob: Blob, rows: RowsShape | None, check: Check) -> ForwardInput:
         if (kept := self.patches.get(key)) is not None:

@@ -7,11 +7,12 @@ from collections.abc import Callable, Coroutine, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rtp_mm.config import Settings, load_settings
+from rtp_mm.engine.admission import Visit
 from rtp_mm.engine.caches import Embedded
 from rtp_mm.engine.home import Home, closed
 from rtp_mm.engine.interface import as_inputs, time_limit_s
 from rtp_mm.engine.item_pipeline import ItemPipeline
-from rtp_mm.engine.response import Answer, as_response
+from rtp_mm.engine.response import Answer, Timings, as_response, slowest
 from rtp_mm.errors import DeadlineError, MMError, QueueFullError
 from rtp_mm.models.multimodal_mixin import MultimodalMixin
 from rtp_mm.types import (
@@ -86,17 +87,20 @@ class MMProcessEngine:
                     ways = [
                         self._items.end(each, item, caller, visit) for each, item in zip(begun, inputs, strict=True)
                     ]
-                    outcomes = await self._all_within(limit_s, ways)
+                    outcomes = await self._all_within(limit_s, ways, visit)
+                is_own = caller is not LIBRARY_CALLER
+                response = as_response(inputs, outcomes, is_own=is_own)
+            except MMError as error:
+                error.timings_ms = slowest(stages.so_far() for stages in visit.stages)
+                raise
             finally:
                 self._finished += 1
-            is_own = caller is not LIBRARY_CALLER
-            response = as_response(inputs, outcomes, is_own=is_own)
             if is_own:  # the library's caller may keep it for ever
                 self._items.admission.follow(response, sum(embedding.nbytes for embedding in response.embeddings))
             return response
 
     async def _all_within(
-        self, limit_s: float, ways: Sequence[Coroutine[Any, Any, Answer | MMError]]
+        self, limit_s: float, ways: Sequence[Coroutine[Any, Any, Answer | MMError]], visit: Visit
     ) -> Sequence[Answer | BaseException]:
         """Side by side, each to its own end. Raises `DeadlineError`, and `DrainingError` where the engine is closed."""
         task = asyncio.current_task()
@@ -111,7 +115,7 @@ class MMProcessEngine:
         except TimeoutError:
             if not limit.expired():
                 raise
-            raise _late(limit_s) from None
+            raise _late(limit_s, slowest(stages.so_far() for stages in visit.stages)) from None
         except asyncio.CancelledError:
             if task not in self._ended:
                 raise
@@ -170,5 +174,6 @@ def _message_bytes(item: MultimodalInput) -> int:
     return len(item.url) + getattr(item.tensor, "nbytes", 0)
 
 
-def _late(limit_s: float) -> DeadlineError:
-    return DeadlineError(f"no answer within {limit_s:.3f} s")
+def _late(limit_s: float, timings: Timings | None = None) -> DeadlineError:
+    spent = ", ".join(f"{stage} {milliseconds / 1e3:.3f} s" for stage, milliseconds in (timings or {}).items())
+    return DeadlineError(f"no answer within {limit_s:.3f} s" + f" ({spent})" * bool(spent))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 from rtp_mm.engine.caches import Embedded
@@ -29,17 +30,35 @@ class Begun(NamedTuple):
     blob: Blob | None = None
 
 
-class Stopwatch:
-    """Writes the milliseconds spent inside it to `timings[stage]`."""
+class Stages:
+    """The milliseconds that an item has spent in each stage so far."""
 
-    def __init__(self, timings: Timings, stage: str) -> None:
-        self._timings, self._stage = timings, stage
+    def __init__(self) -> None:
+        self._left: Timings = {}
+        self._entered: tuple[str, float] | None = None  # the one that it is in, and since when
 
-    def __enter__(self) -> None:
-        self._started = time.perf_counter()
+    @contextmanager
+    def inside(self, stage: str) -> Iterator[None]:
+        self._entered = stage, time.perf_counter()
+        try:
+            yield
+        finally:
+            self._left, self._entered = self.so_far(), None
 
-    def __exit__(self, *_: object) -> None:
-        self._timings[self._stage] = (time.perf_counter() - self._started) * 1e3
+    def so_far(self) -> Timings:
+        if self._entered is None:
+            return self._left
+        stage, since = self._entered
+        return self._left | {stage: (time.perf_counter() - since) * 1e3}
+
+
+def slowest(items: Iterable[Timings]) -> Timings:
+    """Of several items, the slowest in each stage."""
+    timings: Timings = {}
+    for item in items:
+        for stage, milliseconds in item.items():
+            timings[stage] = max(milliseconds, timings.get(stage, 0.0))
+    return timings
 
 
 def as_response(
@@ -61,10 +80,6 @@ def as_response(
             answers.append(outcome)
     if failed:
         raise _as_one_error(inputs, failed)
-    timings: Timings = {}
-    for answer in answers:
-        for stage, milliseconds in answer.timings_ms.items():
-            timings[stage] = max(milliseconds, timings.get(stage, 0.0))
     items = [answer.embedded if is_own else answer.embedded.copy() for answer in answers]
     position_ids = [item.position_ids for item in items if item.position_ids is not None]
     if position_ids and len(position_ids) < len(items):
@@ -74,7 +89,7 @@ def as_response(
     return MMEmbeddingRes(
         [item.embedding for item in items],
         position_ids or None,
-        timings_ms=timings,
+        timings_ms=slowest(answer.timings_ms for answer in answers),
         cached_items=cached_items,
         seconds_per_grid=[item.seconds_per_grid for item in items],
         cut_s=[item.cut_s for item in items],
@@ -86,5 +101,6 @@ def _as_one_error(inputs: Sequence[MultimodalInput], failed: Mapping[int, MMErro
     """A full queue refuses the request as a whole, with its `retry_after_ms`, unless some item must fail again."""
     full = [error for error in failed.values() if isinstance(error, QueueFullError)]
     if full and not any(error.status == "INVALID_ARGUMENT" for error in failed.values()):
-        return max(full, key=lambda refusal: refusal.retry_after_ms)
+        worst = max(full, key=lambda refusal: refusal.retry_after_ms)
+        return QueueFullError(str(worst), worst.retry_after_ms)  # others may have been given the same one
     return BadItemsError([ItemFailure(index, redact(inputs[index].url), error) for index, error in failed.items()])

@@ -56,6 +56,7 @@ class Call:
 
     def failed(self, failure: MMError) -> None:
         self.failure, self.status = failure, failure.status
+        self.timings_ms = dict(failure.timings_ms)
 
     def ended(self) -> None:
         self.seconds = time.perf_counter() - self.started
