@@ -113,7 +113,7 @@ async def test_a_deadline_takes_waiting_work_out_of_the_queue(tiny_qwen2_5_vl: P
         late = w.ask(urls[1], timeout_s=0.3)
         await until(lambda: w.engine.stats().items_waiting == 1)
         with pytest.raises(
-            DeadlineError, match=r"within 0\.300 s \(fetch 0\.\d+ s, preprocess 0\.\d+ s, queue 0\.\d+ s\)$"
+            DeadlineError, match=r"within 0\.300 s \(fetch .* s, preprocess .* s, queue .* s\)$"
         ) as caught:
             await late
         assert set(caught.value.timings_ms) == {"fetch", "preprocess", "queue"}
