@@ -13,6 +13,7 @@ from huggingface import relative_l2
 from towers import check_batching_is_invisible
 
 from rtp_mm.config import load_settings
+from rtp_mm.errors import StartError
 from rtp_mm.models.multimodal_common import as_embedding
 from rtp_mm.models.registry import load_model
 from rtp_mm.types import LogMel, Patches
@@ -28,7 +29,7 @@ def nothing_compiled() -> Iterator[None]:
 
 
 def load(folder: Path, **settings: Any) -> Any:
-    return load_model(load_settings(checkpoint_path=folder, device="cpu", act_type="fp32", **settings)).mm_part
+    return load_model(load_settings(checkpoint_path=folder, **{"device": "cpu", "act_type": "fp32"} | settings)).mm_part
 
 
 def images() -> list[Patches]:
@@ -53,6 +54,13 @@ def check(folder: Path, items: Sequence[Any], **settings: Any) -> None:
 @pytest.mark.parametrize("attention", ["packed", "sdpa"])
 def test_images(tiny_checkpoint: Path, attention: str) -> None:
     check(tiny_checkpoint, images(), mm_attention=attention)
+
+
+def test_what_cannot_be_compiled_is_refused(tiny_qwen2_5_vl: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    with pytest.raises(StartError, match=r"oneDNN.*MM_COMPUTE_TYPE=fp32"):
+        load(tiny_qwen2_5_vl, act_type="bf16", mm_torch_compile=True)
 
 
 def test_sounds(tiny_qwen2_audio: Path) -> None:

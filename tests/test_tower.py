@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import require
 from huggingface import HuggingFace, relative_l2
 from numpy.typing import NDArray
 from torch import Tensor
@@ -130,12 +131,29 @@ def test_batching_is_invisible_with_bf16_products(
     check_batching_is_invisible(bf16_products, [as_patches(peer, image) for image in images])
 
 
+def test_a_cpu_with_amx_multiplies_by_onednn(
+    tiny_checkpoint: Path, peer: HuggingFace, images: list[NDArray[np.uint8]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the same bits in any company; which instructions oneDNN takes is up to this CPU."""
+    require("avx512")  # else oneDNN has no bf16
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    part = load_model(load_settings(checkpoint_path=tiny_checkpoint, act_type="bf16", device="cpu")).mm_part
+    assert not part.is_reentrant
+    patches = [as_patches(peer, image) for image in images]
+    check_batching_is_invisible(part, patches)
+    errors = [relative_l2(part.mm_process(p)[0], peer.embed(i)) for p, i in zip(patches, images, strict=True)]
+    peer_bf16 = HuggingFace(tiny_checkpoint, torch.bfloat16)
+    theirs = [relative_l2(peer_bf16.embed(i), peer.embed(i)) for i in images]
+    assert np.mean(errors) <= np.mean(theirs)
+
+
 @pytest.mark.parametrize(
     ("act_type", "has_bf16", "has_amx", "choice", "gemm", "attention"),
     [
         ("bf16", False, False, "auto", PackedGemm, "packed"),
         ("bf16", True, False, "auto", Bf16Gemm, "packed"),
-        ("bf16", True, True, "auto", OnednnGemm, "sdpa"),
+        ("bf16", True, True, "auto", OnednnGemm, "packed"),
         ("bf16", True, True, "fp32", PackedGemm, "packed"),
         ("bf16", False, False, "bf16", Bf16Gemm, "packed"),
         ("fp16", True, True, "auto", PackedGemm, "packed"),

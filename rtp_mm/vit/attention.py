@@ -139,7 +139,7 @@ def is_usable(name: str, dtype: torch.dtype, device: torch.device) -> bool:
     if name == "sdpa":
         return True
     if name == "packed":
-        return device.type == "cpu" and dtype != torch.float16 and not ops.uses_onednn(device, dtype)
+        return device.type == "cpu" and dtype != torch.float16
     if device.type != "cuda" or dtype not in HALF:
         return False
     return name == "torch" or importlib.util.find_spec("flash_attn") is not None

@@ -24,6 +24,7 @@ class Gemm(Protocol):
     """
 
     row_multiple: ClassVar[int]  # what M must be a multiple of, or rows would know each other
+    is_reentrant: ClassVar[bool] = False  # whether several threads may use it, with any number of torch's each
 
     def __init__(self, weight: Tensor, bias: Tensor, activation: str) -> None: ...
 
@@ -41,6 +42,7 @@ class PackedGemm(Gemm):
     """Our own, float32 on a CPU: 16-bit weights are widened in registers, and all else is fused."""
 
     row_multiple: ClassVar[int] = 1
+    is_reentrant: ClassVar[bool] = True
 
     def __init__(self, weight: Tensor, bias: Tensor, activation: str) -> None:
         self._weight = ops.pack_linear(weight, 2 if activation == "silu_gate" else 1)
@@ -150,10 +152,18 @@ class CublasGemm(_LibraryGemm):
 
 
 class OnednnGemm(_LibraryGemm):
-    """oneDNN's on a CPU, called by name: `F.linear` may pick its algorithm, and with it the bits, by M."""
+    """oneDNN's on a CPU, called by name: `F.linear` may pick its algorithm, and with it the bits, by M. Its products in
+    bf16 round by the number of threads.
+    """
 
     # A row's bits hold from a few rows up, but not at 1, nor, threaded, at small odd counts.
     row_multiple: ClassVar[int] = 16
+    ROWS = 1024  # that the weight's layout is chosen for
+
+    def __init__(self, weight: Tensor, bias: Tensor, activation: str) -> None:
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, self.ROWS)  # else it is packed again at every call
+        super().__init__(weight, bias, activation)
+        self._weight = packed
 
     def _product(self, x: Tensor) -> Tensor:
         out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from rtp_mm import ops
 from rtp_mm.config import Settings
+from rtp_mm.errors import StartError
 from rtp_mm.vit.attention import TRACEABLE, VARLEN_ATTENTION, Attention, choose_attention
 from rtp_mm.vit.graphs import Batch, CudaCapture, CudaGraphs, use_graphs
 from rtp_mm.vit.layers import Block, PatchMerger
-from rtp_mm.vit.linear import Gemm, Linear, choose_gemm, compute_dtype
+from rtp_mm.vit.linear import Gemm, Linear, OnednnGemm, choose_gemm, compute_dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ class Tower(nn.Module):
 
     def _choose_gemms(self) -> tuple[type[Gemm], type[Gemm], int]:
         """For most layers and for delicate ones (see `choose_gemm`), and what rows must be a multiple of for both."""
-        gemm, delicate = (
+        self._gemms = gemm, delicate = tuple(
             choose_gemm(
                 self.device,
                 self.compute_dtype,
@@ -83,10 +83,10 @@ class Tower(nn.Module):
 
     @property
     def is_reentrant(self) -> bool:
-        """Whether several threads may run it at once, each with any number of torch's threads, for the same bits: our
-        own kernels on a CPU. oneDNN's bf16 products, which go with its attention, round by the number of threads.
+        """Whether several threads may run it at once, each with any number of torch's threads, for the same bits: where
+        all its kernels are our own for CPUs.
         """
-        return self.attention_backend == "packed" and not ops.uses_triton(self.device)
+        return self.attention_backend == "packed" and all(gemm.is_reentrant for gemm in self._gemms)
 
     def _run_eagerly(self, batch: Batch) -> Tensor:
         """What a graph can hold: all that depends on a batch's rows and segments alone."""
@@ -96,7 +96,10 @@ class Tower(nn.Module):
         """Packs the GEMMs' weights, and has batches run by graphs where they can; once, after loading.
 
         What is to be compiled is so at its first calls: once for all blocks, and for few shapes that stand for all.
+        Raises `StartError` for what cannot be.
         """
+        if self.options.is_compiled and OnednnGemm in self._gemms:
+            raise StartError("MM_TORCH_COMPILE=1 cannot take oneDNN's packed weights; MM_COMPUTE_TYPE=fp32 has none")
         for module in self.modules():
             if isinstance(module, Linear):
                 module.prepare()
