@@ -207,6 +207,12 @@ class Settings(BaseSettings):
     mm_max_bytes_in_flight_mb: Positive = Field(
         4096, description="MiB held for requests in progress (messages, files, patches, answers); more are refused"
     )
+    mm_max_message_mb: int = Field(
+        1024,
+        ge=1,
+        le=1024,
+        description="MiB of one request's message: held while it arrives, which nothing else limits; a URL is small",
+    )
     mm_max_patches_per_item: Positive | None = Field(
         None,
         description="patches of one image or video (of 64 frames of 1080p: 92160); default: 65536 on a CPU; on CUDA "

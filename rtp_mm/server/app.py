@@ -25,7 +25,7 @@ from rtp_mm.logs import log_event
 from rtp_mm.server.http import http_app, http_logger
 from rtp_mm.server.metrics import Metrics
 from rtp_mm.server.proto import (
-    MESSAGE_SIZE_OPTIONS,
+    MAX_MESSAGE_BYTES,
     SERVICE,
     WireForm,
     add_MultimodalRpcServiceServicer_to_server,
@@ -45,7 +45,7 @@ _NEVER_MS = (1 << 31) - 1  # as gRPC takes it; a larger number it does not take
 _CARRIAGE_MS = 60_000  # for the messages of a call, both ways, beside its MM_TIMEOUT_MS
 
 GRPC_OPTIONS = (
-    *MESSAGE_SIZE_OPTIONS,
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.compression_enabled_algorithms_bitset", 1),  # none: media are, and of gzip a MiB may be a GiB of memory
     ("grpc.so_reuseport", 0),  # a taken port is an error, not a second server that gets half of the calls
     # A caller that vanished without a word is noticed within 80 s, and its work dropped.
@@ -63,6 +63,7 @@ def grpc_options(settings: Settings) -> tuple[tuple[str, int], ...]:
     """
     return (
         *GRPC_OPTIONS,
+        ("grpc.max_receive_message_length", settings.mm_max_message_mb << 20),
         ("grpc.max_connection_age_ms", min(settings.mm_max_connection_age_ms, _NEVER_MS)),
         ("grpc.max_connection_age_grace_ms", min(settings.mm_timeout_ms + _CARRIAGE_MS, _NEVER_MS)),
     )
