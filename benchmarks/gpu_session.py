@@ -38,7 +38,7 @@ from benchmarks.gpu_common import FAILED, ROOT, UNFINISHED, Figures, Options, Un
 from benchmarks.gpu_decode import decode
 from benchmarks.gpu_kernels import attention, linears, peaks, pointwise, tiles
 from benchmarks.gpu_towers import profile, service, tower
-from benchmarks.report import RESULTS, machine
+from benchmarks.report import COMMIT, RESULTS, machine
 
 # What is known soonest, and matters most, comes first.
 STEPS: dict[str, Callable[[Options], Figures]] = {
@@ -181,7 +181,7 @@ def main() -> int:
         options.folder = Path(folder)
         for name in names:
             started = time.perf_counter()
-            results[name] = figures_of(name, options) | {"step_seconds": time.perf_counter() - started}
+            results[name] = figures_of(name, options) | {"step_seconds": time.perf_counter() - started} | COMMIT
             show(name, results[name])
             (options.out / file).write_text(json.dumps(results, indent=2) + "\n")
             ran.append(name)

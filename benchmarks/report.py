@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import shlex
+import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -12,7 +13,8 @@ from typing import Any
 
 import torch
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
 PACKAGES = ("torch", "transformers", "pillow", "numpy")
 
 
@@ -36,11 +38,31 @@ def command() -> str:
     return shlex.join(["python", "-m", spec.name if spec else Path(sys.argv[0]).name, *arguments])
 
 
+def measured_at(root: Path) -> dict[str, str]:
+    """{"commit": hash} of a git checkout, with "-dirty" behind it where tracked files have changed; elsewhere {}."""
+    if not (root / ".git").exists():  # it may lie in a repository of something else
+        return {}
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", "-C", root, *arguments], check=True, capture_output=True, text=True).stdout
+
+    try:
+        # Earlier results, and documents with tables of them, change no figure.
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results", ":!*.md")
+        return {"commit": git("rev-parse", "HEAD").strip() + ("-dirty" if changed else "")}
+    except (OSError, subprocess.CalledProcessError):
+        return {}
+
+
+# Taken when a benchmark starts: the figures are of the code that it has read, whatever is committed while it runs.
+COMMIT = measured_at(ROOT)
+
+
 def write_result(name: str, result: dict[str, Any]) -> Path:
-    """`results/<name>.json`, with the machine and the command beside the figures."""
+    """`results/<name>.json`, with the machine, the command and the commit beside the figures."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps({"machine": machine(), "command": command(), **result}, indent=2) + "\n")
+    path.write_text(json.dumps({"machine": machine(), "command": command(), **COMMIT, **result}, indent=2) + "\n")
     print(f"wrote {path.relative_to(RESULTS.parent.parent)}")
     return path
 
