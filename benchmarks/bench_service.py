@@ -3,11 +3,13 @@
     python -m benchmarks.bench_service thin     the service itself: a tower of one block 16 wide, 1024x768 JPEGs
     python -m benchmarks.bench_service tiny     a tower of one block 64 wide, which takes two thirds of our CPU time
     python -m benchmarks.bench_service tower    tower-bound: four blocks of the published 3B width, small photographs
-    python -m benchmarks.bench_service overload three times our own capacity for a minute, then normal load again
+    python -m benchmarks.bench_service mixed    the tiny tower, JPEGs from 112x112 to 4K, half of them as data URLs
+    python -m benchmarks.bench_service overload        three times our own capacity for a minute, then normal load again
+    python -m benchmarks.bench_service overload-tower  the same, tower-bound
 
-Every image is distinct and comes over HTTP from a server of its own; caches are off. First the capacity of both, in
-turns, with `--callers` requests at once; then Poisson arrivals at 0.3, 0.6 and 0.9 of the peer's capacity, and at one
-and a half of it. The client and the web server share the machine's cores with whoever is measured.
+Every image is distinct and comes over HTTP from a server of its own, or within the request; caches are off. First the
+capacity of both, in turns, with `--callers` requests at once; then Poisson arrivals at 0.3, 0.6 and 0.9 of the peer's
+capacity, and at one and a half of it. The client and the web server share the machine's cores with whoever is measured.
 """
 
 from __future__ import annotations
@@ -15,10 +17,12 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import random
 import shutil
 import statistics
 import tempfile
-from collections.abc import Iterator
+from base64 import b64encode
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +35,7 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.load import (
     Client,
-    Cost,
+    Outcome,
     free_ports,
     hugging_face,
     image_requests,
@@ -40,19 +44,51 @@ from benchmarks.load import (
     ours,
     pooled,
     started,
+    watched,
 )
+from benchmarks.photo_source import numbered, photograph
 from benchmarks.report import RESULTS, write_result
 from rtp_mm.models.random_checkpoint import write_checkpoint
 
-LARGE, SMALL = ["1024x768"], ["112x112", "112x168", "224x112", "168x168"]
-SIZES = {"thin": LARGE, "tiny": LARGE, "tower": SMALL, "overload": LARGE}
 # Size, blocks kept, and those of them that attend to the whole image; a block costs what it costs in the whole tower.
-TOWERS = {"thin": ("tiny", 1, []), "tiny": ("tiny", 1, []), "tower": ("3b", 4, [3]), "overload": ("tiny", 1, [])}
+TOWERS = {"thin": ("tiny", 1, []), "tiny": ("tiny", 1, []), "tower": ("3b", 4, [3])}
 # Of the tiny tower's sizes, what the thin one keeps: a quarter of its width, two heads, a narrower gated layer.
 THIN = {64: 16, 3 * 64: 3 * 16, 172: 32, 4 * 64: 4 * 16}
 THIN_CONFIG = {"hidden_size": 16, "num_heads": 2, "intermediate_size": 32}
 LEVELS = (0.3, 0.6, 0.9, 1.5)  # of the peer's capacity
 OVERLOAD = 3.0  # of our own
+
+
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    """A tower of `TOWERS`, the sizes of the images, which come in this order again and again, and what is measured."""
+
+    tower: str
+    sizes: Sequence[str]
+    has_data_urls: bool = False  # every other image, and of each size every other
+    is_overload: bool = False
+
+    def url(self, photos: str, number: int) -> str:
+        """Of an image, by its number."""
+        size = self.sizes[number % len(self.sizes)]
+        if not self.has_data_urls or (number + number // len(self.sizes)) % 2:
+            return f"{photos}/{size}/{number}.jpg"
+        jpeg = numbered(photograph(*map(int, size.split("x"))), number)
+        return f"data:image/jpeg;base64,{b64encode(jpeg).decode()}"
+
+
+LARGE, SMALL = ["1024x768"], ["112x112", "112x168", "224x112", "168x168"]
+# Of twenty images so many of each size: icons and thumbnails, photographs of the web, a few from a phone or a screen.
+MIXED = {"112x112": 4, "224x336": 4, "640x480": 5, "1024x768": 4, "1920x1080": 2, "3840x2160": 1}
+IN_ANY_ORDER = random.Random(0).sample([*MIXED], sum(MIXED.values()), counts=[*MIXED.values()])
+SCENARIOS = {
+    "thin": Scenario("thin", LARGE),
+    "tiny": Scenario("tiny", LARGE),
+    "tower": Scenario("tower", SMALL),
+    "mixed": Scenario("tiny", IN_ANY_ORDER, has_data_urls=True),
+    "overload": Scenario("tiny", LARGE, is_overload=True),
+    "overload-tower": Scenario("tower", SMALL, is_overload=True),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +108,7 @@ def contenders(options: argparse.Namespace, checkpoint: Path) -> Iterator[tuple[
         servers = [
             Contender("ours", f"127.0.0.1:{own + 1}", stack.enter_context(started(command, lambda: is_healthy(own))))
         ]
-        if options.scenario != "overload":
+        if not SCENARIOS[options.scenario].is_overload:
             command = hugging_face(checkpoint, peer, options.dtype)
             process = stack.enter_context(started(command, lambda: is_listening(peer)))
             servers.append(Contender("Hugging Face", f"127.0.0.1:{peer}", process))
@@ -83,12 +119,14 @@ Clients = dict[str, Client]
 
 
 async def measure(options: argparse.Namespace, servers: list[Contender], photos: str) -> dict[str, Any]:
-    sizes = SIZES[options.scenario]
-    requests = image_requests(lambda number: f"{photos}/{sizes[number % len(sizes)]}/{number}.jpg")
+    scenario = SCENARIOS[options.scenario]
+    requests = image_requests(lambda number: scenario.url(photos, number))
+    for number in range(2 * len(scenario.sizes)):  # photographs are made but once, and that takes time
+        requests(number)
     clients = {server.name: Client(server.address, requests) for server in servers}
     for client in clients.values():  # warm
         await client.closed_loop(2, 2)
-    result = await (overload if options.scenario == "overload" else side_by_side)(options, servers, clients)
+    result = await (overload if scenario.is_overload else side_by_side)(options, servers, clients)
     for client in clients.values():
         await client.close()
     return result
@@ -103,7 +141,10 @@ async def side_by_side(options: argparse.Namespace, servers: list[Contender], cl
     for level in track(LEVELS, "arrivals"):
         seconds = max(options.seconds, options.answers / (level * base))
         levels[f"{level}x"] = {
-            server.name: (await clients[server.name].open_loop(level * base, seconds)).summary() for server in servers
+            server.name: (
+                await watched(server.process, clients[server.name].open_loop(level * base, seconds))
+            ).summary()
+            for server in servers
         }
     speedup = capacity["ours"] / base
     return {
@@ -117,14 +158,18 @@ async def side_by_side(options: argparse.Namespace, servers: list[Contender], cl
 
 async def overload(options: argparse.Namespace, servers: list[Contender], clients: Clients) -> dict[str, Any]:
     """Arrivals over our capacity, which is taken before and after every minute of them: the machine's speed changes."""
-    client = clients["ours"]
+    [server] = servers
+
+    async def arrivals(per_second: float, seconds: float) -> Outcome:
+        return await watched(server.process, clients[server.name].open_loop(per_second, seconds))
+
     rates, costs = await capacities(options, servers, clients, 1)
-    half = (await client.open_loop(0.5 * rates["ours"][0], options.seconds)).summary()
+    half = (await arrivals(0.5 * rates["ours"][0], options.seconds)).summary()
     minutes, halves_again, shares = [], [], []
     for _ in track(range(options.rounds), "overload"):
         before = rates["ours"][-1]
-        minutes.append(await client.open_loop(OVERLOAD * before, options.overload_seconds))
-        halves_again.append(await client.open_loop(0.5 * before, options.seconds))
+        minutes.append(await arrivals(OVERLOAD * before, options.overload_seconds))
+        halves_again.append(await arrivals(0.5 * before, options.seconds))
         [after] = (await capacities(options, servers, clients, 1))[0]["ours"]
         rates["ours"].append(after)
         shares.append(minutes[-1].per_second / statistics.mean([before, after]))
@@ -150,11 +195,11 @@ async def capacities(
     costs: dict[str, dict[str, float]] = {}
     for _ in track(range(count), "capacity"):
         for server in servers:
-            with Cost(server.process) as cost:
-                outcome = await clients[server.name].closed_loop(options.callers, options.seconds)
+            closed_loop = clients[server.name].closed_loop(options.callers, options.seconds)
+            outcome = await watched(server.process, closed_loop)
             rounds[server.name].append(outcome.per_second)
-            answers = max(1, len(outcome.latencies_s))
-            costs[server.name] = {"cpu_ms_per_image": cost.cpu_s / answers * 1e3, "peak_pss_bytes": cost.peak_bytes}
+            cpu_ms = outcome.cpu_s / max(1, len(outcome.latencies_s)) * 1e3
+            costs[server.name] = {"cpu_ms_per_image": cpu_ms, "peak_pss_bytes": outcome.peak_bytes}
             if outcome.errors:
                 raise SystemExit(f"{server.name} at its capacity: {dict(outcome.errors)}")
     return rounds, costs
@@ -165,7 +210,6 @@ def tower_ratio(checkpoint: Path, dtype: str) -> dict[str, float]:
     import torch
 
     from benchmarks.harness import interleave
-    from benchmarks.photo_source import photograph
     from rtp_mm.cli.hugging_face import HuggingFacePeer
     from rtp_mm.config import load_settings
     from rtp_mm.models.multimodal_common import ACT_DTYPES
@@ -174,7 +218,7 @@ def tower_ratio(checkpoint: Path, dtype: str) -> dict[str, float]:
 
     model = load_model(load_settings(checkpoint_path=checkpoint, act_type=dtype))
     peer = HuggingFacePeer(checkpoint, ACT_DTYPES[dtype], torch.device("cpu"))
-    photos = [photograph(*map(int, size.split("x"))) for size in SIZES["tower"]]
+    photos = [photograph(*map(int, size.split("x"))) for size in SMALL]
     prepared = [model.mm_part.prepare(Blob(photo, b"", ""), MMUrlType.IMAGE, MMPreprocessConfig()) for photo in photos]
     inputs = [peer.preprocess(photo) for photo in photos]
 
@@ -190,20 +234,20 @@ def tower_ratio(checkpoint: Path, dtype: str) -> dict[str, float]:
     return {name: timing.median for name, timing in timings.items()}
 
 
-def write_tower(folder: Path, scenario: str) -> None:
+def write_tower(folder: Path, tower: str) -> None:
     """A checkpoint of the published layout with the first blocks only."""
-    size, depth, full = TOWERS[scenario]
+    size, depth, full = TOWERS[tower]
     whole = folder.with_name("whole")
     write_checkpoint(whole, "qwen2_5_vl", size)
     tensors = load_file(whole / "model.safetensors")
     kept = {name: t for name, t in tensors.items() if ".blocks." not in name or int(name.split(".")[2]) < depth}
-    if scenario == "thin":
+    if tower == "thin":
         kept = {name: t[tuple(slice(THIN.get(n, n)) for n in t.shape)].contiguous() for name, t in kept.items()}
     folder.mkdir()
     save_file(kept, folder / "model.safetensors")
     config = json.loads((whole / "config.json").read_text())
     config["vision_config"] |= {"depth": depth, "fullatt_block_indexes": full}
-    if scenario == "thin":
+    if tower == "thin":
         config["vision_config"] |= THIN_CONFIG
     (folder / "preprocessor_config.json").write_text((whole / "preprocessor_config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config))
@@ -211,10 +255,11 @@ def write_tower(folder: Path, scenario: str) -> None:
 
 
 def show(result: dict[str, Any]) -> None:
-    table = Table("arrivals", "", "answers/s", "p50 ms", "p95 ms", "p99 ms", "errors")
+    table = Table("arrivals", "", "answers/s", "p50 ms", "p95 ms", "p99 ms", "CPU s", "PSS MB", "errors")
     for level, servers in result["levels"].items():
         for name, s in servers.items():
-            figures = [f"{s[key]:.1f}" for key in ("per_second", "p50_ms", "p95_ms", "p99_ms")]
+            figures = [f"{s[key]:.1f}" for key in ("per_second", "p50_ms", "p95_ms", "p99_ms", "cpu_s")]
+            figures.append(f"{s['peak_pss_bytes'] / 1e6:.0f}")
             table.add_row(level, name, *figures, ", ".join(f"{n} {status}" for status, n in s["errors"].items()))
     console = Console()
     for name, rate in result["capacity_per_second"].items():
@@ -254,7 +299,7 @@ def plot(path: Path, result: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("scenario", choices=SIZES)
+    parser.add_argument("scenario", choices=SCENARIOS)
     parser.add_argument("--dtype", default="bf16")
     parser.add_argument("--callers", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
@@ -266,14 +311,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = Path(folder) / "checkpoint"
         result: dict[str, Any] = {"scenario": options.scenario, "dtype": options.dtype, "callers": options.callers}
-        write_tower(checkpoint, options.scenario)
+        write_tower(checkpoint, SCENARIOS[options.scenario].tower)
         if options.scenario == "tower":
             result["tower_ms"] = tower_ratio(checkpoint, options.dtype)
             result["tower_speedup"] = result["tower_ms"]["Hugging Face"] / result["tower_ms"]["ours"]
         with contenders(options, checkpoint) as (servers, photos):
             result |= asyncio.run(measure(options, servers, photos))
     show(result)
-    name = f"service_{options.scenario}" + ("" if options.dtype == "bf16" else f"_{options.dtype}")
+    name = f"service_{options.scenario.replace('-', '_')}" + ("" if options.dtype == "bf16" else f"_{options.dtype}")
     if "Hugging Face" in result["capacity_per_second"]:
         plot(RESULTS / f"{name}.png", result)
     write_result(name, result)

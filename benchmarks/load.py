@@ -13,7 +13,7 @@ import threading
 import time
 import urllib.request
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,13 +38,15 @@ class Outcome:
     latencies_s: list[float] = field(default_factory=list)
     errors: Counter[str] = field(default_factory=Counter)
     refused_s: list[float] = field(default_factory=list)  # how long a RESOURCE_EXHAUSTED took
+    cpu_s: float = 0.0  # of the server's processes, where they were watched (`watched`)
+    peak_bytes: int = 0  # of them, PSS
 
     @property
     def per_second(self) -> float:
         return len(self.latencies_s) / self.seconds
 
     def summary(self) -> dict[str, Any]:
-        """Throughput of good answers, latency in milliseconds, errors by status."""
+        """Throughput of good answers, latency in milliseconds, errors by status, what the server used."""
         ms = np.array(self.latencies_s or [float("nan")]) * 1e3
         summary = {
             "answers": len(self.latencies_s),
@@ -54,6 +56,8 @@ class Outcome:
         }
         if self.refused_s:
             summary["refused_p99_ms"] = float(np.percentile(np.array(self.refused_s) * 1e3, 99))
+        if self.peak_bytes:
+            summary |= {"cpu_s": self.cpu_s, "peak_pss_bytes": self.peak_bytes}
         return summary
 
 
@@ -64,6 +68,8 @@ def pooled(outcomes: Sequence[Outcome]) -> Outcome:
         [latency for each in outcomes for latency in each.latencies_s],
         sum((each.errors for each in outcomes), Counter()),
         [latency for each in outcomes for latency in each.refused_s],
+        sum(each.cpu_s for each in outcomes),
+        max(each.peak_bytes for each in outcomes),
     )
 
 
@@ -158,6 +164,14 @@ class Cost:
             self.peak_bytes = max(self.peak_bytes, pss(self._root))
             if self._stopped.wait(MEMORY_PERIOD_S):
                 return
+
+
+async def watched(process: subprocess.Popen[str], run: Coroutine[Any, Any, Outcome]) -> Outcome:
+    """A run's outcome, with what a server used meanwhile."""
+    with Cost(process) as cost:
+        outcome = await run
+    outcome.cpu_s, outcome.peak_bytes = cost.cpu_s, cost.peak_bytes
+    return outcome
 
 
 def tree(root: psutil.Process) -> list[psutil.Process]:

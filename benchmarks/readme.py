@@ -142,30 +142,29 @@ def service() -> str:
         ]
         rows.append([scenario, f"{ours:.1f} / {peer:.1f}", f"{ours / peer:.1f}x", " / ".join(cpu), *p99])
     load = [f"p99 at {share} of its capacity, ms" for share in ("0.3", "0.6", "0.9")]
-    return markdown(["tower", "images/s, ours / Hugging Face", "", "CPU ms an image", *load], rows)
+    return markdown(["", "images/s, ours / Hugging Face", "", "CPU ms an image", *load], rows)
+
+
+def latency() -> str:
+    """Plots, for documents in docs/."""
+    names = [path.name for path in sorted(RESULTS.glob("service_*.png"))]
+    titles = [name.removeprefix("service_").removesuffix(".png") for name in names]
+    plots = zip(titles, names, strict=True)
+    return "\n\n".join(f"![Latency over load, {title}](../benchmarks/results/{name})" for title, name in plots) + "\n"
 
 
 def overload() -> str:
-    [(_, result)] = results("service_overload")
-    capacity = result["capacity_per_second"]["ours"]
     rows = []
-    for level, servers in result["levels"].items():
-        figures = servers["ours"]
-        refused = figures["errors"].get("RESOURCE_EXHAUSTED", 0) / (figures["answers"] / figures["per_second"])
-        refusal = f"{figures['refused_p99_ms']:.0f}" if refused else ""
-        answers = f"{figures['per_second']:.1f}"
-        share = result["goodput_share"] if level == "3x" else figures["per_second"] / capacity
-        rows.append(
-            [
-                level,
-                answers,
-                f"{share:.0%}",
-                f"{figures['p99_ms']:,.0f}",
-                f"{refused:.0f}",
-                refusal,
-            ]
-        )
-    header = ["arrivals", "answers/s", "of the capacity", "p99, ms", "refused/s", "p99 of a refusal, ms"]
+    for _, result in results("service_overload*"):
+        capacity = result["capacity_per_second"]["ours"]
+        for level, servers in result["levels"].items():
+            figures = servers["ours"]
+            refused = figures["errors"].get("RESOURCE_EXHAUSTED", 0) / (figures["answers"] / figures["per_second"])
+            refusal = f"{figures['refused_p99_ms']:.0f}" if refused else ""
+            share = result["goodput_share"] if level == "3x" else figures["per_second"] / capacity
+            answers = [f"{figures['per_second']:.1f}", f"{share:.0%}", f"{figures['p99_ms']:,.0f}"]
+            rows.append([result["scenario"], level, *answers, f"{refused:.0f}", refusal])
+    header = ["", "arrivals", "answers/s", "of the capacity", "p99, ms", "refused/s", "p99 of a refusal, ms"]
     return markdown(header, rows)
 
 
@@ -231,6 +230,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "video": video,
     "audio": audio,
     "service": service,
+    "latency": latency,
     "overload": overload,
     "cached": cached,
     "kernels": kernels,

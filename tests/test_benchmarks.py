@@ -1,10 +1,13 @@
-"""What a result says of where it comes from."""
+"""What benchmarks measure, and what a result says of where it comes from."""
 
 from __future__ import annotations
 
 import subprocess
+from collections import Counter
 from pathlib import Path
 
+from benchmarks.bench_service import MIXED, SCENARIOS
+from benchmarks.load import Outcome, pooled
 from benchmarks.report import measured_at
 
 
@@ -38,3 +41,23 @@ def test_a_folder_within_a_checkout_of_something_else_has_no_commit(tmp_path: Pa
     git(tmp_path, "init")
     git(tmp_path, "commit", "--allow-empty", "-m", "none")
     assert measured_at(tmp_path / "copy") == {}
+
+
+def test_of_mixed_images_every_size_comes_as_often_by_http_as_in_the_request() -> None:
+    scenario = SCENARIOS["mixed"]
+    first, period = 12345, len(scenario.sizes)
+    urls = [scenario.url("http://photos", number) for number in range(first, first + 2 * period)]
+    fetched = Counter(url.split("/")[3] for url in urls if url.startswith("http://photos/"))
+    assert fetched == MIXED
+    assert sum(url.startswith("data:image/jpeg;base64,") for url in urls) == period
+    assert len(set(urls)) == len(urls)
+
+
+def test_runs_as_one_keep_all_answers_and_errors_and_the_highest_memory() -> None:
+    runs = [
+        Outcome(1.0, [0.1], Counter(UNAVAILABLE=1), [0.2], 3.0, 70),
+        Outcome(2.0, [0.3], Counter(UNAVAILABLE=2), [], 4.0, 60),
+    ]
+    assert pooled(runs) == Outcome(3.0, [0.1, 0.3], Counter(UNAVAILABLE=3), [0.2], 7.0, 70)
+    assert {"cpu_s": 7.0, "peak_pss_bytes": 70}.items() <= pooled(runs).summary().items()
+    assert "cpu_s" not in Outcome(1.0, [0.1]).summary()
