@@ -92,14 +92,18 @@ def preprocess() -> str:
 
 
 def tower() -> str:
+    """Of a batch, "16x256" say, one forward."""
     rows = []
     for name, result in results("tower_*"):
         for patches, figures in result["patches"].items():
             ms = {side: times["median"] for side, times in figures["milliseconds"].items()}
             ours = ms["ours bf16"]
+            images = int(patches.rpartition("x")[0] or 1)
+            of_peak = figures["gflops"]["ours bf16"] / figures["peak_gflops"]
             peers = [f"{ms[f'Hugging Face {dtype}'] / ours:.1f}x" for dtype in ("bf16", "fp32")]
-            rows.append([f"`{name}`", patches, f"{ours:,.0f}", *peers])
-    return markdown(["model", "patches", "ours bf16, ms", "Hugging Face bf16", "Hugging Face float32"], rows)
+            rows.append([f"`{name}`", patches, f"{ours:,.0f}", f"{1e3 * images / ours:.3g}", f"{of_peak:.0%}", *peers])
+    header = ["model", "patches", "ours bf16, ms", "images/s", "of peak", "Hugging Face bf16", "Hugging Face float32"]
+    return markdown(header, rows)
 
 
 def video() -> str:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
+from argparse import ArgumentTypeError
 from collections import Counter
 from pathlib import Path
 
+import pytest
+
+from benchmarks import readme
 from benchmarks.bench_service import MIXED, SCENARIOS
+from benchmarks.bench_tower import Batch
 from benchmarks.load import Outcome, pooled
 from benchmarks.report import measured_at
 
@@ -61,3 +67,25 @@ def test_runs_as_one_keep_all_answers_and_errors_and_the_highest_memory() -> Non
     assert pooled(runs) == Outcome(3.0, [0.1, 0.3], Counter(UNAVAILABLE=3), [0.2], 7.0, 70)
     assert {"cpu_s": 7.0, "peak_pss_bytes": 70}.items() <= pooled(runs).summary().items()
     assert "cpu_s" not in Outcome(1.0, [0.1]).summary()
+
+
+def test_batches_are_read_as_they_are_written_and_stand_behind_one_image() -> None:
+    texts = ["64", "256", "4x256", "16x256", "1024"]
+    assert [str(batch) for batch in sorted(map(Batch.parse, reversed(texts)))] == texts
+    for wrong in ("65", "x64", "0x64", "4x", "many"):
+        with pytest.raises(ArgumentTypeError, match=wrong):
+            Batch.parse(wrong)
+
+
+def test_the_table_of_towers_counts_the_images_of_a_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sides = {"ours bf16": 500.0, "Hugging Face bf16": 1000.0, "Hugging Face fp32": 750.0}
+    row = {
+        "peak_gflops": 200.0,
+        "gflops": {"ours bf16": 120.0},
+        "milliseconds": {name: {"median": median} for name, median in sides.items()},
+    }
+    (tmp_path / "tower_a.json").write_text(json.dumps({"patches": {"256": row, "4x256": row}}))
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    _, _, one, four = readme.tower().splitlines()
+    assert one == "| `a` | 256 | 500 | 2 | 60% | 2.0x | 1.5x |"
+    assert four == "| `a` | 4x256 | 500 | 8 | 60% | 2.0x | 1.5x |"
