@@ -172,6 +172,18 @@ def overload() -> str:
     return markdown(header, rows)
 
 
+def memory() -> str:
+    [(_, result)] = results("memory")
+    values = [result["idle_bytes"], *result["quarter_medians"], result["peak_bytes"]]
+    row = [f"{result['requests']:,}", *(f"{value / 1e6:.0f}" for value in values)]
+    if "target_bytes" in result:
+        row += [f"{result['target_bytes'] / 1e6:.0f}", "met" if result["is_target_met"] else "not met"]
+    else:  # from before it was evaluated
+        row += ["", ""]
+    quarters = [f"{which} quarter" for which in ("first", "second", "third", "fourth")]
+    return markdown(["requests", "idle, MB", *quarters, "peak", "target", ""], [row])
+
+
 def cached() -> str:
     [(_, result)] = results("cached")
     rows = []
@@ -236,6 +248,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "service": service,
     "latency": latency,
     "overload": overload,
+    "memory": memory,
     "cached": cached,
     "kernels": kernels,
     "int8": int8,

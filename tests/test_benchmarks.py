@@ -9,12 +9,16 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from benchmarks import readme
+from benchmarks.bench_memory import target_bytes
 from benchmarks.bench_service import MIXED, SCENARIOS
 from benchmarks.bench_tower import Batch
 from benchmarks.load import Outcome, pooled
 from benchmarks.report import measured_at
+from rtp_mm.config import load_settings
 
 
 def git(root: Path, *arguments: str) -> str:
@@ -89,3 +93,11 @@ def test_the_table_of_towers_counts_the_images_of_a_batch(tmp_path: Path, monkey
     _, _, one, four = readme.tower().splitlines()
     assert one == "| `a` | 256 | 500 | 2 | 60% | 2.0x | 1.5x |"
     assert four == "| `a` | 4x256 | 500 | 8 | 60% | 2.0x | 1.5x |"
+
+
+def test_memory_may_be_the_towers_weights_all_that_is_kept_and_a_part_for_each_worker(tmp_path: Path) -> None:
+    tower = {"visual.a": torch.zeros(10, dtype=torch.bfloat16), "visual.b": torch.zeros(3)}
+    save_file(tower | {"lm_head": torch.zeros(1000)}, tmp_path / "model.safetensors")
+    kept = {"mm_bytes_cache_mb": 1, "mm_patch_cache_mb": 2, "mm_embedding_cache_mb": 3, "mm_slab_mb": 4}
+    settings = load_settings(checkpoint_path=tmp_path, mm_preprocess_max_workers=2, **kept)
+    assert target_bytes(settings, tmp_path) == 32 + (10 << 20) + 420_000_000
