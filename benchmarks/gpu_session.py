@@ -37,6 +37,7 @@ from benchmarks.gpu_checks import build, invariance, sanitizer, tests
 from benchmarks.gpu_common import FAILED, ROOT, UNFINISHED, Figures, Options, Unavailable, failures, found
 from benchmarks.gpu_decode import decode
 from benchmarks.gpu_kernels import attention, linears, peaks, pointwise, tiles
+from benchmarks.gpu_operators import operators
 from benchmarks.gpu_towers import profile, service, tower
 from benchmarks.report import COMMIT, RESULTS, machine
 
@@ -45,7 +46,7 @@ STEPS: dict[str, Callable[[Options], Figures]] = {
     step.__name__: step
     for step in (
         *(build, peaks, tests, tower, invariance, service),
-        *(linears, pointwise, attention, profile, sanitizer, decode, tiles),
+        *(linears, pointwise, operators, attention, profile, sanitizer, decode, tiles),
     )
 }
 STEP_LIMIT_S = 400  # no step may take what the others need

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import sys
@@ -31,7 +32,10 @@ from benchmarks.gpu_common import (
     synchronize,
     timed,
 )
+from benchmarks.gpu_kernels import peaks
 
+PEER, PEER_FLASH = "Hugging Face", "Hugging Face, flash-attn"
+NEED_GPU = {"mm_quantization", "mm_torch_compile"}  # on a CPU there are no fp8 kernels, and no trace of an interpreter
 PROFILED_KERNELS = 20
 # More error than this, relative to float32, and a tower answers wrongly: of bf16 Hugging Face's own and a tenth, as
 # everywhere; of fp8, and where Hugging Face failed, what no rounding explains.
@@ -42,7 +46,9 @@ BATCHES = ((1, 64), (1, 256), (1, 1024), (4, 1024), (16, 1024), (1, 4096), (1, 1
 
 
 def tower(options: Options) -> Figures:
-    """Ours, in several ways, against Hugging Face SDPA on the same weights, rounds in turns; errors against float32."""
+    """Ours, in several ways, against Hugging Face on the same weights, with SDPA and flash-attn, rounds in turns;
+    errors against float32, rates also as parts of what a large bf16 product reaches (`peaks`).
+    """
     import torch
 
     from rtp_mm.cli.hugging_face import HuggingFacePeer
@@ -50,7 +56,7 @@ def tower(options: Options) -> Figures:
     folder = checkpoint(options)
     parts: dict[str, Any] = {}
     for variant, settings in VARIANTS.items():
-        if "mm_quantization" in settings and not is_gpu(options):
+        if NEED_GPU & settings.keys() and not is_gpu(options):
             yield variant, {"not here": "needs a GPU"}
             continue
         try:
@@ -59,14 +65,26 @@ def tower(options: Options) -> Figures:
             yield variant, failure(error)
     if not parts:
         return
-    peer, exact = (HuggingFacePeer(folder, d, torch.device(options.device)) for d in (torch.bfloat16, torch.float32))
+    device = torch.device(options.device)
+    peers = {PEER: HuggingFacePeer(folder, torch.bfloat16, device).tower}
+    if is_gpu(options) and importlib.util.find_spec("flash_attn"):
+        try:
+            flash = HuggingFacePeer(folder, torch.bfloat16, device).tower
+            flash.set_attn_implementation("flash_attention_2")
+            peers[PEER_FLASH] = flash
+        except Exception as error:  # noqa: BLE001 - the others are measured still
+            yield PEER_FLASH, failure(error)
+    else:
+        yield PEER_FLASH, {"not here": "needs a GPU and flash-attn"}
+    exact = HuggingFacePeer(folder, torch.float32, device)
+    peak = dict(peaks(options))["bf16_tflop_s"]
     for images, patches in BATCHES if is_gpu(options) else BATCHES[:1]:
-        figures = attempt(partial(batch_figures, parts, peer, exact, images, patches, options))
+        figures = attempt(partial(batch_figures, parts, peers, exact, peak, images, patches, options))
         yield f"{images} x {patches} patches", figures
 
 
 def batch_figures(
-    parts: dict[str, Any], peer: Any, exact: Any, images: int, patches: int, options: Options
+    parts: dict[str, Any], peers: dict[str, Any], exact: Any, peak: float, images: int, patches: int, options: Options
 ) -> dict[str, Any]:
     """One batch through each; what fails at its first call, which compiles and captures, or later is left out then."""
     import torch
@@ -80,7 +98,7 @@ def batch_figures(
     calls: dict[str, Callable[[], Any]] = {
         variant: partial(part.mm_process_batch, items, [], []) for variant, part in parts.items()
     }
-    calls["Hugging Face"] = partial(peer_forward, peer.tower, values.to(torch.bfloat16), grid)
+    calls |= {name: partial(peer_forward, peer, values.to(torch.bfloat16), grid) for name, peer in peers.items()}
     figures: dict[str, Any] = {
         name: attempt(lambda call=call: {"error": relative_error(call(), expected)}) for name, call in calls.items()
     }
@@ -93,15 +111,18 @@ def batch_figures(
                 figures[name] |= failure(error)
     work = images * operations(next(iter(parts.values())).tower.config, *side_lengths(patches))
     for name in [name for name in calls if FAILED not in figures[name]]:
-        figures[name] |= {"ms": 1e3 * median(seconds[name]), "tflop_s": work / median(seconds[name]) / 1e12}
+        rate = work / median(seconds[name]) / 1e12
+        figures[name] |= {"ms": 1e3 * median(seconds[name]), "tflop_s": rate, "of_peak": rate / peak}
     judge(figures)
     return figures
 
 
 def judge(figures: dict[str, Any]) -> None:
     """Makes a failure of each of our towers that is less exact than it must be."""
-    peer = figures["Hugging Face"].get("error", MOST_ERROR)
+    peer = figures[PEER].get("error", MOST_ERROR)
     for name, found in figures.items():
+        if name.startswith(PEER):
+            continue
         limit = MOST_ERROR if name.endswith("fp8") else BF16_ERROR_RATIO * peer
         if found.get("error", 0) > limit:
             found[FAILED] = f"an error of {found['error']:.1e}, over {limit:.1e}"
@@ -139,7 +160,7 @@ def profile(options: Options) -> Figures:
     part, peer = load_part(folder, options, {}), HuggingFacePeer(folder, torch.bfloat16, torch.device(options.device))
     calls: dict[str, Callable[[], Any]] = {
         "ours": partial(part.mm_process_batch, items, [], []),
-        "Hugging Face": partial(peer_forward, peer.tower, values.to(torch.bfloat16), grid),
+        PEER: partial(peer_forward, peer.tower, values.to(torch.bfloat16), grid),
     }
     for name, call in calls.items():
         yield name, attempt(partial(kernels, call, options))

@@ -14,6 +14,7 @@ import pytest
 from benchmarks import gpu_session
 from benchmarks.gpu_checks import GPU_TESTS, ROOT, end_of
 from benchmarks.gpu_common import UNFINISHED, attempt, failures, found
+from benchmarks.gpu_operators import operators
 from benchmarks.gpu_towers import judge
 
 OPTIONS = Namespace(device="cpu", size="tiny", only=None, until=float("inf"))
@@ -58,10 +59,21 @@ def test_a_tower_that_answers_wrongly_is_a_failure_and_keeps_its_times() -> None
         "ours, no graphs": {"error": 0.010, "ms": 4.0},
         "ours, fp8": {"error": 0.04, "ms": 2.0},
         "Hugging Face": {"error": 0.010, "ms": 9.0},
+        "Hugging Face, flash-attn": {"error": 0.012, "ms": 8.0},  # theirs to answer for
     }
     judge(figures)
     assert [*failures(figures)] == ["ours: an error of 1.2e-02, over 1.1e-02"]
     assert figures["ours"]["ms"] == 3.0
+
+
+def test_every_operator_is_timed_beside_the_peaks() -> None:
+    figures = dict(operators(OPTIONS))
+    assert not [*failures(figures)]
+    assert {name.split(",")[0] for name in figures} == {"resize_patchify", "patch_embed", "vision_positions"}
+    for name, figure in figures.items():
+        units = ["gb_s", "tflop_s"] if name.startswith("patch_embed") else ["gb_s"]
+        assert [*figure] == ["us", *(part for unit in units for part in (unit, f"{unit}_of_peak"))]
+        assert min(figure.values()) > 0
 
 
 def test_a_command_that_is_stopped_by_the_steps_end_says_nothing() -> None:
