@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -213,6 +214,26 @@ def kernels() -> str:
     return markdown(["kernel", "ours", "of the peak", "torch float32", "torch bf16", "transformers"], rows)
 
 
+def invariance() -> str:
+    """All linear layers of a block and the merger, once, by rows: ours, and F.linear with its activation behind it."""
+    [(_, result)] = results("kernels_2_threads")
+    layers = re.compile(r"(qkv|proj|gate/up|down|merger \d), (\d+) rows")
+    totals: dict[int, Counter[str]] = {}
+    for name, case in result["gflops"].items():
+        if found := layers.fullmatch(name):
+            total = totals.setdefault(int(found[2]), Counter())
+            total.update({side: timing["median"] for side, timing in case["milliseconds"].items()})
+    rows = [
+        [
+            str(count),
+            f"{ms['ours']:,.0f}",
+            *(f"{ms[f'torch {dtype}'] / ms['ours']:.2f}x" for dtype in ("float32", "bf16")),
+        ]
+        for count, ms in totals.items()
+    ]
+    return markdown(["rows", "ours, ms", "`F.linear`, float32", "`F.linear`, bf16"], rows)
+
+
 def int8() -> str:
     rows = []
     for name, result in results("int8_*"):
@@ -251,6 +272,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "memory": memory,
     "cached": cached,
     "kernels": kernels,
+    "invariance": invariance,
     "int8": int8,
     "images": partial(media, "media_images", "1024x768 as", "Pillow"),
     "sounds": partial(media, "media_sounds", "30 s of stereo as", "PyAV and Hugging Face"),
