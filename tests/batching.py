@@ -39,6 +39,7 @@ class Device:
     """
 
     lanes = 1
+    longest_s = 300.0
 
     def __init__(self, fails: Callable[[list[Any]], None] = lambda _: None) -> None:
         self.fails = fails

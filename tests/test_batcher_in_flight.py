@@ -182,6 +182,28 @@ async def test_a_device_that_is_gone_fails_both_in_flight_and_all_that_waits() -
     assert gpu.batches == [["first"], ["second"]]
 
 
+async def test_a_forward_that_does_not_end_is_noticed_until_it_ends() -> None:
+    gpu, now = Gpu(), [0.0]
+    batcher = Batcher(gpu, 100, clock=lambda: now[0])  # type: ignore[arg-type]
+    assert not batcher.is_hung
+    first = run(batcher, "first")
+    await until(lambda: len(gpu.batches) == 1)
+    now[0] = gpu.longest_s
+    second = run(batcher, "second")
+    await until(lambda: len(gpu.batches) == 2)
+    assert not batcher.is_hung
+    now[0] += 1
+    assert batcher.is_hung
+    gpu.end(1)
+    assert await outcomes([first]) == ["first"]
+    assert not batcher.is_hung
+    gpu.end(1)
+    assert await outcomes([second]) == ["second"]
+    now[0] *= 3
+    assert not batcher.is_hung
+    batcher.close()
+
+
 async def test_nobody_waits_for_a_batcher_that_is_closed_with_two_in_flight() -> None:
     gpu = Gpu()
     async with two_in_flight(gpu) as (batcher, tasks):

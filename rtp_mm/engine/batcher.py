@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import threading
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
@@ -40,9 +42,13 @@ class _Lane:
         self.device_thread = ThreadPoolExecutor(1, "rtp_mm-device", forward.enter_thread)
         self.answer_thread = ThreadPoolExecutor(1, "rtp_mm-answers", forward.enter_thread)
         self.launching: list[Work] | None = None  # where the launch fails, until that is sorted out
-        self.in_flight = 0  # forwards: that one, and those launched whose answers are awaited
+        self.launched = deque[float]()  # when: of that one, and of those whose answers are awaited
         self.patches = 0  # in them
         self.last_end = _Moment(float("-inf"), float("-inf"))  # of a forward
+
+    @property
+    def in_flight(self) -> int:
+        return len(self.launched)
 
     @property
     def can_launch(self) -> bool:
@@ -81,6 +87,13 @@ class Batcher:
     @property
     def waiting(self) -> int:
         return len(self._line)
+
+    @property
+    def is_hung(self) -> bool:
+        """Whether a forward is in flight for longer than any takes; it may end still."""
+        with self._lock:
+            oldest = min((lane.launched[0] for lane in self._lanes if lane.launched), default=math.inf)
+            return self._clock() - oldest > self._forward.longest_s
 
     @property
     def waiting_patches(self) -> int:
@@ -147,7 +160,7 @@ class Batcher:
             if batch:
                 launched = self._advance()
                 lane.launching = batch
-                lane.in_flight += 1
+                lane.launched.append(launched.clock_s)
                 lane.patches += self._cost(batch)
                 launch = lane.device_thread.submit(self._launch, lane, batch)
                 step = lane.answer_thread.submit(_collected, launch)
@@ -225,7 +238,7 @@ class Batcher:
         patches = self._cost(batch)
         if lane.launching is batch:  # it failed
             lane.launching = None
-        lane.in_flight -= 1
+        lane.launched.popleft()
         lane.patches -= patches
         self.forwards += 1
         self.failures += has_failed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from rtp_mm.errors import MMError, ProcessError
 from rtp_mm.models.multimodal_common import Embedding, MultiModalEmbeddingInterface, as_embedding
 from rtp_mm.types import MMUrlType
 
+HANG_S = 300.0  # no forward takes a GPU so long: seconds at most, minutes where Triton compiles before the first
 LANES = 2  # of a CPU: one computes what the threads of the other wait for, each other or a core
 Outcome = Embedded | MMError
 
@@ -63,6 +65,11 @@ class Forward:
 
     def _choose_lanes(self) -> int:
         return min(LANES, self._threads) if self._mm_part.is_reentrant else 1
+
+    @property
+    def longest_s(self) -> float:
+        """A forward that takes longer hangs. A CPU is slow, and does not."""
+        return HANG_S if self.device.type == "cuda" else math.inf
 
     def launch(self, batch: Sequence[Work]) -> Launched:
         """On a lane's thread. Raises what the model raises.
@@ -139,6 +146,8 @@ class Forward:
 
 class WholeForward(Forward):
     """For a third party's part with an `mm_embedding` of its own, from URL to answer: `Work.value` is the input."""
+
+    longest_s = math.inf  # it waits for a download, too
 
     def _choose_lanes(self) -> int:
         return 1

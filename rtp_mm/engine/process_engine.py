@@ -128,15 +128,15 @@ class MMProcessEngine:
     # --- figures
 
     def worker_status(self) -> WorkerStatus:
-        embeddings = self._items.answers.stats()
+        embeddings, batcher = self._items.answers.stats(), self._items.batcher
         return WorkerStatus(
             available_concurrency=max(0, self._settings.mm_max_queue_size - self._items.admission.requests),
-            waiting=self._items.batcher.waiting,
+            waiting=batcher.waiting,
             running=self._items.admission.requests,
-            step_latency_ms=self._items.batcher.step_latency_ms,
-            iterations=self._items.batcher.forwards,
+            step_latency_ms=batcher.step_latency_ms,
+            iterations=batcher.forwards,
             finished_version=self._finished,
-            is_alive=not (self._home.is_closed or self._items.batcher.is_device_gone),
+            is_alive=not (self._home.is_closed or batcher.is_device_gone or batcher.is_hung),
             precision=self._data_type,
             cache_available_bytes=embeddings.budget_bytes - embeddings.used_bytes,
             cache_total_bytes=embeddings.budget_bytes,
