@@ -5,10 +5,23 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 CONTROL_GROUPS = Path("/sys/fs/cgroup")
 MEMBERSHIPS = Path("/proc/self/cgroup")  # a line per hierarchy: number:controllers:path
+DECODE_THREADS = 4  # of one item: FFmpeg holds a frame or two more for each, 10 MB at 1080p
+
+
+@dataclass(frozen=True, slots=True)
+class CoreShare:
+    """Of so many cores each user gets as many as leave none to two, but one at least and `most` at most."""
+
+    cores: int
+    most: int = DECODE_THREADS
+
+    def among(self, users: int) -> int:
+        return max(1, min(self.most, self.cores // users))
 
 
 def available_cores() -> int:

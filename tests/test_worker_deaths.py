@@ -16,7 +16,7 @@ import psutil
 import pytest
 from scripted_worker import ScriptedPreprocessor, script
 from waiting import until
-from worker_pools import IMAGE, is_gone, kill, new_pool, run, text, until_slab_is_free
+from worker_pools import IMAGE, ONE_CORE, is_gone, kill, new_pool, run, text, until_slab_is_free
 
 from rtp_mm.engine import worker_pool, worker_process
 from rtp_mm.engine.worker_pool import WorkerPool
@@ -151,7 +151,7 @@ def test_a_worker_that_cannot_be_spawned_leaves_no_descriptor(monkeypatch: pytes
 def test_workers_that_cannot_start_end_the_start(tmp_path: Path) -> None:
     (tmp_path / "obstacle").touch()
     before = set(psutil.Process().children())
-    limits: dict[str, Any] = {"count": 2, "memory_mb": 64, "slab_mb": 1, "inbox_bytes": 1}
+    limits: dict[str, Any] = {"count": 2, "memory_mb": 64, "slab_mb": 1, "inbox_bytes": 1, "cores": ONE_CORE}
     with pytest.raises(StartError, match="a preprocess worker did not start: it"):
         WorkerPool(ScriptedPreprocessor(IMAGE, tmp_path / "obstacle"), **limits)
     with pytest.raises(StartError, match="USE_LOCAL_PREPROCESS=1"):
@@ -192,12 +192,14 @@ PARENT = """
 import asyncio, sys
 from pathlib import Path
 from scripted_worker import ScriptedPreprocessor, script
+from rtp_mm.cores import CoreShare
 from rtp_mm.engine.worker_pool import WorkerPool
 from rtp_mm.types import MMUrlType, PreprocessOptions
 
 folder = Path(sys.argv[1])
 pool = WorkerPool(
-    ScriptedPreprocessor(None, folder / "obstacle"), count=2, memory_mb=512, slab_mb=1, inbox_bytes=1 << 20
+    ScriptedPreprocessor(None, folder / "obstacle"),
+    count=2, memory_mb=512, slab_mb=1, inbox_bytes=1 << 20, cores=CoreShare(1),
 )
 asyncio.run(pool.run(script("stall", note=str(folder / "busy")), MMUrlType.IMAGE, PreprocessOptions()))
 """

@@ -14,6 +14,7 @@ from scripted_worker import ScriptedPreprocessor, script
 from waiting import until
 
 from rtp_mm.config import load_settings
+from rtp_mm.cores import CoreShare
 from rtp_mm.engine.worker_pool import WorkerPool
 from rtp_mm.models.qwen2_vl import PUBLISHED_PROCESSOR
 from rtp_mm.preprocess.patches import ImagePreprocessor
@@ -22,16 +23,20 @@ from rtp_mm.types import Blob, MMUrlType, Patches, PreprocessOptions
 IMAGE = ImagePreprocessor.from_config(PUBLISHED_PROCESSOR, load_settings())
 NO_OPTIONS = PreprocessOptions()
 MEMORY_MB = 512
+ONE_CORE = CoreShare(1)
 
 
 @asynccontextmanager
-async def new_pool(folder: Path, count: int = 1, slab_mb: int = 64, inbox_mb: int = 64) -> AsyncIterator[WorkerPool]:
+async def new_pool(
+    folder: Path, count: int = 1, slab_mb: int = 64, inbox_mb: int = 64, cores: CoreShare = ONE_CORE
+) -> AsyncIterator[WorkerPool]:
     pool = WorkerPool(
         ScriptedPreprocessor(IMAGE, folder / "obstacle"),
         count=count,
         memory_mb=MEMORY_MB,
         slab_mb=slab_mb,
         inbox_bytes=inbox_mb << 20,
+        cores=cores,
     )
     try:
         yield pool

@@ -16,6 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, TypeVar
 
+from rtp_mm.cores import CoreShare
 from rtp_mm.engine import worker_protocol
 from rtp_mm.engine.job_line import Check, Job, JobLine, no_check
 from rtp_mm.engine.slab import Slab, Slot
@@ -39,19 +40,28 @@ class WorkerPool:
     """`count` processes; used on one event loop, that of the first `run`."""
 
     def __init__(
-        self, preprocess: Callable[..., Prepared], *, count: int, memory_mb: int, slab_mb: int, inbox_bytes: int
+        self,
+        preprocess: Callable[..., Prepared],
+        *,
+        count: int,
+        memory_mb: int,
+        slab_mb: int,
+        inbox_bytes: int,
+        cores: CoreShare,
     ) -> None:
         """Blocks until all are ready. Raises `StartError`.
 
         memory_mb:   data of one worker, MiB.
         slab_mb:     patch rows that are written, wait or are read, MiB.
         inbox_bytes: the largest blob.
+        cores:       for the threads of decoders, among those that run.
         """
         try:
             self._setup = pickle.dumps(Setup(preprocess, memory_mb << 20))
         except (pickle.PicklingError, AttributeError, TypeError) as error:
             raise StartError(f"a preprocessor that workers cannot get ({error}) needs USE_LOCAL_PREPROCESS=1") from None
         self._inbox_bytes = inbox_bytes
+        self._cores = cores
         self.slab = Slab(slab_mb << 20)
         self._jobs = JobLine(count)
         self._busy: dict[Job, WorkerProcess] = {}
@@ -184,7 +194,8 @@ class WorkerPool:
         else:
             worker.fill(content)
         place = self._place_ahead(job)
-        worker.tell(worker_protocol.task(job.blob, job.mm_type, job.options, place))
+        threads = self._cores.among(self.busy)
+        worker.tell(worker_protocol.task(job.blob, job.mm_type, job.options, place, threads))
         job.is_begun = True
         answer = worker_protocol.checked(await worker.answer(), job.blob.source)
         if place is None or "shape" in answer:

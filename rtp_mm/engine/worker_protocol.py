@@ -35,10 +35,10 @@ def content(blob: Blob) -> NDArray[np.uint8]:
     return blob.data.reshape(-1).view(np.uint8)
 
 
-def task(blob: Blob, mm_type: MMUrlType, options: PreprocessOptions, place: Place | None) -> Task:
+def task(blob: Blob, mm_type: MMUrlType, options: PreprocessOptions, place: Place | None, threads: int) -> Task:
     """All that a worker hears of an item, but for its bytes. `place` for its rows, where they are foreseen."""
     dtype, shape = (None, ()) if isinstance(blob.data, bytes) else (blob.data.dtype.str, blob.data.shape)
-    return Task(mm_type, options, blob.content_hash, blob.source, blob.nbytes, dtype, shape, place)
+    return Task(mm_type, options, blob.content_hash, blob.source, blob.nbytes, dtype, shape, place, threads)
 
 
 def checked(answer: Answer, source: str) -> Answer:

@@ -10,10 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 from rtp_mm.config import Settings
+from rtp_mm.cores import CoreShare, available_cores
 from rtp_mm.engine.job_line import Check, no_check
 from rtp_mm.engine.pinning import PinnedBytes
 from rtp_mm.engine.worker_pool import WorkerPool
 from rtp_mm.errors import MMError, ProcessError, WrongFormatError
+from rtp_mm.media.decode_threads import DECODE_THREADS
 from rtp_mm.models.multimodal_common import MultiModalEmbeddingInterface
 from rtp_mm.models.registry import thread_on
 from rtp_mm.types import Blob, MMPreprocessConfig, MMUrlType, PreprocessOptions, RowsShape
@@ -54,6 +56,7 @@ class PreprocessWorkers:
         """Blocks until the workers are ready. Raises `StartError`."""
         self._mm_part = mm_part
         self._count = settings.mm_preprocess_max_workers
+        self._cores = CoreShare(available_cores(), settings.mm_decode_threads)
         self._running, self._counting = 0, threading.Lock()  # threads at work
         self._processes: WorkerPool | None = None
         self._pinned: PinnedBytes | None = None
@@ -66,6 +69,7 @@ class PreprocessWorkers:
                 memory_mb=settings.mm_worker_memory_mb,
                 slab_mb=settings.mm_slab_mb,
                 inbox_bytes=max(_LARGEST_MESSAGE, settings.mm_video_max_file_size_kb * 1024),
+                cores=self._cores,
             )
             if mm_part._device.type == "cuda":
                 slab = self._processes.slab
@@ -105,6 +109,7 @@ class PreprocessWorkers:
     def _run(self, prepare: Callable[..., Any], *arguments: Any) -> ForwardInput:
         with self._counting:
             self._running += 1
+            DECODE_THREADS.grant(self._cores.among(self._running))
         try:
             value = prepare(*arguments)
             return ForwardInput(value, self._mm_part.patches(value))

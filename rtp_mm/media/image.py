@@ -14,6 +14,7 @@ from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from rtp_mm import _core
 from rtp_mm.errors import NotSupportedError, WrongFormatError
+from rtp_mm.media.decode_threads import DECODE_THREADS
 from rtp_mm.media.jpeg import DECODER as JPEG_DECODER
 from rtp_mm.media.jpeg import decode_jpeg
 from rtp_mm.media.limits import check_pixels
@@ -98,7 +99,7 @@ def _heif_format(data: bytes) -> tuple[str, ...]:
         from pillow_heif import register_heif_opener
     except ImportError:
         raise NotSupportedError("HEIC images need pillow-heif on the server (pip install 'rtp_mm[heif]')") from None
-    register_heif_opener()
+    register_heif_opener(decode_threads=DECODE_THREADS.count)
     return ("HEIF",)
 
 

@@ -21,6 +21,7 @@ import numpy as np
 from rtp_mm.errors import NotSupportedError, WrongFormatError
 from rtp_mm.media.clip import MIRRORED, Clip, ClipHeader, ClipLimits, Frame
 from rtp_mm.media.container import opened, packets
+from rtp_mm.media.decode_threads import DECODE_THREADS
 from rtp_mm.media.limits import check_pixels
 from rtp_mm.media.nal import NalReader
 from rtp_mm.media.packet_index import PacketIndex, Run
@@ -137,6 +138,7 @@ class _Video:
         self._container, self._stream, self._limits = container, stream, limits
         self._context = stream.codec_context
         self._context.thread_type = "AUTO"
+        self._context.thread_count = DECODE_THREADS.count if may_decode_all else 1  # which of one frame is enough
         self.decoded = 0
         check_pixels(self._context.width, self._context.height, limits.max_pixels)
         for duration, unit in ((stream.duration, stream.time_base), (container.duration, Fraction(1, 1_000_000))):
@@ -265,6 +267,6 @@ class _Video:
 
     def _pixels(self, frame: VideoFrame) -> Frame:
         check_pixels(frame.width, frame.height, self._limits.max_pixels)
-        pixels: Any = frame.to_ndarray(format="rgb24")
+        pixels: Any = frame.to_ndarray(format="rgb24", threads=1)  # else as many as there are cores, anew for each
         upright = pixels[::-1] if self.turn >= MIRRORED else pixels
         return np.ascontiguousarray(np.rot90(upright, self.turn)) if self.turn else pixels

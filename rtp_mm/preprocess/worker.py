@@ -37,6 +37,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from rtp_mm.errors import MMError, WrongFormatError
+from rtp_mm.media.decode_threads import DECODE_THREADS
 from rtp_mm.media.image import keep_decode_buffers
 from rtp_mm.types import Blob, MMUrlType, Prepared, PreprocessOptions
 
@@ -72,6 +73,7 @@ class Task(NamedTuple):
     dtype: str | None
     shape: tuple[int, ...]
     place: Place | None
+    threads: int  # that may decode it
 
 
 def main() -> None:
@@ -104,6 +106,7 @@ class _Worker:
 
     def _serve(self, task: Task, setup: Setup) -> None:
         answer: dict[str, Any]
+        DECODE_THREADS.grant(task.threads)
         try:
             allocate = partial(self._allocate, task.place)
             answer = setup.preprocess(self._blob(task), task.mm_type, task.options, allocate).facts
