@@ -70,7 +70,7 @@ def test_limits_come_before_decoding(unopened: None, wide_webp: bytes, frames: l
     settings = load_settings(None, mm_max_frames=8, mm_max_patches_per_item=1000)
     for file, options, reason in [
         (wide_webp, PreprocessOptions(max_frames=8), "aspect ratio"),
-        (data, PreprocessOptions(max_frames=9), "MM_MAX_FRAMES"),
+        (data, PreprocessOptions(max_frames=10), "MM_MAX_FRAMES"),
         (data, PreprocessOptions(width=280, height=280, max_frames=8), "MM_MAX_PATCHES_PER_ITEM"),
     ]:
         preprocess = MediaPreprocessor.from_checkpoint(tmp_path, PUBLISHED_PROCESSOR, settings)

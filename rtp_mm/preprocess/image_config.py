@@ -12,12 +12,6 @@ from rtp_mm.errors import StartError
 from rtp_mm.preprocess.processor_files import ProcessorFiles, find_rules, positive
 
 IMAGE_FILES: ProcessorFiles = (("processor_config.json", "image_processor"), ("preprocessor_config.json", None))
-# The published checkpoints have none for videos: Hugging Face's video processor then takes the images' file.
-VIDEO_FILES: ProcessorFiles = (
-    ("processor_config.json", "video_processor"),
-    ("video_preprocessor_config.json", None),
-    ("preprocessor_config.json", None),
-)
 BICUBIC = 3  # PIL.Image.Resampling.BICUBIC, the one filter of these families
 
 
@@ -34,14 +28,12 @@ class ImageProcessorConfig:
     image_std: tuple[float, float, float]
 
     @classmethod
-    def from_checkpoint(
-        cls, folder: Path, defaults: ImageProcessorConfig, files: ProcessorFiles = IMAGE_FILES
-    ) -> ImageProcessorConfig:
+    def from_checkpoint(cls, folder: Path, defaults: ImageProcessorConfig) -> ImageProcessorConfig:
         """Reads the checkpoint's file; `defaults`, the family's published values, stand in for what it leaves out.
 
         Raises `StartError` that names the file and the key for what is malformed or asks for what we do not do.
         """
-        found = find_rules(folder, files)
+        found = find_rules(folder, IMAGE_FILES)
         return defaults if found is None else cls.from_json(found[0], defaults, found[1])
 
     @classmethod

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,3 +50,13 @@ def positive(rules: Mapping[str, Any], name: str, default: int, source: str) -> 
     if type(value) is not int or value < 1:
         raise StartError(f"{source}: {name}={value!r} must be a positive integer")
     return value
+
+
+def positive_number(rules: Mapping[str, Any], name: str, default: float, source: str) -> float:
+    """The same, of any number."""
+    value = rules.get(name)
+    if value is None:
+        return default
+    if type(value) not in (int, float) or not 0 < value < math.inf:
+        raise StartError(f"{source}: {name}={value!r} must be a positive number")
+    return float(value)

@@ -18,8 +18,9 @@ from rtp_mm.media.clip import Clip, ClipLimits, Frame, OpenClip
 from rtp_mm.media.limits import check_pixels
 from rtp_mm.media.sniff import sniff
 from rtp_mm.media.video import decoder, open_video
-from rtp_mm.preprocess.image_config import VIDEO_FILES, ImageProcessorConfig
+from rtp_mm.preprocess.image_config import ImageProcessorConfig
 from rtp_mm.preprocess.patches import ImagePreprocessor, ResizePlan, new_rows, plan_resize
+from rtp_mm.preprocess.video_config import checkpoints_rule
 from rtp_mm.preprocess.video_rule import FPS, TOTAL_TOKENS, VideoRule
 from rtp_mm.types import Blob, MMUrlType, Patches, PreprocessOptions, RowAllocator
 
@@ -58,10 +59,7 @@ class VideoPreprocessor:
             VideoRule.published(settings.mm_video_rule, factor, step), server_max_frames=settings.mm_max_frames
         )
         if rule.name == "hf":
-            defaults = replace(config, min_pixels=rule.min_pixels, max_pixels=rule.max_pixels)
-            own = ImageProcessorConfig.from_checkpoint(folder, defaults, VIDEO_FILES)
-            own.check(config.patch_size, config.merge_size, step)
-            rule = replace(rule, min_pixels=own.min_pixels, max_pixels=own.max_pixels)
+            rule = checkpoints_rule(folder, config, rule)
         patches = settings.mm_max_patches_per_item or int(TOTAL_TOKENS) * config.merge_size**2
         return cls(rule, image, ClipLimits.of(settings), patches)
 

@@ -3,9 +3,10 @@
 qwen: qwen-vl-utils 0.0.14 (`smart_nframes`, `fetch_video`), which the model cards of Qwen2-VL and Qwen2.5-VL use: fps
       frames a second (2 unless asked), at least 4 and at most 768, an even count, spread from the first frame to the
       last. A frame has 128 to 768 tokens, all together 115200 tokens of temporal pairs (0.9 of 128000).
-hf:   transformers 5.23 (`Qwen2VLVideoProcessor.sample_frames`, with fps given and no `cap_pixels_per_frame`): the same
-      count but for the limits' rounding, frames at the start of equal spans, and no limit on all frames together. The
-      size of a frame is the checkpoint's, by default 128 to 768 tokens.
+hf:   transformers 5.23 (`Qwen2VLVideoProcessor.sample_frames`, with fps given): the same count but for the limits'
+      rounding, frames at the start of equal spans, and no limit on all frames together. A checkpoint may say otherwise
+      (see `rtp_mm/preprocess/video_config.py`): other figures, a number of frames for clips of any length, a limit on
+      all frames together. The size of a frame is the checkpoint's, by default 128 to 768 tokens.
 
 Both count in float32 where torch does (`linspace`, `arange`), so that the same frames come out.
 """
@@ -34,14 +35,27 @@ IMAGE_MIN_TOKENS, IMAGE_MAX_TOKENS = 4, 16384  # of a frame whose size is asked 
 
 @dataclass(frozen=True, slots=True)
 class VideoRule:
-    """One rule for one model. `factor`: pixels on a token's side; pixel limits are of a frame, after resizing."""
+    """One rule for one model.
+
+    factor:       pixels on a token's side.
+    min_pixels, max_pixels: of a frame, after resizing.
+    server_max_frames: MM_MAX_FRAMES.
+    fps, min_frames, max_frames: where a request does not say.
+    num_frames:   hf: of every clip instead, whatever its length; a multiple of the temporal patch.
+    clip_tokens:  hf: of all frames together, in pairs of frames, of which 0.9 are shared.
+    """
 
     name: RuleName
     factor: int
     temporal_patch_size: int
     min_pixels: int
     max_pixels: int
-    server_max_frames: int = MAX_FRAMES  # MM_MAX_FRAMES
+    server_max_frames: int = MAX_FRAMES
+    fps: float = FPS
+    min_frames: int = MIN_FRAMES
+    max_frames: int = MAX_FRAMES
+    num_frames: int | None = None
+    clip_tokens: int | None = None
 
     @classmethod
     def published(cls, name: RuleName, factor: int, temporal_patch_size: int) -> VideoRule:
@@ -58,6 +72,11 @@ class VideoRule:
         if total == 1:
             return [0]
         count = self._count(total, float(fps), options)
+        if count > self.server_max_frames:
+            raise WrongFormatError(
+                f"{count} frames, over the limit of {self.server_max_frames} (MM_MAX_FRAMES); fewer are taken with a "
+                "lower max_frames or fps"
+            )
         return _spread(total, count) if self.name == "qwen" else _spans(total, count)
 
     def frame_size(self, height: int, width: int, frames: int, options: PreprocessOptions) -> tuple[int, int]:
@@ -71,25 +90,35 @@ class VideoRule:
             total_pixels = TOTAL_TOKENS * self.factor**2
             share = max(min(self.max_pixels, total_pixels / frames * self.temporal_patch_size), int(min_pixels * 1.05))
             max_pixels = min(options.max_pixels or share, share)
+        elif self.clip_tokens is not None:
+            share = int(self.clip_tokens * self.factor**2 * 0.9) * self.temporal_patch_size // frames
+            max_pixels = max(min(max_pixels, share), int(min_pixels * 1.05))
         if min_pixels > max_pixels:
             raise WrongFormatError(f"min_pixels {min_pixels} is over max_pixels {max_pixels:.0f} of a frame")
         return smart_resize(options.height or height, options.width or width, self.factor, min_pixels, max_pixels)
 
     def _count(self, total: int, fps: float, options: PreprocessOptions) -> int:
+        if self.num_frames is not None:
+            return self._fixed_count(self.num_frames, total, options)
         step = self.temporal_patch_size
-        asked = options.max_frames or min(MAX_FRAMES, total)
-        if min(asked, total) > self.server_max_frames:
-            raise WrongFormatError(f"max_frames {asked} is over the limit of {self.server_max_frames} (MM_MAX_FRAMES)")
-        least, most = options.min_frames or MIN_FRAMES, asked
+        least = options.min_frames or self.min_frames
+        most = options.max_frames or min(self.max_frames, total)
         if self.name == "qwen":
             least = math.ceil(least / step) * step
         else:
             most = min(most, total)
         most = math.floor(most / step) * step
-        wanted = total / fps * (options.fps or FPS)
+        wanted = total / fps * (options.fps or self.fps)
         count = math.floor(min(max(wanted, least), most, total) / step) * step
         if count < step:
             raise WrongFormatError(f"at least {step} frames must be taken, max_frames {most} of {total} frames")
+        return count
+
+    def _fixed_count(self, count: int, total: int, options: PreprocessOptions) -> int:
+        if (options.fps, options.min_frames, options.max_frames) != (None, None, None):
+            raise WrongFormatError(f"this model takes {count} frames of every clip: no fps, min_frames or max_frames")
+        if count > total:
+            raise WrongFormatError(f"this model takes {count} frames of every clip, this one has {total}")
         return count
 
 
