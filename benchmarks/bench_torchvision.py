@@ -1,6 +1,8 @@
-"""Rows of clips against those of transformers' `Qwen2VLVideoProcessor`, which torchvision resizes: bytes that differ.
+"""What takes torchvision to compare: rows of clips with those of transformers' `Qwen2VLVideoProcessor`, which it
+resizes, in bytes that differ; both rules for frames and their size with the publishers' own functions, in random clips
+that agree (`benchmarks/video_rules.py`).
 
-    pip install --no-deps --target FOLDER torchvision==VERSION_FOR_YOUR_TORCH
+    pip install --no-deps --target FOLDER torchvision==VERSION_FOR_YOUR_TORCH qwen-vl-utils==0.0.14
     python -m benchmarks.bench_torchvision FOLDER
 
 In a folder of its own, because transformers takes torchvision's processors for everything where it is installed. Two
@@ -21,6 +23,7 @@ import torch
 from PIL import Image
 
 from benchmarks.report import write_result
+from benchmarks.video_rules import agreement
 from rtp_mm.config import load_settings
 from rtp_mm.models.qwen2_vl import PUBLISHED_PROCESSOR
 from rtp_mm.preprocess.patches import ImagePreprocessor
@@ -75,7 +78,7 @@ def main() -> None:
             "largest_difference": float(difference.max()),
         }
         print(name, figures)
-    write_result("torchvision", {"torchvision": torchvision.__version__, "clips": clips})
+    write_result("torchvision", {"torchvision": torchvision.__version__, "clips": clips, "rules": agreement()})
 
 
 if __name__ == "__main__":

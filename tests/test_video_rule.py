@@ -1,12 +1,18 @@
-"""Frame choice and frame sizes, against known values and against the functions of the libraries that publish them."""
+"""Frame choice and frame sizes, against known values and transformers' own functions; what a checkpoint may say of
+them is in `tests/test_video_config.py`. qwen-vl-utils cannot be imported without torchvision: its rule is written again
+here, and a committed benchmark compares with the original.
+"""
 
 from __future__ import annotations
 
+import json
 import math
 import random
+from pathlib import Path
 
 import pytest
 import torch
+from hugging_face_video import VideoProcessor
 
 from rtp_mm.errors import WrongFormatError
 from rtp_mm.preprocess.video_rule import RuleName, VideoRule, _spans, _spread
@@ -16,6 +22,7 @@ QWEN = VideoRule.published("qwen", 28, 2)
 HF = VideoRule.published("hf", 28, 2)
 ANY = PreprocessOptions()
 TOKEN = 28 * 28
+RESULT = Path(__file__).parents[1] / "benchmarks" / "results" / "torchvision.json"
 
 
 def totals_and_counts() -> list[tuple[int, int]]:
@@ -61,7 +68,7 @@ def test_the_count_is_the_published_one(total: int, fps: float, options: Preproc
 
 
 def smart_nframes(total: int, fps: float, asked: float, least: int, most: int | None) -> int:
-    """Written again from the rule's description, the slow way, with fractions of a factor of 2."""
+    """qwen-vl-utils' rule, written again."""
     low = 2 * -(-least // 2)
     high = 2 * ((min(768, total) if most is None else most) // 2)
     count = min(min(max(total / fps * asked, low), high), total)
@@ -81,13 +88,41 @@ def test_counts_agree_with_the_rule_read_again() -> None:
         assert len(QWEN.choose_frames(total, fps, options)) == expected
 
 
+def test_the_committed_comparison_with_the_originals_found_no_other_choice() -> None:
+    """`python -m benchmarks.bench_torchvision`. Theirs refuses what shrinks to no patch at all."""
+    libraries = json.loads(RESULT.read_text())["rules"]
+    assert set(libraries) == {"qwen-vl-utils", "transformers"}
+    for result in libraries.values():
+        outcomes = result["outcomes"]
+        assert outcomes.keys() <= {"same frames, same size", "both refuse", "only theirs refuses"}
+        assert outcomes["same frames, same size"] > 0.8 * result["cases"] >= 16_000
+        assert outcomes.get("only theirs refuses", 0) < 0.01 * result["cases"]
+
+
+@pytest.fixture(scope="module")
+def hugging_face(tmp_path_factory: pytest.TempPathFactory) -> VideoProcessor:
+    folder = tmp_path_factory.mktemp("published")
+    (folder / "preprocessor_config.json").write_text("{}")
+    return VideoProcessor(folder)
+
+
 @pytest.mark.parametrize(("total", "fps"), [(300, 30), (299, 29.97), (1000, 24), (77, 12.5), (9000, 30)])
-def test_hugging_faces_frames_are_at_the_start_of_equal_spans(total: int, fps: float) -> None:
-    """As its `sample_frames`, which needs torchvision only to be imported."""
-    most = math.floor(min(768, total) / 2) * 2
-    count = math.floor(min(max(total / fps * 2, 4), most, total) / 2) * 2
-    expected = torch.arange(0, total, total / count).int().tolist()
+def test_hugging_faces_frames_are_at_the_start_of_equal_spans(
+    total: int, fps: float, hugging_face: VideoProcessor
+) -> None:
+    expected = hugging_face.frames(total, fps, fps=2.0)
     assert HF.choose_frames(total, fps, ANY) == expected != QWEN.choose_frames(total, fps, ANY)
+
+
+def test_hugging_faces_frames_and_sizes_are_its_own(hugging_face: VideoProcessor) -> None:
+    chance = random.Random(2)
+    for _ in range(2000):
+        total, rate = chance.randrange(12, 20_000), chance.choice([23.976, 24, 25, 29.97, 30, 50, 60])
+        asked = {"fps": chance.choice([1, 2, 3, 10]), "min_frames": chance.choice([2, 7, 12]), "max_frames": 300}
+        frames = HF.choose_frames(total, rate, PreprocessOptions(**asked))
+        assert frames == hugging_face.frames(total, rate, **asked), (total, rate, asked)
+        height, width = (round(math.exp(chance.uniform(math.log(20), math.log(4000)))) for _ in range(2))
+        assert HF.frame_size(height, width, len(frames), ANY) == hugging_face.size(height, width, len(frames))
 
 
 @pytest.mark.parametrize("name", ["qwen", "hf"])
@@ -119,12 +154,17 @@ def test_more_frames_than_the_server_grants_are_refused() -> None:
         (1080, 1920, 20, PreprocessOptions(height=280, width=560), (280, 560)),
         (1080, 1920, 20, PreprocessOptions(height=1120, width=1120), (1120, 1120)),  # as large as an image
         (100, 100, 20, PreprocessOptions(min_pixels=16 * TOKEN), (112, 112)),
+        (10, 1900, 20, PreprocessOptions(min_pixels=16 * TOKEN), (28, 1904)),  # a side of less than half a token is one
     ],
 )
 def test_frames_have_the_published_size(
     height: int, width: int, frames: int, options: PreprocessOptions, size: tuple[int, int]
 ) -> None:
     assert QWEN.frame_size(height, width, frames, options) == size
+
+
+def test_hugging_face_takes_less_than_half_a_token_for_nothing() -> None:
+    assert HF.frame_size(10, 1900, 20, PreprocessOptions(min_pixels=16 * TOKEN)) == (28, 1568)
 
 
 def test_hugging_faces_frames_share_no_budget() -> None:

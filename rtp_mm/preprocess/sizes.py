@@ -10,18 +10,21 @@ from rtp_mm.types import CropBox
 MAX_ASPECT_RATIO = 200
 
 
-def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: float) -> tuple[int, int]:
+def smart_resize(
+    height: int, width: int, factor: int, min_pixels: int, max_pixels: float, *, least: int = 0
+) -> tuple[int, int]:
     """(height, width) as multiples of `factor`, near the aspect ratio, the area within the limits where factors allow.
 
     The rule of `Qwen2VLImageProcessorPil` (transformers 5.23), floating point and half-to-even rounding included: a
-    side of less than half a factor rounds to 0 and so takes the way of an image that is too small. Raises
-    `WrongFormatError` for a side below 1 or an aspect ratio over 200.
+    side of less than half a factor rounds to 0 and so takes the way of an image that is too small. With `least` 1 that
+    of qwen-vl-utils (0.0.14): there it is one factor long. What shrinks to no factor, and fails there, is one too.
+    Raises `WrongFormatError` for a side below 1 or an aspect ratio over 200.
     """
     if min(height, width) < 1:
         raise WrongFormatError(f"an image needs at least one pixel, got {width}x{height}")
     if max(height, width) / min(height, width) > MAX_ASPECT_RATIO:
         raise WrongFormatError(f"{width}x{height} has an aspect ratio over the limit of {MAX_ASPECT_RATIO}")
-    rows, columns = round(height / factor), round(width / factor)
+    rows, columns = max(least, round(height / factor)), max(least, round(width / factor))
     area = rows * columns * factor * factor
     if area > max_pixels:
         shrink = math.sqrt((height * width) / max_pixels)

@@ -83,7 +83,7 @@ class VideoRule:
         """(height, width) that each of `frames` frames is resized to. Raises `WrongFormatError`."""
         if self.name == "qwen" and options.height is not None and options.width is not None:
             limits = (IMAGE_MIN_TOKENS * self.factor**2, IMAGE_MAX_TOKENS * self.factor**2)
-            return smart_resize(options.height, options.width, self.factor, *limits)
+            return smart_resize(options.height, options.width, self.factor, *limits, least=1)
         min_pixels = options.min_pixels or self.min_pixels
         max_pixels: float = options.max_pixels or self.max_pixels
         if self.name == "qwen":
@@ -95,7 +95,9 @@ class VideoRule:
             max_pixels = max(min(max_pixels, share), int(min_pixels * 1.05))
         if min_pixels > max_pixels:
             raise WrongFormatError(f"min_pixels {min_pixels} is over max_pixels {max_pixels:.0f} of a frame")
-        return smart_resize(options.height or height, options.width or width, self.factor, min_pixels, max_pixels)
+        height, width = options.height or height, options.width or width
+        least = 1 if self.name == "qwen" else 0
+        return smart_resize(height, width, self.factor, min_pixels, max_pixels, least=least)
 
     def _count(self, total: int, fps: float, options: PreprocessOptions) -> int:
         if self.num_frames is not None:
