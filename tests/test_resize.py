@@ -47,6 +47,30 @@ def noise(height: int, width: int, seed: int = 0) -> Pixels:
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
+def generator(*names: object) -> np.random.Generator:
+    """One of its own for these names."""
+    return np.random.default_rng([*repr(names).encode()])
+
+
+def drawn_side(rng: np.random.Generator, least: int, most: int) -> int:
+    """Evenly on a logarithmic scale."""
+    return int(least * ((most + 1) / least) ** rng.random())
+
+
+def drawn_output(rng: np.random.Generator, most: int) -> tuple[int, int, int, int]:
+    """Patch and merge size, height and width."""
+    patch, merge = PATCHES[rng.integers(len(PATCHES))]
+    height, width = (max(1, round(drawn_side(rng, 1, most) / (patch * merge))) * patch * merge for _ in range(2))
+    return patch, merge, height, width
+
+
+def pixels(rng: np.random.Generator, height: int, width: int) -> Pixels:
+    image = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+    if rng.random() < 0.3:
+        return np.where(image > 127, np.uint8(255), np.uint8(0))  # overshoots at every edge: clamped
+    return image
+
+
 def pillow(image: Pixels, height: int, width: int, order: Order, filter: str = "bicubic") -> Pixels:
     """One axis after the other, so that the order is what is asked for, whatever Pillow's own rule is."""
     resample = Image.Resampling[filter.upper()]
@@ -67,19 +91,60 @@ def assert_is_pillows(
 
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("order", ["horizontal", "vertical"])
-def test_any_size_is_pillows(level: str, order: Order) -> None:
-    rng = np.random.default_rng(1)
-
-    def side() -> int:
-        return int(np.exp(rng.uniform(0, 5.5)))
-
+@pytest.mark.parametrize("seed", range(4))
+def test_any_size_is_pillows(level: str, order: Order, seed: int) -> None:
+    """Other sizes for each level and order: thousands in all."""
+    rng = generator(level, order, seed)
+    seen = set()
     for _ in range(350):
-        patch, merge = PATCHES[rng.integers(len(PATCHES))]
-        height, width = (max(1, round(side() / (patch * merge))) * patch * merge for _ in range(2))
-        image = rng.integers(0, 256, (side(), side(), 3), dtype=np.uint8)
-        if rng.random() < 0.3:
-            image = np.where(image > 127, np.uint8(255), np.uint8(0))  # overshoots at every edge: clamped
-        assert_is_pillows(image, (height, width), patch, merge, order, level)
+        image = pixels(rng, drawn_side(rng, 1, 250), drawn_side(rng, 1, 250))
+        patch, merge, *size = drawn_output(rng, 250)
+        assert_is_pillows(image, (size[0], size[1]), patch, merge, order, level)
+        seen.add((*image.shape, *size))
+    assert len(seen) > 340
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("order", ["horizontal", "vertical"])
+def test_long_sides_are_pillows(level: str, order: Order) -> None:
+    """Of 1000 to 4000 pixels, the other up to 200 times shorter."""
+    rng = generator(level, order, 3)
+    for _ in range(25):
+        long = drawn_side(rng, 1000, 4000)
+        short = drawn_side(rng, -(-long // 200), min(long, 4_000_000 // long))
+        image = pixels(rng, *rng.permutation([long, short]).tolist())
+        patch, merge, *size = drawn_output(rng, 2000)
+        assert_is_pillows(image, (size[0], size[1]), patch, merge, order, level)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("order", ["horizontal", "vertical"])
+def test_one_pixel_wide_is_pillows(level: str, order: Order) -> None:
+    rng = generator(level, order, 4)
+    for _ in range(60):
+        image = pixels(rng, *rng.permutation([1, drawn_side(rng, 1, 200)]).tolist())
+        patch, merge, *size = drawn_output(rng, 1400)
+        assert_is_pillows(image, (size[0], size[1]), patch, merge, order, level)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("bytes_per_pixel", [3, 4])
+def test_any_crop_is_pillows(level: str, bytes_per_pixel: int) -> None:
+    """As Pillow cuts and resizes in one go; ours is given a view of the whole image."""
+    rng = generator(level, str(bytes_per_pixel), 5)
+    orders = set()
+    for _ in range(100):
+        image = pixels(rng, drawn_side(rng, 1, 1500), drawn_side(rng, 1, 1500))
+        (top, bottom), (left, right) = (np.sort(rng.choice(side + 1, 2, replace=False)) for side in image.shape[:2])
+        patch, merge, height, width = drawn_output(rng, 500)
+        order = resize_order(bottom - top, right - left, height, width, installed_rule())
+        crop = Image.fromarray(image).crop((left, top, right, bottom))
+        expected = np.asarray(crop.resize((width, height), Image.Resampling.BICUBIC))
+        view = (image if bytes_per_pixel == 3 else in_four_bytes(image))[top:bottom, left:right]
+        ours = _core.resize_patchify(view, height, width, patch, merge, order=order, level=level)
+        np.testing.assert_array_equal(ours, patch_rows(expected, patch, merge))
+        orders.add(order)
+    assert len(orders) == (1 if installed_rule() == "pillow-12.1" else 2)
 
 
 @pytest.mark.parametrize("level", LEVELS)
