@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from contextlib import ExitStack
 
 import pytest
 
@@ -34,6 +35,29 @@ def test_the_oldest_request_is_never_refused_and_the_next_becomes_it() -> None:
         assert (admission.patches, admission.nbytes) == (101, 1001)
     assert (admission.requests, admission.patches, admission.nbytes) == (0, 0, 0)
     assert admission.rejections == {"bytes": 1, "patches": 1}
+
+
+@pytest.mark.parametrize("way", ["message", "item", "download", "kept"])
+@pytest.mark.parametrize("nbytes", [599, 600, 601])
+def test_bytes_just_below_at_and_above_the_limit(way: str, nbytes: int) -> None:
+    """1000 in all, of which another request holds 400."""
+    admission = new_admission()
+    with ExitStack() as held:
+        held.enter_context(admission.visiting(400, 0))
+        if nbytes > 600 and way != "kept":
+            held.enter_context(pytest.raises(QueueFullError, match="MM_MAX_BYTES_IN_FLIGHT_MB"))
+        visit = held.enter_context(admission.visiting(nbytes if way == "message" else 0, 0))
+        match way:
+            case "item":
+                held.enter_context(admission.holding(visit, Cost(0, nbytes)))
+            case "download":
+                grow = held.enter_context(admission.metering(visit))
+                grow(500)
+                grow(nbytes)
+            case "kept":  # what is there already is counted, not refused
+                admission.keep(visit, nbytes)
+        assert admission.nbytes == 400 + nbytes
+    assert admission.nbytes == 0
 
 
 def test_a_download_begins_only_where_its_patches_will_probably_fit() -> None:

@@ -1,5 +1,5 @@
-"""Every limit just below, at and just above it. Of the options' own bounds all are tried; those of queues and bytes in
-flight stand with the engine's tests.
+"""Every limit just below, at and just above it. Of the options' own bounds all are tried; those of queues stand with
+the engine's tests, of bytes in flight in `test_admission.py`, of what PNG holds beside its pixels in `test_png.py`.
 """
 
 from __future__ import annotations
@@ -9,18 +9,26 @@ from typing import Any
 
 import annotated_types
 import grpc
+import numpy as np
 import pytest
+from animations import animate
+from clips import encode, moving
 from fake_engine import serving
+from numpy.typing import NDArray
 from server_calls import call_raw, request
 from test_error_table import REFUSED, WRONG_FORMAT, data_url, item, message, png, said, served
 from web_source import Source
 
 from rtp_mm.config import Settings, load_settings
-from rtp_mm.errors import MAX_MESSAGE_BYTES, ProcessError, StartError
+from rtp_mm.errors import MAX_MESSAGE_BYTES, ProcessError, StartError, WrongFormatError
 from rtp_mm.models.multimodal_mixin import MultimodalMixin
+from rtp_mm.models.qwen2_vl import PUBLISHED_PROCESSOR
 from rtp_mm.models.registry import load_model
+from rtp_mm.preprocess.media import MediaPreprocessor
 from rtp_mm.server.http import _seconds
-from rtp_mm.types import MMUrlType
+from rtp_mm.types import Blob, MMUrlType, PreprocessOptions
+
+ANY = PreprocessOptions()
 
 
 def bounds() -> list[tuple[str, int, int]]:
@@ -65,6 +73,47 @@ async def test_pixels(model: MultimodalMixin) -> None:
             await call_raw(server.grpc_address, message(item(data_url(png(width, 200)))).SerializeToString())
         pattern = "40200.*40000.*MM_MAX_PIXELS"
         await said(server, message(item(data_url(png(201, 200)))), WRONG_FORMAT, pattern)
+
+
+@pytest.fixture(scope="module")
+def frames(photos: dict[str, NDArray[np.uint8]]) -> list[NDArray[np.uint8]]:
+    return moving(photos["chelsea"], 49)
+
+
+def taken(data: bytes | NDArray[np.uint8], options: PreprocessOptions, **limits: int) -> int:
+    """Frames of a clip that a preprocessor with these limits takes."""
+    settings = load_settings(None, **limits)
+    media = MediaPreprocessor.from_checkpoint(Path("/nowhere"), PUBLISHED_PROCESSOR, settings)
+    mm_type = MMUrlType.VIDEO if isinstance(data, bytes) else MMUrlType.TENSOR
+    return 2 * media(Blob(data, b"", "clip"), mm_type, options).grid_thw[0]
+
+
+@pytest.mark.parametrize("kind", ["file", "animation", "tensor"])
+def test_frames(kind: str, frames: list[NDArray[np.uint8]]) -> None:
+    """6 are taken of each."""
+    options = PreprocessOptions(min_frames=6)
+    data = {
+        "file": lambda: encode(frames[:48]),
+        "animation": lambda: animate(frames[:20], "WEBP", 50),
+        "tensor": lambda: np.stack(frames[:6]),
+    }[kind]()
+    for limit in (7, 6):
+        assert taken(data, options, mm_max_frames=limit) == 6
+    with pytest.raises(WrongFormatError, match=r"6 frames, over the limit of 5 \(MM_MAX_FRAMES\)"):
+        taken(data, options, mm_max_frames=5)
+
+
+@pytest.mark.parametrize("kind", ["file", "animation"])
+def test_seconds_of_a_clip(kind: str, frames: list[NDArray[np.uint8]]) -> None:
+    """2, at 24 frames a second or in steps of 50 ms."""
+
+    def clip(beyond: int) -> bytes:
+        return encode(frames[: 48 + beyond]) if kind == "file" else animate(frames[: 40 + beyond], "WEBP", 50)
+
+    for beyond in (-1, 0):
+        assert taken(clip(beyond), ANY, mm_max_video_seconds=2) == 4
+    with pytest.raises(WrongFormatError, match=r"a video of 2\.[01] s, over the limit of 2 s \(MM_MAX_VIDEO_SECONDS\)"):
+        taken(clip(1), ANY, mm_max_video_seconds=2)
 
 
 def padded(size: int) -> bytes:

@@ -124,6 +124,43 @@ def unusual() -> dict[str, bytes]:
     }
 
 
+MIB = 1 << 20
+COMPRESSED = {  # what a chunk holds before text or a profile
+    "zTXt": b"Comment\0\0",
+    "iTXt": b"Comment\0\1\0\0\0",
+    "iCCP": b"Profile\0\0",
+}
+
+
+def with_compressed(kind: str, nbytes: int, count: int = 1, *, is_last: bool = False) -> bytes:
+    """A PNG with this many bytes in each of `count` chunks, compressed a thousandfold, before or after its pixels."""
+    plain = saved(Image.fromarray(picture(40, 30, 3)))
+    at = plain.index(b"IEND" if is_last else b"IDAT") - 4
+    extra = chunk(kind.encode(), COMPRESSED[kind] + zlib.compress(b"a" * nbytes, 9))
+    return plain[:at] + extra * count + plain[at:]
+
+
+@pytest.mark.parametrize("kind", COMPRESSED)
+@pytest.mark.parametrize("is_last", [False, True])
+def test_text_and_profiles_are_a_mib_at_most(kind: str, is_last: bool) -> None:
+    for nbytes in (MIB - 1, MIB):
+        assert decode(with_compressed(kind, nbytes, is_last=is_last), **LIMITS).shape == (30, 40, 3)
+    for nbytes in (MIB + 1, 50 * MIB):
+        bomb = with_compressed(kind, nbytes, is_last=is_last)
+        assert len(bomb) < 100_000
+        with pytest.raises(WrongFormatError, match=r"broken image: .*too large"):
+            decode(bomb, **LIMITS)
+        assert decode(bomb, **LIMITS | {"allow_truncated": True}).shape == (30, 40, 3)  # without the text
+
+
+@pytest.mark.parametrize("kind", ["zTXt", "iTXt"])
+def test_all_text_together_is_64_mib_at_most(kind: str) -> None:
+    for count in (63, 64):
+        assert decode(with_compressed(kind, MIB, count), **LIMITS).shape == (30, 40, 3)
+    with pytest.raises(WrongFormatError, match="broken image: Too much memory used in text chunks"):
+        decode(with_compressed(kind, MIB, 65), **LIMITS)
+
+
 @pytest.mark.parametrize("name", unusual())
 def test_what_is_unusual_is_left_to_pillow(name: str) -> None:
     data = unusual()[name] or saved(Image.fromarray(picture(41, 30, 3)))
