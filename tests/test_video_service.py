@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from clips import FRAMES, encode, moving
 
 import rtp_mm
 from rtp_mm.errors import BadItemsError
+from rtp_mm.logs import KeyValueFormatter
 from rtp_mm.server.call import MAX_SECONDS_BYTES, Call
 from rtp_mm.server.wire import SECONDS_METADATA
 from rtp_mm.types import Caller, MMUrlType
@@ -31,9 +34,22 @@ def test_stills_alone_send_none() -> None:
     assert trailing([]) is None
 
 
-def test_metadata_that_would_cost_the_status_is_left_out() -> None:
-    assert trailing([2 / 3] * 300) is not None
-    assert trailing([2 / 3] * MAX_SECONDS_BYTES) is None
+@pytest.mark.parametrize(("items", "number"), [(341, "0.666666667"), (342, "0.66666667"), (682, "0.667")])
+def test_many_clips_have_fewer_digits(items: int, number: str) -> None:
+    text = trailing([2 / 3] * items)
+    assert text == ",".join([number] * items)
+    assert len(text) <= MAX_SECONDS_BYTES
+
+
+def test_metadata_that_would_cost_the_status_is_left_out_and_logged(caplog: pytest.LogCaptureFixture) -> None:
+    assert trailing([None] * 2047 + [1.0]) is not None
+    assert not caplog.records
+    assert trailing([2 / 3] * 683) is None
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert re.search(
+        f"metadata left out id=[0-9a-f]{{8}} name={SECONDS_METADATA} items=683", KeyValueFormatter().format(record)
+    )
 
 
 def test_a_cached_clip_keeps_its_timing(tiny_qwen2_5_vl: Path, tmp_path: Path, photos: dict[str, Any]) -> None:

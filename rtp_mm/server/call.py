@@ -18,7 +18,9 @@ from rtp_mm.types import Caller, MMEmbeddingRes, MultimodalInput
 REQUEST_ID_METADATA = "rtp-mm-request-id"
 MAX_SECONDS_BYTES = 4096  # a status with more metadata than the peer takes (8 KiB) is lost
 Metadata = Sequence[tuple[str, Any]]
+_DIGITS = range(9, 2, -1)  # of a number: all of a float32's, fewer where they are many
 _access = logging.getLogger("rtp_mm.access")
+_log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -64,16 +66,18 @@ class Call:
     def trailing_metadata(self) -> tuple[tuple[str, str], ...]:
         """Request id, `rtp-mm-<stage>-ms`, `retry-after-ms` where the queue was full, and, where there is a clip,
         `rtp-mm-second-per-grid`: a number per item, in order, separated by commas, 0 for what is no clip. The same for
-        sounds that were cut off: `rtp-mm-audio-cut-s`.
+        sounds that were cut off: `rtp-mm-audio-cut-s`. Left out, and logged, where the items are too many for it.
         """
         metadata = [(REQUEST_ID_METADATA, self.id)]
         metadata += [(f"rtp-mm-{stage}-ms", f"{ms:.3f}") for stage, ms in self.timings_ms.items()]
         if isinstance(self.failure, QueueFullError):
             metadata.append((RETRY_AFTER_METADATA, str(self.failure.retry_after_ms)))
         for name, seconds in ((SECONDS_METADATA, self.seconds_per_grid), (CUT_METADATA, self.cut_s)):
-            text = ",".join(f"{each or 0:.9g}" for each in seconds)
-            if any(each is not None for each in seconds) and len(text) <= MAX_SECONDS_BYTES:
-                metadata.append((name, text))
+            if any(each is not None for each in seconds):
+                if (text := _list_of(seconds)) is not None:
+                    metadata.append((name, text))
+                else:
+                    log_event(_log, "metadata left out", logging.WARNING, id=self.id, name=name, items=len(seconds))
         return tuple(metadata)
 
     def log(self) -> None:
@@ -95,3 +99,9 @@ class Call:
             retry_after_ms=self.failure.retry_after_ms if isinstance(self.failure, QueueFullError) else None,
             error=self.failure.wire_message if self.failure else None,
         )
+
+
+def _list_of(seconds: Sequence[float | None]) -> str | None:
+    """With as many digits as fit into `MAX_SECONDS_BYTES`; `None` where three do not."""
+    texts = (",".join(f"{each or 0:.{digits}g}" for each in seconds) for digits in _DIGITS)
+    return next((text for text in texts if len(text) <= MAX_SECONDS_BYTES), None)
