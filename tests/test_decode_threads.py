@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import sys
 import types
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import sounds
 from animations import animate
 from clips import KINDS, encode, moving
 from numpy.typing import NDArray
@@ -23,7 +25,9 @@ from rtp_mm.cores import CoreShare
 from rtp_mm.engine import workers
 from rtp_mm.engine.workers import PreprocessWorkers
 from rtp_mm.errors import WrongFormatError
+from rtp_mm.media.audio import CONTAINERS, _frames, _stream
 from rtp_mm.media.clip import ClipLimits
+from rtp_mm.media.container import opened
 from rtp_mm.media.decode_threads import DECODE_THREADS
 from rtp_mm.media.image import decode
 from rtp_mm.media.video import open_video_header
@@ -129,6 +133,16 @@ def test_a_header_is_read_on_the_calling_thread(frames: list[Pixels]) -> None:
     before = len(os.listdir("/proc/self/task"))
     with open_video_header(encode(frames), ClipLimits(1 << 20, 60, 0)):
         assert len(os.listdir("/proc/self/task")) == before
+
+
+@pytest.mark.parametrize(("container", "codec"), [("wv", "wavpack"), ("flac", "flac"), ("ipod", "aac")])
+def test_sound_is_decoded_on_the_calling_thread(container: str, codec: str) -> None:
+    data = sounds.encode(sounds.sine(2, 44100), 44100, container, codec)
+    gc.collect()  # the encoder's own
+    before = len(os.listdir("/proc/self/task"))
+    with opened(data, CONTAINERS, "sound") as file:
+        counts = {len(os.listdir("/proc/self/task")) for _ in _frames(file, _stream(file))}
+    assert counts == {before}
 
 
 def test_heics_reader_is_told_too(monkeypatch: pytest.MonkeyPatch) -> None:

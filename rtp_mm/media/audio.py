@@ -124,6 +124,7 @@ def _stream(container: InputContainer) -> AudioStream:
     is_pcm = name.startswith("pcm_") and not name.startswith("pcm_s64")  # for which PyAV has no array
     if name not in CODECS and not is_pcm:
         raise NotSupportedError(f"sound in codec {name} is not decoded")
+    stream.codec_context.thread_count = 1  # WavPack's takes one more than there are cores
     return stream  # type: ignore[return-value]
 
 
