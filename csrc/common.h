@@ -15,6 +15,7 @@
 namespace rtp_mm {
 
 using torch::headeronly::ScalarType;
+using IntArrayRef = torch::headeronly::IntHeaderOnlyArrayRef;
 using torch::stable::Tensor;
 
 // Raises RuntimeError in Python with the parts put together.
@@ -51,18 +52,26 @@ inline const char* dtype_name(ScalarType dtype) {
   }
 }
 
+// "[1768, 588]"
+inline std::string list(IntArrayRef values) {
+  std::ostringstream text;
+  text << '[';
+  for (size_t i = 0; i < values.size(); ++i) text << (i ? ", " : "") << values[i];
+  text << ']';
+  return text.str();
+}
+
 // "[1768, 588] uint8", with the strides where they are not those of a contiguous tensor.
 inline std::string describe(const Tensor& tensor) {
-  const auto list = [](torch::headeronly::IntHeaderOnlyArrayRef values) {
-    std::ostringstream text;
-    text << '[';
-    for (size_t i = 0; i < values.size(); ++i) text << (i ? ", " : "") << values[i];
-    text << ']';
-    return text.str();
-  };
   std::string text = list(tensor.sizes()) + " " + dtype_name(tensor.scalar_type());
   if (!tensor.is_contiguous()) text += " with strides " + list(tensor.strides());
   return text;
+}
+
+// `name` is the operator's, and the argument's.
+inline void check_is(const char* name, const Tensor& tensor, IntArrayRef shape, ScalarType dtype) {
+  check(tensor.sizes() == shape && tensor.scalar_type() == dtype && tensor.is_contiguous(), name,
+        " must be contiguous ", list(shape), " ", dtype_name(dtype), ", got ", describe(tensor));
 }
 
 }  // namespace rtp_mm

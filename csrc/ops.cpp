@@ -20,5 +20,9 @@ STABLE_TORCH_LIBRARY(rtp_mm, m) {
   m.def("packed_linear_add_(Tensor(a!) out, Tensor x, Tensor packed, Tensor? scales, Tensor? sums, Tensor bias) -> ()");
   m.def("packed_patch_embed(Tensor[] rows, Tensor packed, Tensor bias, Tensor? order, Tensor? pos) -> Tensor");
   m.def("packed_attention(Tensor qkv, Tensor cos, Tensor sin, Tensor cu_seqlens) -> Tensor");
-  m.def("rms_norm(Tensor x, Tensor weight, float eps, ScalarType out_dtype) -> Tensor");
+  m.def(
+      "add_norm_(Tensor(a!) x, Tensor? delta, Tensor weight, Tensor? bias, float eps, ScalarType out_dtype) -> Tensor");
+  m.def("rotate_qk_(Tensor(a!) qkv, Tensor cos, Tensor sin) -> ()");
+  m.def("activate_(Tensor(a!) x, str activation) -> ()");
+  m.def("silu_gate(Tensor gate_up) -> Tensor");
 }

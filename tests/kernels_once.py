@@ -14,7 +14,6 @@ from dataclasses import fields
 import reference
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from rtp_mm import ops
 
@@ -75,24 +74,17 @@ def pointwise() -> None:
     for dim in (80, 1280):
         x, delta, weight, bias = torch.randn(7, dim), torch.randn(7, dim), torch.randn(dim), torch.randn(dim)
         for shift in (None, bias):
-            total, shape, scaled = (x + delta).double(), (dim,), weight.double()
-            exact = (
-                F.rms_norm(total, shape, scaled, 1e-6)
-                if shift is None
-                else F.layer_norm(total, shape, scaled, shift.double(), 1e-6)
-            )
+            exact = reference.norm(x + delta, weight, shift, 1e-6)
             stream, added, scale = there(x, delta, weight)
             ours = ops.add_norm(stream, added, scale, None if shift is None else shift.to(DEVICE), 1e-6, torch.float32)
             check(f"add_norm {dim}", ours, exact, 1e-6)
     qkv, angle = torch.randn(5, 3, 3, 72), torch.randn(5, 36)
-    (first, second), cos, sin = qkv[:, :2].double().chunk(2, -1), angle.cos(), angle.sin()
-    c, s = cos.double()[:, None, None], sin.double()[:, None, None]
-    exact = torch.cat((first * c - second * s, second * c + first * s), -1)
-    check("rotate_qk", ops.rotate_qk_(*there(qkv, cos, sin))[:, :2], exact, 1e-6)
+    cos, sin = angle.cos(), angle.sin()
+    exact = reference.rotated_qk(qkv, cos, sin)  # before they are turned in place
+    check("rotate_qk", ops.rotate_qk_(*there(qkv, cos, sin)), exact, 1e-6)
     x = torch.randn(9, 2 * 172)
-    identity, nothing = torch.eye(2 * 172), torch.zeros(2 * 172)
     for activation in ops.ACTIVATIONS[1:]:
-        exact = reference.packed_linear(x, identity, nothing, activation)
+        exact = reference.activated(x, activation)
         check(activation, ops.activate(*there(x), activation), exact, 1e-6)
 
 

@@ -99,13 +99,18 @@ def patchify(
 
 def packed_linear(x: Tensor, weight: Tensor, bias: Tensor, activation: str) -> Tensor:
     """[M, N], or [M, N / 2] for a gate, in float64."""
-    y = x.double() @ weight.double().T + bias.double()
+    return activated(x.double() @ weight.double().T + bias.double(), activation)
+
+
+def activated(x: Tensor, activation: str) -> Tensor:
+    """[M, N], or [M, N / 2] for a gate, in float64."""
+    x = x.double()
     if activation == "silu_gate":
-        gate, up = y.chunk(2, dim=1)
+        gate, up = x.chunk(2, dim=1)
         return gate / (1 + (-gate).exp()) * up
     if activation == "gelu":
-        return y * 0.5 * torch.special.erfc(-y / 2**0.5)
-    return y / (1 + (-1.702 * y).exp()) if activation == "quick_gelu" else y
+        return x * 0.5 * torch.special.erfc(-x / 2**0.5)
+    return x / (1 + (-1.702 * x).exp()) if activation == "quick_gelu" else x
 
 
 def int8_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -119,26 +124,30 @@ def int8_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 def packed_attention(qkv: Tensor, cos: Tensor, sin: Tensor, lengths: Sequence[int]) -> Tensor:
     """[N, heads, dim] float64: segment by segment and head by head, the whole score matrix at once."""
-    half = qkv.shape[-1] // 2
-    q, k, v = qkv.double().unbind(1)
-    cos, sin = cos.double()[:, None], sin.double()[:, None]
-
-    def rotate(x: Tensor) -> Tensor:
-        return torch.cat((x[..., :half] * cos - x[..., half:] * sin, x[..., half:] * cos + x[..., :half] * sin), -1)
-
-    q, k = rotate(q), rotate(k)
+    q, k, v = rotated_qk(qkv, cos, sin).unbind(1)
     out = torch.zeros_like(v)
     start = 0
     for length in lengths:
         rows = slice(start, start + length)
         for head in range(v.shape[1]):
-            scores = q[rows, head] @ k[rows, head].T / (2 * half) ** 0.5
+            scores = q[rows, head] @ k[rows, head].T / q.shape[-1] ** 0.5
             out[rows, head] = scores.softmax(-1) @ v[rows, head]
         start += length
     return out
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """[N, D] float64."""
+def rotated_qk(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """[N, 3, heads, dim] float64: q and k turned, v as it is."""
+    qk, v = qkv.double().split((2, 1), dim=1)
+    x, y = qk.chunk(2, dim=-1)
+    cos, sin = cos.double()[:, None, None], sin.double()[:, None, None]
+    return torch.cat((torch.cat((x * cos - y * sin, y * cos + x * sin), -1), v), 1)
+
+
+def norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """RMSNorm, or with a bias LayerNorm: [N, D] float64."""
     x = x.double()
-    return x / (x.square().mean(1, keepdim=True) + eps).sqrt() * weight.double()
+    if bias is not None:
+        x = x - x.mean(1, keepdim=True)
+    out = x / (x.square().mean(1, keepdim=True) + eps).sqrt() * weight.double()
+    return out if bias is None else out + bias.double()

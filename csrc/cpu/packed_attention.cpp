@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "cpu/multiply.h"
+#include "cpu/rotate.h"
 #include "cpu/simd.h"
 
 namespace rtp_mm {
@@ -29,31 +30,6 @@ template <class Element>
 using WordOf = std::conditional_t<std::is_same_v<Element, BFloat16>, BFloat16Pair, float>;
 
 int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
-
-// dst[r] = scale * the rotated src[r], rows of dst kStripDepth words apart.
-struct Rotate {
-  template <class Arch, class Element>
-  RTP_MM_INLINE static void run(const Element* src, int64_t src_stride, const float* cos, const float* sin,
-                                int64_t rows, int64_t dim, float scale, WordOf<Element>* words) {
-    using Lanes = Wide<Arch, Element>;
-    const int64_t half = dim / 2;
-    for (; rows > 0; --rows, src += src_stride, words += kStripDepth, cos += half, sin += half) {
-      auto* __restrict dst = reinterpret_cast<Element*>(words);
-      int64_t i = 0;
-      for (; i + Lanes::kLanes <= half; i += Lanes::kLanes) {
-        const Vector<Lanes> x = widened<Lanes>(src + i), y = widened<Lanes>(src + half + i);
-        const Vector<Lanes> c = scale * at<Lanes>(cos + i), s = scale * at<Lanes>(sin + i);
-        narrow<Lanes>(x * c - y * s, dst + i);
-        narrow<Lanes>(y * c + x * s, dst + half + i);
-      }
-      for (; i < half; ++i) {
-        const float x = widened(src[i]), y = widened(src[half + i]), c = scale * cos[i], s = scale * sin[i];
-        narrow(x * c - y * s, dst + i);
-        narrow(y * c + x * s, dst + half + i);
-      }
-    }
-  }
-};
 
 // Rows of values, two to a row of dst; the last of an odd number has zeros beside it.
 struct PairRows {
@@ -252,11 +228,11 @@ class Workspace {
     }
   }
 
-  // Rows [first, first + rows), rotated and scaled.
+  // Rows [first, first + rows), rotated and scaled, kStripDepth words apart.
   void rotate(int64_t part, int64_t first, int64_t rows, float scale, Word* dst) {
     const int64_t half = job_.dim / 2;
     rtp_mm::run<Rotate>(job_.isa, row(part, first), job_.row_stride, job_.cos + first * half, job_.sin + first * half,
-                        rows, job_.dim, scale, dst);
+                        rows, job_.dim, scale, reinterpret_cast<Element*>(dst), kStripDepth * kValues);
   }
 
   const PackedAttention<Element>& job_;

@@ -6,12 +6,6 @@
 namespace rtp_mm {
 namespace {
 
-void check_table(const char* name, const Tensor& table, int64_t n, int64_t half) {
-  check(table.dim() == 2 && table.size(0) == n && table.size(1) == half && table.scalar_type() == ScalarType::Float &&
-            table.is_contiguous(),
-        "packed_attention: ", name, " must be contiguous [", n, ", ", half, "] float32, got ", describe(table));
-}
-
 // The rows of all segments.
 int64_t check_segments(const Tensor& cu_seqlens, int64_t n) {
   check(cu_seqlens.dim() == 1 && cu_seqlens.size(0) > 0 && cu_seqlens.scalar_type() == ScalarType::Int &&
@@ -54,8 +48,8 @@ Tensor packed_attention_cpu(const Tensor& qkv, const Tensor& cos, const Tensor& 
       "most ",
       kMaxHeadDim, ", got ", describe(qkv));
   const int64_t n = qkv.size(0), heads = qkv.size(2), dim = qkv.size(3);
-  check_table("cos", cos, n, dim / 2);
-  check_table("sin", sin, n, dim / 2);
+  check_is("packed_attention: cos", cos, {n, dim / 2}, ScalarType::Float);
+  check_is("packed_attention: sin", sin, {n, dim / 2}, ScalarType::Float);
   const int64_t rows = check_segments(cu_seqlens, n);
   Tensor out = torch::stable::new_empty(qkv, {n, heads, dim});
   (is_bf16 ? packed_attention_into<BFloat16> : packed_attention_into<float>)(qkv, cos, sin, cu_seqlens, rows, out);

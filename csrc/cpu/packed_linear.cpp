@@ -31,21 +31,9 @@ struct Widen {
   }
 };
 
-struct Activate {
-  template <class Arch>
-  RTP_MM_INLINE static Vector<Arch> activated(Vector<Arch> x, Activation activation) {
-    switch (activation) {
-      case Activation::kGelu:
-        return gelu<Arch>(x);
-      case Activation::kQuickGelu:
-        return sigmoid_gate<Arch>(x, 1.702f);
-      default:
-        return x;
-    }
-  }
-
-  // sums[rows] of `panels` panels to their activated values in the output's order, in place. bias: of the panels'
-  // columns.
+// sums[rows] of `panels` panels to their activated values in the output's order, in place. bias: of the panels'
+// columns.
+struct ActivateSums {
   template <class Arch>
   RTP_MM_INLINE static void run(float* sums, const float* bias, int64_t rows, int64_t panels, int64_t panel,
                                 Activation activation) {
@@ -54,8 +42,8 @@ struct Activate {
         const int64_t half = panel / 2;
         for (int64_t j = 0; j < panels * half; j += Arch::kLanes) {  // written behind what is read
           const int64_t gate = j / half * panel + j % half, up = gate + half;
-          at<Arch>(sums + j) = sigmoid_gate<Arch>(at<Arch>(sums + gate) + at<Arch>(bias + gate), 1.0f) *
-                               (at<Arch>(sums + up) + at<Arch>(bias + up));
+          at<Arch>(sums + j) =
+              silu_gate<Arch>(at<Arch>(sums + gate) + at<Arch>(bias + gate), at<Arch>(sums + up) + at<Arch>(bias + up));
         }
       } else {
         for (int64_t j = 0; j < panels * panel; j += Arch::kLanes) {
@@ -230,8 +218,8 @@ void PackedLinear<Weight, Rows, Out>::run(std::atomic<int64_t>& next_tile) const
       rtp_mm::run<Scale>(isa, sums.get(), &tile_columns, (end_panel - first_panel) * panel_columns,
                          static_cast<const float*>(row_scales), rows);
     }
-    rtp_mm::run<Activate>(isa, sums.get(), static_cast<const float*>(tile_columns.bias), rows, end_panel - first_panel,
-                          panel_columns, activation);
+    rtp_mm::run<ActivateSums>(isa, sums.get(), static_cast<const float*>(tile_columns.bias), rows,
+                              end_panel - first_panel, panel_columns, activation);
     const int64_t first = first_panel * layout.columns(),
                   end_column = std::min(end_panel * layout.columns(), layout.width);
     for (int64_t column = first; column < end_column;) {

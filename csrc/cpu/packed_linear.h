@@ -4,13 +4,12 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "cpu/activation.h"
 #include "cpu/centre_rows.h"
 #include "cpu/isa.h"
 #include "cpu/multiply.h"
 
 namespace rtp_mm {
-
-enum class Activation { kNone, kGelu, kQuickGelu, kSiluGate };
 
 constexpr int64_t kMaxPanel = 64;  // columns of a panel: four AVX-512 vectors
 

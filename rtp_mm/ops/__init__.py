@@ -17,7 +17,6 @@ from rtp_mm.ops.patch_embed import packed_patch_embed, patch_embed
 from rtp_mm.ops.pointwise import ACTIVATIONS, activate, add_norm, rotate_qk_, uses_onednn, uses_triton
 from rtp_mm.ops.positions import VisionPositions, vision_positions
 from rtp_mm.ops.resize_patchify import resize_patchify
-from rtp_mm.ops.rms_norm import rms_norm
 
 __all__ = [
     "ACTIVATIONS",
@@ -39,7 +38,6 @@ __all__ = [
     "patch_embed",
     "quantize_rows",
     "resize_patchify",
-    "rms_norm",
     "rotate_qk_",
     "uses_onednn",
     "uses_triton",

@@ -11,8 +11,8 @@
 
 #include "check.h"
 #include "check_attention.h"
+#include "check_pointwise.h"
 #include "cpu/packed_linear.h"
-#include "cpu/rms_norm.h"
 #include "cpu/vision_positions.h"
 #include "random_data.h"
 
@@ -206,20 +206,6 @@ void test_int8_linear(Isa isa, int64_t m, int64_t k, int64_t width) {
   }
 }
 
-void test_rms_norm(Isa isa, int64_t rows, int64_t dim) {
-  const std::vector<float> x = random_floats<float>(rows * dim), weight = random_floats<float>(dim);
-  std::vector<float> out(rows * dim);
-  rms_norm(isa, x.data(), weight.data(), rows, dim, 1e-6f, out.data());
-  for (int64_t r = 0; r < rows; ++r) {
-    double squares = 0;
-    for (int64_t i = 0; i < dim; ++i) squares += double{x[r * dim + i]} * x[r * dim + i];
-    for (int64_t i = 0; i < dim; ++i) {
-      const double exact = x[r * dim + i] / std::sqrt(squares / dim + 1e-6) * weight[i];
-      CHECK(std::abs(out[r * dim + i] - exact) <= 1e-6 * std::abs(exact));
-    }
-  }
-}
-
 }  // namespace
 }  // namespace rtp_mm
 
@@ -246,7 +232,6 @@ int main() {
     test_int8_linear(isa, 230, 1030, 70);
     test_packed_attention<float>(isa, {0, 1, 1, 130, 160}, 2, 10, 1e-5);
     test_packed_attention<float>(isa, {0, 40}, 1, 128, 1e-5);
-    test_rms_norm(isa, 3, 1);
-    test_rms_norm(isa, 5, 83);
+    test_pointwise<float>(isa);
   }
 }

@@ -1,4 +1,4 @@
-// The kernels that multiply bfloat16s, on every instruction set, under AddressSanitizer and UndefinedBehaviorSanitizer:
+// The kernels of bfloat16s, on every instruction set, under AddressSanitizer and UndefinedBehaviorSanitizer:
 // against naive loops, and against each other to the bit. Prints how AVX-512 BF16 was run.
 
 #include <algorithm>
@@ -13,8 +13,8 @@
 #include "bf16_instruction.h"
 #include "check.h"
 #include "check_attention.h"
+#include "check_pointwise.h"
 #include "cpu/packed_linear.h"
-#include "cpu/rms_norm.h"
 #include "random_data.h"
 
 namespace rtp_mm {
@@ -99,15 +99,6 @@ void test_linear(const std::vector<Isa>& isas, const Layer& layer) {
   }
 }
 
-void test_rms_norm(Isa isa, int64_t rows, int64_t dim) {
-  const std::vector<float> x = random_floats<float>(rows * dim), weight = random_floats<float>(dim);
-  std::vector<float> exact(rows * dim);
-  std::vector<BFloat16> out(rows * dim);
-  rms_norm(isa, x.data(), weight.data(), rows, dim, 1e-6f, exact.data());
-  rms_norm(isa, x.data(), weight.data(), rows, dim, 1e-6f, out.data());
-  for (int64_t i = 0; i < rows * dim; ++i) CHECK(out[i].bits == round_to<BFloat16>(exact[i]).bits);
-}
-
 // Every instruction set of this CPU, and AVX-512 BF16 where only its one instruction is missing.
 std::vector<Isa> instruction_sets() {
   std::vector<Isa> isas;
@@ -138,7 +129,6 @@ int main() {
     test_packed_attention<BFloat16>(isa, {0, 1, 1, 130, 160}, 2, 10, kAttentionError);
     test_packed_attention<BFloat16>(isa, {0, 161}, 1, 80, kAttentionError);
     test_packed_attention<BFloat16>(isa, {0, 40}, 1, 128, kAttentionError);
-    test_rms_norm(isa, 3, 1);
-    test_rms_norm(isa, 5, 83);
+    test_pointwise<BFloat16>(isa);
   }
 }
