@@ -22,6 +22,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from torch import Tensor
 from torch.nn import functional as F
 from transformers import vision_utils
 from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionConfig
@@ -49,10 +50,17 @@ LAYERS = [
     ("merger 2", 5120, 2048, "none"),
 ]
 ROWS = (1768, 257, 64, 16, 1)
+POINTWISE_ROWS = 1768
 SEGMENTS = {"windows": [64] * 27, "256": [256], "1768": [1768]}
 WIDTH, HEADS, HEAD_DIM, PATCH, MERGE, WINDOW = 1280, 16, 80, 14, 2, 4
 # Images of about 64, 256 and 1768 patches.
 GRIDS = {"64": (1, 8, 8), "256": (1, 16, 16), "1768": (1, 34, 52)}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {  # PyTorch's
+    "none": lambda x: x,
+    "gelu": F.gelu,
+    "silu_gate": lambda x: F.silu(x.chunk(2, -1)[0]) * x.chunk(2, -1)[1],
+}
+DTYPES = {torch.float32: "float32", torch.bfloat16: "bf16"}
 PEERS = ("onednn, widened", "torch float32", "torch bf16")
 BF16 = "ours bf16"
 
@@ -63,7 +71,7 @@ def linear_contenders(rows: int, k: int, n: int, activation: str) -> tuple[Conte
     x, weight, bias = torch.randn(rows, k), (torch.randn(n, k) * k**-0.5).bfloat16(), torch.randn(n)
     packed = ops.pack_linear(weight, 2 if activation == "silu_gate" else 1)
     wide, scratch, half_x, half_bias = weight.float(), torch.empty(n, k), x.bfloat16(), bias.bfloat16()
-    act = partial(ops.activate, activation=activation)
+    act = ACTIVATIONS[activation]
     onednn = torch.ops.mkldnn._linear_pointwise
     pairs = ops.pack_bf16_linear(weight, 2 if activation == "silu_gate" else 1)
     return {
@@ -114,19 +122,53 @@ def patch_embed_contenders(rows: int, frames: int, width: int) -> tuple[Contende
     }, 2.0 * patches.numel() * width
 
 
-def in_windows(rows: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+def in_windows(rows: Tensor, order: Tensor) -> Tensor:
     """[N, D], its groups of N / len(order) rows in `order`."""
     return rows.reshape(len(order), -1)[order].view(rows.shape)
 
 
-def rms_norm_contenders(rows: int) -> tuple[Contenders, float]:
-    x, weight = torch.randn(rows, WIDTH), torch.rand(WIDTH)
-    half_x, half_weight = x.bfloat16(), weight.bfloat16()
+def add_norm_contenders(has_bias: bool, has_delta: bool, dtype: torch.dtype) -> tuple[Contenders, float]:
+    """Of a float32 stream, the norm in `dtype`, as the delta is: so small that it can be added again and again."""
+    x, weight = torch.randn(POINTWISE_ROWS, WIDTH), torch.rand(WIDTH)
+    bias = torch.rand(WIDTH) if has_bias else None
+    delta = torch.full_like(x, 1e-20, dtype=dtype) if has_delta else None
+
+    def plain() -> Tensor:
+        if delta is not None:
+            x.add_(delta)
+        if bias is None:
+            return F.rms_norm(x, [WIDTH], weight, 1e-6).to(dtype)
+        return F.layer_norm(x, [WIDTH], weight, bias, 1e-6).to(dtype)
+
     return {
-        "ours": lambda: ops.rms_norm(x, weight, 1e-6),
-        "torch float32": lambda: F.rms_norm(x, [WIDTH], weight, 1e-6),
-        "torch bf16": lambda: F.rms_norm(half_x, [WIDTH], half_weight, 1e-6),
-    }, 8.0 * x.numel()
+        "ours": lambda: ops.add_norm(x, delta, weight, bias, 1e-6, dtype),
+        f"torch {DTYPES[dtype]}": plain,
+    }, float(x.numel() * (4 + dtype.itemsize) * (1 if delta is None else 2))
+
+
+def rotary_contenders(dtype: torch.dtype) -> tuple[Contenders, float]:
+    qkv, angles = torch.randn(POINTWISE_ROWS, 3, HEADS, HEAD_DIM).to(dtype), torch.randn(POINTWISE_ROWS, HEAD_DIM // 2)
+    cos, sin = angles.cos(), angles.sin()
+
+    def plain() -> None:
+        x, y = qkv[:, :2].float().chunk(2, dim=-1)
+        c, s = cos[:, None, None], sin[:, None, None]
+        qkv[:, :2] = torch.cat((x * c - y * s, y * c + x * s), dim=-1)
+
+    return {
+        "ours": lambda: ops.rotate_qk_(qkv, cos, sin),
+        f"torch {DTYPES[dtype]}": plain,
+    }, float(2 * qkv[:, :2].nbytes + cos.nbytes + sin.nbytes)
+
+
+def activation_contenders(activation: str, width: int, dtype: torch.dtype) -> tuple[Contenders, float]:
+    """Of large numbers, which a GELU in place leaves as they are, however often it comes."""
+    x = (torch.rand(POINTWISE_ROWS, width) + 10).to(dtype)
+    plain = ACTIVATIONS[activation]
+    return {
+        "ours": lambda: ops.activate(x, activation),
+        f"torch {DTYPES[dtype]}": lambda: plain(x),
+    }, float(x.nbytes + plain(x).nbytes)
 
 
 def positions_contenders(grid: tuple[int, int, int]) -> tuple[Contenders, float]:
@@ -141,7 +183,7 @@ def positions_contenders(grid: tuple[int, int, int]) -> tuple[Contenders, float]
         tables = [in_windows(table, order) for table in rotary(grid_thw, ids)]
         return tables, cu_windows, vision_utils.get_vision_cu_seqlens(grid_thw), order.argsort()
 
-    tensors = [v for v in astuple(ops.vision_positions([grid], MERGE, WINDOW, angles)) if isinstance(v, torch.Tensor)]
+    tensors = [v for v in astuple(ops.vision_positions([grid], MERGE, WINDOW, angles)) if isinstance(v, Tensor)]
     return {
         "ours": lambda: ops.vision_positions([grid], MERGE, WINDOW, angles),
         "transformers": transformers,
@@ -168,9 +210,16 @@ def multiplying() -> Cases:
 
 
 def moving() -> Cases:
-    norms: Cases = {f"rms_norm, {rows} rows": partial(rms_norm_contenders, rows) for rows in (1768, 64)}
+    pointwise: Cases = {}
+    for dtype, name in DTYPES.items():
+        for has_delta, add in ((False, ""), (True, "add, ")):
+            for has_bias, norm in ((False, "rms_norm"), (True, "layer_norm")):
+                pointwise[f"{add}{norm}, {name}"] = partial(add_norm_contenders, has_bias, has_delta, dtype)
+        pointwise[f"rotary, {name}"] = partial(rotary_contenders, dtype)
+        for activation, width in (("silu_gate", 6840), ("gelu", 5120)):
+            pointwise[f"{activation}, {name}"] = partial(activation_contenders, activation, width, dtype)
     positions: Cases = {f"vision_positions, {name}": partial(positions_contenders, g) for name, g in GRIDS.items()}
-    return norms | positions
+    return pointwise | positions
 
 
 def copy_peak() -> tuple[Callable[[], object], float]:
