@@ -132,40 +132,39 @@ struct Two {
 };
 
 template <class Arch, class F, class... Inputs>
-RTP_MM_INLINE Two<Arch> both(const F& f, const Inputs&... x) {
-  return {f.template of<Arch>(x.first...), f.template of<Arch>(x.second...)};
+RTP_MM_INLINE Two<Arch> both(const Inputs&... x) {
+  return {F::template of<Arch>(x.first...), F::template of<Arch>(x.second...)};
 }
 
-// out = f(inputs...), element by element. out may be an input.
+// out = F::of(inputs...), element by element. out may be an input.
 template <class Arch, class F, class Element, class... Inputs>
-RTP_MM_INLINE void map(const F& f, int64_t count, Element* out, const Inputs*... inputs) {
+RTP_MM_INLINE void map(int64_t count, Element* out, const Inputs*... inputs) {
   using Vectors = Two<Arch>;
   int64_t i = 0;
-  for (; i + Vectors::kCount <= count; i += Vectors::kCount) both<Arch>(f, Vectors::load(inputs + i)...).store(out + i);
+  for (; i + Vectors::kCount <= count; i += Vectors::kCount) both<Arch, F>(Vectors::load(inputs + i)...).store(out + i);
   const int64_t rest = count - i;
-  if (rest) both<Arch>(f, Vectors::load(inputs + i, rest)...).store(out + i, rest);
+  if (rest) both<Arch, F>(Vectors::load(inputs + i, rest)...).store(out + i, rest);
 }
 
+template <Activation kActivation>
 struct ActivateRows {
-  Activation activation;
-
   template <class Arch>
-  RTP_MM_INLINE Vector<Arch> of(Vector<Arch> x) const {
-    return activated<Arch>(x, activation);
+  RTP_MM_INLINE static Vector<Arch> of(Vector<Arch> x) {
+    return activated<Arch>(x, kActivation);
   }
 
   template <class Arch, class Element>
   RTP_MM_INLINE static void run(const Activate<Element>& job, int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
       Element* x = job.x + r * job.dim;
-      map<Arch>(ActivateRows{job.activation}, job.dim, x, x);
+      map<Arch, ActivateRows>(job.dim, x, x);
     }
   }
 };
 
 struct SiluGateRows {
   template <class Arch>
-  RTP_MM_INLINE Vector<Arch> of(Vector<Arch> gate, Vector<Arch> up) const {
+  RTP_MM_INLINE static Vector<Arch> of(Vector<Arch> gate, Vector<Arch> up) {
     return silu_gate<Arch>(gate, up);
   }
 
@@ -173,7 +172,7 @@ struct SiluGateRows {
   RTP_MM_INLINE static void run(const SiluGate<Element>& job, int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
       const Element* gate = job.gate_up + 2 * r * job.dim;
-      map<Arch>(SiluGateRows{}, job.dim, job.out + r * job.dim, gate, gate + job.dim);
+      map<Arch, SiluGateRows>(job.dim, job.out + r * job.dim, gate, gate + job.dim);
     }
   }
 };
@@ -192,7 +191,11 @@ void RotateQk<Element>::run(int64_t begin, int64_t end) const {
 
 template <class Element>
 void Activate<Element>::run(int64_t begin, int64_t end) const {
-  rtp_mm::run<ActivateRows>(isa, *this, begin, end);
+  if (activation == Activation::kGelu) {
+    rtp_mm::run<ActivateRows<Activation::kGelu>>(isa, *this, begin, end);
+  } else {
+    rtp_mm::run<ActivateRows<Activation::kQuickGelu>>(isa, *this, begin, end);
+  }
 }
 
 template <class Element>

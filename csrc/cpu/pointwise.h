@@ -38,7 +38,7 @@ struct RotateQk {
   void run(int64_t begin, int64_t end) const;
 };
 
-// x = activation(x), but for kSiluGate.
+// x = activation(x). Activation: kGelu or kQuickGelu.
 template <class Element>
 struct Activate {
   Element* x;  // [rows, dim]
