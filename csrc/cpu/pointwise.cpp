@@ -19,27 +19,35 @@ struct AddNormRows {
     for (; i < dim; ++i) x[i] += widened(delta[i]);
   }
 
-  template <class Arch>
-  RTP_MM_INLINE static float mean(const float* x, int64_t dim) {
-    Vector<Arch> sums = {};
-    int64_t i = 0;
-    for (; i + Arch::kLanes <= dim; i += Arch::kLanes) sums += at<Arch>(x + i);
-    float total = sum<Arch>(sums);
-    for (; i < dim; ++i) total += x[i];
-    return total / static_cast<float>(dim);
-  }
-
-  // The mean of (x - centre)^2.
-  template <class Arch>
-  RTP_MM_INLINE static float mean_square(const float* x, int64_t dim, float centre) {
-    Vector<Arch> sums = {};
-    int64_t i = 0;
-    for (; i + Arch::kLanes <= dim; i += Arch::kLanes) {
-      const Vector<Arch> centred = at<Arch>(x + i) - centre;
-      sums += centred * centred;
+  struct Itself {
+    template <class Value>
+    RTP_MM_INLINE Value operator()(const Value& value) const {
+      return value;
     }
-    float total = sum<Arch>(sums);
-    for (; i < dim; ++i) total += (x[i] - centre) * (x[i] - centre);
+  };
+
+  struct SquaredFrom {
+    float centre;
+
+    template <class Value>
+    RTP_MM_INLINE Value operator()(const Value& value) const {
+      return (value - centre) * (value - centre);
+    }
+  };
+
+  // The mean of what `term` makes of each x, a vector of them or one. Several sums at once: an addition takes four
+  // cycles, and would have to wait for the one before it.
+  template <class Arch, class Term>
+  RTP_MM_INLINE static float mean(const float* x, int64_t dim, const Term& term) {
+    constexpr int kSums = 4;
+    Vector<Arch> sums[kSums] = {};
+    int64_t i = 0;
+    for (; i + kSums * Arch::kLanes <= dim; i += kSums * Arch::kLanes) {
+      for (int s = 0; s < kSums; ++s) sums[s] += term(at<Arch>(x + i + s * Arch::kLanes));
+    }
+    for (; i + Arch::kLanes <= dim; i += Arch::kLanes) sums[0] += term(at<Arch>(x + i));
+    float total = sum<Arch>(sums[0] + sums[1] + (sums[2] + sums[3]));
+    for (; i < dim; ++i) total += term(x[i]);
     return total / static_cast<float>(dim);
   }
 
@@ -63,8 +71,8 @@ struct AddNormRows {
     for (int64_t r = begin; r < end; ++r) {
       float* x = job.x + r * job.dim;
       if (job.delta) add<Arch>(job.delta + r * job.dim, job.dim, x);
-      const float centre = job.bias ? mean<Arch>(x, job.dim) : 0.0f;
-      const float factor = 1 / std::sqrt(mean_square<Arch>(x, job.dim, centre) + job.eps);
+      const float centre = job.bias ? mean<Arch>(x, job.dim, Itself{}) : 0.0f;
+      const float factor = 1 / std::sqrt(mean<Arch>(x, job.dim, SquaredFrom{centre}) + job.eps);
       scale<Arch>(x, centre, factor, job.weight, job.bias, job.dim, job.out + r * job.dim);
     }
   }
