@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import gc
 import os
 import signal
 import subprocess
@@ -21,7 +22,7 @@ from worker_pools import IMAGE, ONE_CORE, is_gone, kill, new_pool, run, text, un
 from rtp_mm.engine import worker_pool, worker_process
 from rtp_mm.engine.worker_pool import WorkerPool
 from rtp_mm.engine.worker_process import WorkerProcess
-from rtp_mm.errors import DrainingError, ProcessError, StartError
+from rtp_mm.errors import DrainingError, ProcessError, StartError, WrongFormatError
 from rtp_mm.types import Patches
 
 
@@ -108,6 +109,26 @@ async def test_a_worker_that_dies_idle_is_replaced_and_fails_nobody(pair: Worker
         assert [int(patches.rows[0, 0]) for patches in answers] == list(range(20))
         await until(lambda: pair.restarts["idle"] == round_number and pair.ready == 2)  # noqa: B023
         assert is_gone(victim)
+
+
+async def test_a_worker_that_died_leaves_no_memory_mapped(pool: WorkerPool) -> None:
+    """Nor is it left to Python's garbage collector, which never looks at what was there when a server was ready."""
+
+    def mapped() -> int:
+        return sum("memfd:rtp_mm-inbox" in line for line in Path("/proc/self/maps").read_text().splitlines())
+
+    gc.collect()
+    gc.disable()
+    try:
+        before = mapped()
+        with pytest.raises(WrongFormatError) as refused:
+            await run(pool, script("refuse"))
+        kill(int(await text(pool, "pid")))
+        assert int(await text(pool, "pid"))
+        assert mapped() == before
+        assert refused
+    finally:
+        gc.enable()
 
 
 async def test_an_item_given_to_a_worker_that_just_died_goes_to_another(pool: WorkerPool) -> None:

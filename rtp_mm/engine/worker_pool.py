@@ -161,7 +161,7 @@ class WorkerPool:
         try:
             job.succeed(await self._patches(worker, job))
         except MMError as error:
-            job.fail(error)
+            job.fail(error.with_traceback(None))  # whose frames would keep the worker and its inbox
         except WorkerDiedError:
             return await self._bury(worker, job)
         finally:
