@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-import io
 import random
-import zlib
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import grpc
-import skimage.data
+import numpy as np
 from aiohttp import web
-from PIL import Image
+from chaos_media import Supply, inline
+from mutations import mutated
 from web_source import Source
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "TGA", "ICO", "JPEG2000", "AVIF")
-GOOD_IMAGES = 12
+from rtp_mm.types import MMPreprocessConfig, MMUrlType, MultimodalInput
+
 SILENCE_MS = 700  # the server gives up on a silent source after this
 DRIP_MS = 3000  # and on a source that is never silent, but never done, when the request's own time is over
 
 Status = grpc.StatusCode
-REFUSED = {Status.INVALID_ARGUMENT}
-BROKEN_SOURCE = {Status.UNAVAILABLE, Status.DEADLINE_EXCEEDED, Status.INVALID_ARGUMENT}
+REFUSED = frozenset({Status.INVALID_ARGUMENT})
+BROKEN_SOURCE = frozenset({Status.UNAVAILABLE, Status.DEADLINE_EXCEEDED, Status.INVALID_ARGUMENT})
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,65 +30,43 @@ class Case:
     """A request and what may come of it: the right answer to `right`, or one of these statuses."""
 
     name: str
-    urls: Sequence[str]
-    right: Sequence[int] = ()  # of the good images, in order; empty: there is no right answer
+    items: Sequence[MultimodalInput]
+    right: Sequence[int] = ()  # of the good media, in order; empty: there is no right answer
     statuses: frozenset[grpc.StatusCode] = frozenset()
     cancel_after_s: float | None = None
-    mm_type: int = 1
-    timeout_ms: int = 0  # granted; 0: what the server grants
-
-
-def good_files(folder: Path) -> list[Path]:
-    """Photographs that differ in content and size."""
-    astronaut = skimage.data.astronaut()
-    paths = []
-    for i in range(GOOD_IMAGES):
-        path = folder / f"good_{i}.{'jpg' if i % 2 else 'png'}"
-        Image.fromarray(astronaut[i * 9 : i * 9 + 60 + 14 * i, i * 7 : i * 7 + 200]).save(path)
-        paths.append(path)
-    return paths
-
-
-def encoded(image_format: str) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(skimage.data.astronaut()[:96, :96]).save(file, image_format)
-    return file.getvalue()
-
-
-def mutated(data: bytes, rng: random.Random) -> bytes:
-    """Some bytes changed, a piece removed, doubled or inserted, the end cut off."""
-    mutant = bytearray(data)
-    for _ in range(rng.randint(1, 8)):
-        at = rng.randrange(max(1, min(len(mutant), rng.choice((64, len(mutant))))))
-        match rng.randrange(5):
-            case 0:
-                mutant[at : at + 1] = bytes([rng.randrange(256)])
-            case 1:
-                mutant[at : at + rng.randint(1, 64)] = b""
-            case 2:
-                mutant[at:at] = mutant[at : at + rng.randint(1, 64)]
-            case 3:
-                mutant[at : at + 4] = rng.choice((b"\xff\xff\xff\xff", b"\0\0\0\0", b"\x7f\xff\xff\xff", b"\x80\0\0\0"))
-            case 4:
-                del mutant[rng.randrange(len(mutant) + 1) :]
-        mutant = mutant or bytearray(b"\0")
-    return bytes(mutant)
+    vanish_after_s: float | None = None
+    is_open: bool = False  # right is what a server makes of it that is left in peace
 
 
 class Weather:
     """The sources, good and bad, on one web server, and the cases made from them."""
 
-    def __init__(self, source: Source, files: Sequence[Path], rng: random.Random) -> None:
-        self._source, self._files, self._rng = source, files, rng
-        self._seeds = {name: encoded(name) for name in FORMATS}
-        data = [path.read_bytes() for path in files]
-        self._good = [source.answers_with(f"/good/{i}", body=body) for i, body in enumerate(data)]
-        self._slow = [source.answers_by(f"/slow/{i}", _slowly(body)) for i, body in enumerate(data)]
-        self._data = ["data:image/png;base64," + base64.b64encode(body).decode() for body in data]
+    def __init__(self, source: Source, supply: Supply, folder: Path, rng: random.Random) -> None:
+        self._supply, self._rng = supply, rng
+        self._mm_type = supply.good[0].mm_type
+        self._damage = np.random.default_rng(rng.randrange(1 << 30))
+        self._files: dict[str, tuple[bytes, MMUrlType]] = {}
+        self._ways = [[good.item] for good in supply.good]  # to send each
+        for i, good in enumerate(supply.good):
+            if not isinstance(good.content, bytes):
+                continue
+            self._files[good.name] = good.content, good.mm_type
+            path = folder / f"good_{i}"
+            path.write_bytes(good.content)
+            urls = (
+                source.answers_with(f"/good/{i}", body=good.content),
+                source.answers_by(f"/slow/{i}", _slowly(good.content)),
+                str(path),
+            )
+            self._ways[i] += [MultimodalInput(url, good.mm_type) for url in urls]
+        self.faults = self._sources(source) | {name: ([item], REFUSED) for name, item in supply.refused.items()}
+        self.known = self._known()
+
+    def _sources(self, source: Source) -> dict[str, tuple[list[MultimodalInput], frozenset[grpc.StatusCode]]]:
+        body, _ = next(iter(self._files.values()))
         circle = source.redirects("/circle/a", "/circle/b")
         source.redirects("/circle/b", "/circle/a")
-        body = data[0]
-        self._bad: dict[str, tuple[str, set[grpc.StatusCode]]] = {
+        urls = {
             "stall": (source.answers_by("/stall", _stall), BROKEN_SOURCE),
             "stall in the middle": (source.answers_by("/middle", _stall_in_the_middle(body)), BROKEN_SOURCE),
             "drip": (source.answers_by("/drip", _drip(body)), BROKEN_SOURCE),
@@ -103,41 +79,88 @@ class Weather:
             "metadata": ("http://169.254.169.254/latest/meta-data/", REFUSED),
             "mapped": ("http://[::ffff:169.254.169.254]/", REFUSED),
             "404": (source.answers_with("/404", status=404), REFUSED),
-            "503": (source.answers_with("/503", status=503), {Status.UNAVAILABLE}),
-            "nobody there": ("http://127.0.0.1:9/", {Status.UNAVAILABLE}),
+            "503": (source.answers_with("/503", status=503), frozenset({Status.UNAVAILABLE})),
+            "nobody there": ("http://127.0.0.1:9/", frozenset({Status.UNAVAILABLE})),
             "no such file": ("/nowhere/at/all.jpg", REFUSED),
             "not a file": ("/dev/zero", REFUSED),
             "traversal": ("file:///proc/self/../../etc/passwd", REFUSED),
             "empty": (source.answers_with("/empty", body=b""), REFUSED),
             "html": (source.answers_with("/html", body=b"<html>an error page, with status 200</html>"), REFUSED),
             "scheme": ("gopher://127.0.0.1/", REFUSED),
-            "igraph": ("data:,", REFUSED),
-            "bomb": ("data:image/png;base64," + base64.b64encode(_bomb()).decode(), REFUSED),
         }
+        faults = {name: ([MultimodalInput(url, self._mm_type)], may_be) for name, (url, may_be) in urls.items()}
+        return faults | {"igraph": ([MultimodalInput("data:,", MMUrlType.IGRAPH)], REFUSED)}
 
-    def case(self) -> Case:
-        """The next thing to happen: about half of all requests are good."""
+    def cases(self) -> Iterator[Case]:
+        """What happens: what is known, then all at random, about half of it good."""
+        yield from self.known
+        while True:
+            yield self._drawn()
+
+    def _known(self) -> list[Case]:
+        """Everything once."""
+        known = [self._good([i]) for i in range(len(self._supply.good))]
+        known += [self._fault(name, []) for name in self.faults]
+        known += [case for name in self._files for case in (self._mutated(name), self._truncated(name))]
+        known += [self._noise(), self._cancelled(), self._vanished()]
+        self._rng.shuffle(known)
+        return known
+
+    def _drawn(self) -> Case:
         rng = self._rng
         kind = rng.random()
-        right = [rng.randrange(GOOD_IMAGES) for _ in range(rng.choice((1, 1, 1, 2, 3)))]
-        urls = [rng.choice((self._good, self._slow, self._data, [*map(str, self._files)]))[i] for i in right]
         if kind < 0.5:
-            return Case("good", urls, right)
+            return self._good(self._some())
+        if kind < 0.58:
+            return self._cancelled()
         if kind < 0.62:
-            return Case("cancelled", urls, right, frozenset({Status.CANCELLED}), rng.random() * 0.05)
+            return self._vanished()
         if kind < 0.8:
-            name, (url, statuses) = rng.choice([*self._bad.items()])
-            mixed = [*urls, url] if rng.random() < 0.3 else [url]
-            return Case(name, mixed, (), frozenset(statuses), timeout_ms=DRIP_MS if name == "drip" else 0)
-        if kind < 0.85:
-            noise = base64.b64encode(rng.randbytes(rng.randrange(1, 3000))).decode()
-            return Case(
-                "noise", [f"data:image/jpeg;base64,{noise}"], (), frozenset(REFUSED), mm_type=rng.choice((0, 1))
-            )
-        name = rng.choice(FORMATS)
-        mutant = base64.b64encode(mutated(self._seeds[name], rng)).decode()
-        # A mutant may still be an image, so an answer is right, too.
-        return Case(f"mutated {name}", [f"data:;base64,{mutant}"], (), frozenset({Status.OK, *REFUSED}))
+            return self._fault(rng.choice([*self.faults]), self._good(self._some()).items if rng.random() < 0.3 else [])
+        if kind < 0.84:
+            return self._noise()
+        damage = self._truncated if kind < 0.88 else self._mutated
+        return damage(rng.choice([*self._files]))
+
+    def _some(self) -> list[int]:
+        return [self._rng.randrange(len(self._supply.good)) for _ in range(self._rng.choice((1, 1, 1, 2, 3)))]
+
+    def _good(self, right: list[int]) -> Case:
+        name = self._supply.good[right[0]].name if len(right) == 1 else "several"
+        return Case(f"good: {name}", [self._rng.choice(self._ways[i]) for i in right], right)
+
+    def _cancelled(self) -> Case:
+        return replace(
+            self._good(self._some()),
+            name="cancelled",
+            statuses=frozenset({Status.CANCELLED}),
+            cancel_after_s=self._rng.random() * 0.05,
+        )
+
+    def _vanished(self) -> Case:
+        return replace(self._good(self._some()), name="vanished", vanish_after_s=self._rng.random() * 0.1)
+
+    def _fault(self, name: str, before: Sequence[MultimodalInput]) -> Case:
+        items, statuses = self.faults[name]
+        if name == "drip":
+            items = [replace(item, config=MMPreprocessConfig(mm_timeout_ms=DRIP_MS)) for item in items]
+        return Case(name, [*before, *items], statuses=statuses)
+
+    def _noise(self) -> Case:
+        return self._open("noise", self._rng.randbytes(self._rng.randrange(1, 3000)), self._mm_type)
+
+    def _mutated(self, name: str) -> Case:
+        data, mm_type = self._files[name]
+        return self._open(f"mutated: {name}", mutated(data, self._damage), mm_type)
+
+    def _truncated(self, name: str) -> Case:
+        data, mm_type = self._files[name]
+        return self._open(f"truncated: {name}", data[: self._rng.randrange(len(data))], mm_type)
+
+    def _open(self, name: str, data: bytes, mm_type: MMUrlType) -> Case:
+        """A file that may be broken, or may not."""
+        item = inline(data, self._rng.choice((mm_type, MMUrlType.DEFAULT)))
+        return Case(name, [item], statuses=REFUSED, is_open=True)
 
 
 Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -202,11 +225,3 @@ async def _endless(request: web.Request) -> web.StreamResponse:
     await response.prepare(request)
     while True:
         await response.write(bytes(65536))
-
-
-def _bomb() -> bytes:
-    """A PNG of 65535 x 65535 pixels by its header, in a few bytes."""
-    data = bytearray(encoded("PNG"))
-    data[16:24] = (65535).to_bytes(4, "big") * 2
-    data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
-    return bytes(data)

@@ -7,27 +7,34 @@ from pathlib import Path
 
 import chaos
 import pytest
-from chaos_weather import good_files
+from chaos_processes import unfinished
 from running_server import running_server
 
-REQUESTS = 250
-SLACK = 8  # descriptors and threads of connections and pools that stay open
+THREAD_SLACK = 8  # of pools that grow as they are used
 
 
-@pytest.mark.timeout(900)  # half a minute where nothing else runs
-@pytest.mark.parametrize("seed", [1])
+@pytest.mark.timeout(900)  # half a minute each where nothing else runs
+@pytest.mark.parametrize(("family", "requests", "seed"), [("qwen2_5_vl", 300, 1), ("qwen2_audio", 150, 2)])
 def test_every_request_gets_its_right_answer_or_its_right_error_and_nothing_leaks(
-    tiny_qwen2_5_vl: Path, tmp_path: Path, seed: int
+    family: str, requests: int, seed: int, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
-    files = good_files(tmp_path)
-    right = chaos.right_answers(tiny_qwen2_5_vl, files)
-    with running_server(tiny_qwen2_5_vl, **chaos.OPTIONS) as server:
-        report, before, after = asyncio.run(chaos.run(server, files, right, requests=REQUESTS, seed=seed))
-        assert server.health() == 200
-        assert server.terminate() == 0
+    checkpoint, supply = request.getfixturevalue(f"tiny_{family}"), chaos.SUPPLIES[family]()
+    with chaos.calm_engine(checkpoint) as engine:
+        right = [chaos.answer_of(engine, [good.item]) for good in supply.good]
+        with running_server(checkpoint, **chaos.OPTIONS) as server:
+            report, before, after = asyncio.run(
+                chaos.run(server, supply, right, tmp_path, requests=requests, seed=seed)
+            )
+            assert server.health() == 200
+            assert not unfinished(server)
+            assert server.terminate() == 0
+        chaos.judge(report, engine)
+    print(f"{report.kills} workers killed; alone {report.before_s:.4f} s before, {report.after_s:.4f} s after; {after}")
     assert not report.wrong
-    assert report.outcomes["good afterwards", "right"] == len(files)
-    assert after.processes <= before.processes
-    assert after.descriptors <= before.descriptors + SLACK
-    assert after.threads <= before.threads + SLACK
+    assert report.known <= {case for case, _ in report.outcomes}
+    assert report.kills
+    assert report.outcomes["good afterwards", "right"] == len(supply.good)
+    assert after.is_within(before), (before, after)
+    assert after.shared_bytes <= before.shared_bytes + chaos.SHARED_SLACK
+    assert after.threads <= before.threads + THREAD_SLACK
     assert after.pss_bytes <= before.pss_bytes + chaos.PSS_SLACK
