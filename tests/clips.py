@@ -129,6 +129,26 @@ def packed_divx(frames: Sequence[NDArray[np.uint8]], container: str) -> bytes:
     return re.sub(rb"Lavc[0-9.]+", lambda found: b"DivX503b1393p".ljust(len(found[0]), b"\0"), file.getvalue(), count=1)
 
 
+def spliced(claim: bytes, parts: Sequence[bytes], container: str) -> bytes:
+    """The packets of these files, none of which is shown late, one behind the other in a stream that its container
+    describes as that of `claim`.
+    """
+    file = io.BytesIO()
+    with av.open(io.BytesIO(claim)) as like, av.open(file, "w", format=container) as out:
+        copy: Any = out.add_stream_from_template(like.streams.video[0])
+        index = 0
+        for part in parts:
+            with av.open(io.BytesIO(part)) as source:
+                for read in source.demux(video=0):
+                    if read.size:
+                        packet = av.Packet(bytes(read))
+                        packet.pts = packet.dts = index
+                        packet.time_base, packet.stream, packet.is_keyframe = Fraction(1, 24), copy, read.is_keyframe
+                        out.mux(packet)
+                        index += 1
+    return file.getvalue()
+
+
 def sound_only() -> bytes:
     """An mp4 that holds a second of silence."""
     file = io.BytesIO()

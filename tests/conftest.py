@@ -44,6 +44,7 @@ FEATURES: dict[str, Callable[[], bool]] = {
     "nvcc": lambda: shutil.which("nvcc") is not None,
     "triton": lambda: _is_installed("triton"),
     "flash": lambda: _is_installed("flash_attn"),
+    "heif": lambda: _is_installed("pillow_heif"),
     "dali": lambda: _is_installed("nvidia.dali"),
     "arm": arm_compiled.is_available,
     "avx512": torch.cpu._is_avx512_supported,

@@ -9,13 +9,13 @@ EXTREMES = [b"\0", b"\1", b"\x7f", b"\x80", b"\xff", b"\0\0", b"\xff\xff", b"\x7
             b"\x80\0\0\0", b"\0\0\0\0", b"\1\0\0\0", b"\xff" * 8]  # fmt: skip
 
 
-def mutated(data: bytes, rng: np.random.Generator) -> bytes:
-    """The file after one to four changes, most of them near its beginning, where the headers are."""
+def mutated(data: bytes, rng: np.random.Generator, head: int = 200) -> bytes:
+    """The file after one to four changes, most of them in its first `head` bytes, where the headers are."""
     file = bytearray(data)
     for _ in range(rng.integers(1, 5)):
         if not file:
             break
-        reach = len(file) if rng.random() < 0.3 else min(len(file), 200)
+        reach = len(file) if rng.random() < 0.3 else min(len(file), head)
         at = int(rng.integers(reach))
         match rng.integers(6):
             case 0:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import av
 import numpy as np
 import pytest
-from clips import FRAMES, KINDS, X265, decode_all, encode, moving, packed_divx, sound_only
+from clips import FRAMES, KINDS, X265, decode_all, encode, moving, packed_divx, sound_only, spliced
 from numpy.typing import NDArray
 
 from rtp_mm.errors import NotSupportedError, WrongFormatError
@@ -251,6 +251,48 @@ def test_truncated_files_are_refused(share: float, plain: bytes) -> None:
     data = plain[: int(len(plain) * share)]  # the index of this mp4 is at its end
     with pytest.raises(WrongFormatError, match="broken video"):
         read(data, [40])
+
+
+SPLICED = {  # codec, a container that keeps its headers among the packets, the encoder's options, containers for both
+    "h264": ("libx264", "mpegts", {"bf": "0", "x264-params": "repeat-headers=1"}, ("mp4", "mov", "matroska", "mpegts")),
+    "hevc": ("libx265", "mpegts", {"x265-params": f"{X265}:bframes=0:repeat-headers=1"}, ("mp4", "matroska")),
+    "vp9": ("libvpx-vp9", "webm", {"deadline": "realtime", "cpu-used": "8", "lag-in-frames": "0"}, ("webm", "mp4")),
+    "vp8": ("libvpx", "webm", {"deadline": "realtime", "cpu-used": "8", "lag-in-frames": "0"}, ("webm",)),
+    "mpeg4": ("mpeg4", "avi", {}, ("avi", "mp4", "matroska")),
+    "mjpeg": ("mjpeg", "avi", {}, ("avi", "mov", "matroska")),
+}
+
+
+@pytest.fixture(scope="module", params=SPLICED)
+def two_sizes(request: pytest.FixtureRequest, photos: dict[str, Pixels]) -> tuple[bytes, bytes, Sequence[str]]:
+    """A small clip and a large one, and containers for a stream of both."""
+    codec, container, options, containers = SPLICED[request.param]
+    sizes = ((64, 48), (320, 240))
+    small, large = (encode(moving(photos["chelsea"], 6, *size), codec, container, options) for size in sizes)
+    return small, large, containers
+
+
+def test_frames_that_change_their_size_come_as_they_are(two_sizes: tuple[bytes, bytes, Sequence[str]]) -> None:
+    *clips, containers = two_sizes
+    for container in containers:
+        for first, second in (clips, clips[::-1]):
+            expected = [*decode_all(first), *decode_all(second)]
+            got, _ = read(spliced(first, [first, second], container), range(12))
+            assert len(got) == 12
+            assert all(map(np.array_equal, got, expected))
+
+
+def test_frames_that_are_larger_than_the_container_says_are_refused(
+    two_sizes: tuple[bytes, bytes, Sequence[str]],
+) -> None:
+    """From the first on, or later."""
+    small, large, containers = two_sizes
+    limits = ClipLimits(max_pixels=64 * 48, max_seconds=10, max_animation_pixels=0)
+    for container in containers:
+        for parts in ([large], [small, large]):
+            data = spliced(small, parts, container)
+            with pytest.raises(WrongFormatError, match=r"320x240 is .*MM_MAX_PIXELS"), open_video(data, limits) as clip:
+                list(clip.read(range(clip.frames)))
 
 
 def test_damage_in_the_chosen_frames_is_an_error_or_a_picture_never_a_crash(plain: bytes) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from clips import FRAMES, decode_all, encode, moving, sound_only
+from clips import FRAMES, decode_all, encode, moving, sound_only, spliced
 from huggingface import HuggingFace, relative_l2
 from numpy.typing import NDArray
 from PIL import Image
@@ -75,6 +75,16 @@ def test_rows_are_pillows_resize_of_the_chosen_frames(
     assert np.array_equal(patches.rows, pillow_rows([everything[i] for i in indices], h * 14, w * 14))
     assert patches.seconds_per_grid == pytest.approx(2 / (len(indices) / 2.0))
     assert np.array_equal(patches.rows, preprocess(blob(clip), MMUrlType.DEFAULT, options).rows)
+
+
+def test_frames_that_change_their_size_are_resized_to_the_size_of_the_first(
+    frames: list[Pixels], tmp_path: Path
+) -> None:
+    small, large = (encode([frame[:height] for frame in frames[:2]], "mpeg4", "avi") for height in (40, 80))
+    patches = preprocessor(tmp_path)(blob(spliced(small, [small, large], "avi")), VIDEO, ANY)
+    t, h, w = patches.grid_thw
+    assert (t, w > 2 * h) == (2, True)
+    assert np.array_equal(patches.rows, pillow_rows([*decode_all(small), *decode_all(large)], h * 14, w * 14))
 
 
 def test_hugging_faces_rule_chooses_other_frames(clip: bytes, tmp_path: Path) -> None:
