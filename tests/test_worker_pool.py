@@ -105,12 +105,27 @@ async def test_rows_over_the_slab_and_files_over_the_inbox_are_refused(pool: Wor
     assert (await run(pool, script(count=64 << 10, columns=1024))).rows.nbytes == pool.slab.nbytes
 
 
-async def test_memory_over_the_limit_is_named(pool: WorkerPool) -> None:
+async def test_memory_over_the_limit_is_named_and_the_worker_replaced(pool: WorkerPool) -> None:
+    await run(pool, script("hoard", mib=MEMORY_MB // 2))
     pid = await text(pool, "pid")
     with pytest.raises(WrongFormatError, match=rf"more memory than a worker's {MEMORY_MB} MiB \(MM_WORKER_MEMORY_MB\)"):
         await run(pool, script("hoard", mib=MEMORY_MB))
     await run(pool, script("hoard", mib=MEMORY_MB // 2))
-    assert await text(pool, "pid") == pid
+    assert await text(pool, "pid") != pid
+    assert is_gone(int(pid))
+    assert pool.restarts == {"memory": 1}
+
+
+async def test_who_waits_while_a_worker_is_replaced_for_its_memory_is_answered(pool: WorkerPool) -> None:
+    async def first_byte(value: int) -> int:
+        return int((await run(pool, script(value=value))).rows[0, 0])
+
+    hoarding = asyncio.create_task(run(pool, script("hoard", mib=MEMORY_MB)))
+    waiting = [asyncio.create_task(first_byte(value)) for value in range(5)]
+    with pytest.raises(WrongFormatError, match="MM_WORKER_MEMORY_MB"):
+        await hoarding
+    assert await asyncio.gather(*waiting) == [*range(5)]
+    await until_slab_is_free(pool)
 
 
 async def test_a_full_slab_holds_work_back_until_rows_are_garbage(pair: WorkerPool) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rtp_mm.engine.worker_process import WorkerDiedError
-from rtp_mm.errors import NotSupportedError, ProcessError, WrongFormatError
+from rtp_mm.errors import NotSupportedError, ProcessError, WorkerMemoryError, WrongFormatError
 from rtp_mm.logs import log_event
 from rtp_mm.preprocess.worker import Place, Task
 from rtp_mm.types import Blob, LogMel, MMUrlType, Patches, Prepared, PreprocessOptions
@@ -25,7 +25,9 @@ Answer = Mapping[str, Any]
 _log = logging.getLogger(__name__)
 
 _MOST = 1 << 62  # JSON's integers have thousands of digits, which no error can print and no counter hold
-_ERRORS = {cls.__name__: cls for cls in (WrongFormatError, NotSupportedError, ProcessError)}  # what a worker may raise
+_ERRORS = {  # what a worker may raise
+    cls.__name__: cls for cls in (WrongFormatError, WorkerMemoryError, NotSupportedError, ProcessError)
+}
 
 
 def content(blob: Blob) -> NDArray[np.uint8]:

@@ -34,8 +34,9 @@ class ForwardInput(NamedTuple):
 
 
 class WorkerStats(NamedTuple):
-    """Live figures. `restarts` only grow: crash (while it held an item), overrun (killed after the item's caller had
-    left), idle (died without an item), start (a replacement that did not start).
+    """Live figures. `restarts` only grow: crash (while it held an item), memory (killed, its item needed more than it
+    may hold), overrun (killed after the item's caller had left), idle (died without an item), start (a replacement that
+    did not start).
     """
 
     workers: int
