@@ -10,9 +10,11 @@ import asyncio
 import io
 import os
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 from clips import KINDS, encode, moving
@@ -92,34 +94,54 @@ def test_damage_to_heic_gives_the_image_or_a_clear_error() -> None:
     assert outcomes == {"decoded", "refused"}
 
 
+@pytest.fixture
+def one_worker(tmp_path: Path) -> Iterator[WorkerPool]:
+    """As a server has them, for small pictures."""
+    settings = load_settings(None, mm_max_pixels=MAX_PIXELS)
+    preprocess = MediaPreprocessor.from_checkpoint(tmp_path, PUBLISHED_PROCESSOR, settings)
+    pool = WorkerPool(preprocess, count=1, memory_mb=512, slab_mb=64, inbox_bytes=1 << 20)
+    yield pool
+    pool.close()
+
+
 @pytest.mark.parametrize("kind", CLIPS)
 async def test_a_damaged_clip_gives_its_frames_or_a_clear_error(
-    kind: str, tmp_path: Path, photos: dict[str, Any]
+    kind: str, one_worker: WorkerPool, photos: dict[str, Any]
 ) -> None:
     """No worker crashes over it or hangs, and none raises what is not ours."""
     codec, container, options = KINDS[kind]
     frames = moving(photos["chelsea"], 12, 64, 48)
     whole = encode(frames, codec, container, options, muxer=INDEX_FIRST.get(container))
     rng = np.random.default_rng(zlib.crc32(kind.encode()))
-    settings = load_settings(None, mm_max_pixels=MAX_PIXELS)
-    preprocess = MediaPreprocessor.from_checkpoint(tmp_path, PUBLISHED_PROCESSOR, settings)
-    pool = WorkerPool(preprocess, count=1, memory_mb=512, slab_mb=64, inbox_bytes=1 << 20)
     outcomes = set()
-    try:
-        for _ in range(CLIP_COUNT):
-            blob = Blob(mutated(whole, rng, CLIP_HEAD), b"", kind)
-            try:
-                async with asyncio.timeout(HANGS_S):
-                    patches = await pool.run(blob, MMUrlType.VIDEO, PreprocessOptions())
-            except (WrongFormatError, NotSupportedError):
-                outcomes.add("refused")
-            else:
-                assert isinstance(patches, Patches)
-                outcomes.add("answered")
-    finally:
-        pool.close()
+    for _ in range(CLIP_COUNT):
+        blob = Blob(mutated(whole, rng, CLIP_HEAD), b"", kind)
+        try:
+            async with asyncio.timeout(HANGS_S):
+                patches = await one_worker.run(blob, MMUrlType.VIDEO, PreprocessOptions())
+        except (WrongFormatError, NotSupportedError):
+            outcomes.add("refused")
+        else:
+            assert isinstance(patches, Patches)
+            outcomes.add("answered")
     assert outcomes == {"answered", "refused"}
-    assert not pool.restarts
+    assert not one_worker.restarts
+
+
+async def test_a_decoder_that_fails_with_its_threads_at_work_is_closed(
+    one_worker: WorkerPool, photos: dict[str, Any]
+) -> None:
+    """dav1d tells of what is behind a picture while a thread is at the picture."""
+    codec, container, options = KINDS["av1 webm"]
+    whole = encode(moving(photos["chelsea"], 12, 64, 48), codec, container, options)
+    with av.open(io.BytesIO(whole)) as source:
+        size = whole.index(bytes(next(source.demux(video=0)))) - 6  # of the block that holds the first picture
+    assert whole[size] == 0x41
+    blob = Blob(whole[:size] + b"\x45" + whole[size + 1 :], b"", "a block that swallows others")
+    async with asyncio.timeout(HANGS_S):
+        for _ in range(300):
+            with pytest.raises(WrongFormatError, match="broken video"):
+                await one_worker.run(blob, MMUrlType.VIDEO, PreprocessOptions())
 
 
 def test_an_animation_whose_clock_stands_still_is_broken() -> None:

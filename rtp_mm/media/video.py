@@ -105,6 +105,15 @@ def _header(stream: VideoStream, turn: int, *, is_indexed: bool) -> ClipHeader:
     )
 
 
+def _copied(packet: Packet[Any]) -> Packet[Any]:
+    """In memory of FFmpeg's. A packet on Python's bytes is freed with the GIL held, by whatever thread of a decoder's,
+    and PyAV (18) holds the GIL while it closes a decoder and so waits for its threads: dav1d's would never end.
+    """
+    copy = type(packet)(packet.size)
+    copy.update(bytes(packet))
+    return copy
+
+
 def _turn(frame: VideoFrame) -> int:
     """As `ClipHeader.turn`. 0 where the display matrix is none that turns: of one that is singular FFmpeg's angle is no
     number.
@@ -185,7 +194,7 @@ class _Video:
         """By the first packet: a container's display matrix comes with its frame, even where that is hidden."""
         self._rewind()
         for packet in islice(self._packets(), 1):
-            for frame in self._decode(iter([type(packet)(bytes(packet))])):  # a copy is not marked as hidden
+            for frame in self._decode(iter([_copied(packet)])):  # a copy is not marked as hidden
                 self.turn = _turn(frame)
 
     def _count(self) -> list[int]:
