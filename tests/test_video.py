@@ -222,6 +222,14 @@ def test_thousands_of_streams_are_called_so(plain: bytes) -> None:
         pass
 
 
+def test_a_packet_that_says_it_is_larger_than_memory_is_called_broken(plain: bytes) -> None:
+    """And not a want of memory, for which a worker would be replaced."""
+    sizes = plain.index(b"stsz") + 16 + 4 * 4  # of which this is the fifth
+    data = plain[:sizes] + (1 << 29).to_bytes(4, "big") + plain[sizes + 4 :]
+    with pytest.raises(WrongFormatError, match="a packet that is larger than memory"), open_video(data, LIMITS):
+        pass
+
+
 def test_a_file_without_video_is_refused() -> None:
     with (
         pytest.raises(WrongFormatError, match="no video in this file, it holds audio"),
