@@ -314,7 +314,7 @@ def main() -> int:
     print(f"a good request alone: {report.before_s * 1e3:.1f} ms before, {report.after_s * 1e3:.1f} ms after")
     for line in report.wrong:
         print("WRONG", line)
-    return int(bool(report.wrong))
+    return int(bool(report.wrong or left) or not after.is_within(before))
 
 
 if __name__ == "__main__":
