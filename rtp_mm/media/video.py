@@ -146,7 +146,8 @@ class _Video:
         """Raises `_NotIndexedError` where all would have to be decoded, and may not."""
         self._container, self._stream, self._limits = container, stream, limits
         self._context = stream.codec_context
-        self._context.thread_type = "AUTO"
+        # On a damaged file frame threads of the VP9 decoder (FFmpeg 8) were seen to crash, now and then.
+        self._context.thread_type = "SLICE" if self._context.name == "vp9" else "AUTO"
         self._context.thread_count = DECODE_THREADS.count if may_decode_all else 1  # which of one frame is enough
         self.decoded = 0
         check_pixels(self._context.width, self._context.height, limits.max_pixels)
