@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, BeforeValidator, DirectoryPath, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict, SettingsError
 
-from rtp_mm.cores import DECODE_THREADS, available_cores
+from rtp_mm.cores import MOST_DECODE_THREADS, available_cores
 from rtp_mm.errors import StartError
 
 Port = Annotated[int, Field(ge=1, le=65534)]  # gRPC listens on the next one
@@ -186,7 +186,7 @@ class Settings(BaseSettings):
         description="preprocess workers; default: one a core, or of a container's quota",
     )
     mm_decode_threads: Positive = Field(
-        DECODE_THREADS,
+        MOST_DECODE_THREADS,
         description="most threads that decode one video, AVIF or HEIC image; of several at once each has "
         "its share of the cores, one at least",
     )

@@ -10,15 +10,15 @@ from pathlib import Path
 
 CONTROL_GROUPS = Path("/sys/fs/cgroup")
 MEMBERSHIPS = Path("/proc/self/cgroup")  # a line per hierarchy: number:controllers:path
-DECODE_THREADS = 4  # of one item: FFmpeg holds a frame or two more for each, 10 MB at 1080p
+MOST_DECODE_THREADS = 4  # of one item, by default: FFmpeg holds a frame or two more for each, 6 MB at 1080p
 
 
 @dataclass(frozen=True, slots=True)
 class CoreShare:
-    """Of so many cores each user gets as many as leave none to two, but one at least and `most` at most."""
+    """Cores that are divided among their users: whole ones, one at least and `most` at most."""
 
     cores: int
-    most: int = DECODE_THREADS
+    most: int = MOST_DECODE_THREADS
 
     def among(self, users: int) -> int:
         return max(1, min(self.most, self.cores // users))

@@ -115,16 +115,28 @@ def test_what_was_not_foreseen_counts_once_it_is_known() -> None:
 
 def test_what_comes_to_light_before_it_is_spent_may_be_refused() -> None:
     admission = new_admission()
-    with admission.visiting(0, 0), admission.holding(Visit(0, 0), Cost(0, 10)) as held:
+    visit = Visit(0, 0)
+    with admission.visiting(0, 0) as oldest, admission.holding(visit, Cost(0, 10)) as held:
         admission.patches = 60
         with pytest.raises(QueueFullError, match="60 patches"):
-            held.expect(Cost(41, 1000))
+            held.expect(Cost(41, 1000), visit)
         with pytest.raises(QueueFullError, match="in flight"):
-            held.expect(Cost(40, 1 << 40))
+            held.expect(Cost(40, 1 << 40), visit)
         assert (admission.patches, admission.nbytes) == (60, 10)
-        held.expect(Cost(40, 1000))
+        held.expect(Cost(40, 1000), visit)
         assert (admission.patches, admission.nbytes) == (100, 1000)
+        held.expect(Cost(41, 1000), oldest)
+        assert (admission.patches, admission.nbytes) == (101, 1000)
     assert (admission.patches, admission.nbytes) == (60, 0)
+    held.expect(Cost(40, 1000), visit)  # too late to count
+    assert (admission.patches, admission.nbytes) == (60, 0)
+
+
+def test_of_several_who_wait_the_one_that_is_refused_last_speaks() -> None:
+    admission = new_admission()
+    with admission.visiting(0, 3) as oldest, admission.visiting(0, 1) as hasty, admission.visiting(0, 5) as patient:
+        assert admission.foremost([hasty, patient]) is patient
+        assert admission.foremost([patient, hasty, oldest]) is oldest
 
 
 def test_what_is_refused_tells_what_downloads_come_to() -> None:

@@ -23,7 +23,7 @@ from watched_engine import watched
 from rtp_mm.config import load_settings
 from rtp_mm.engine import item_pipeline
 from rtp_mm.engine.admission import Cost
-from rtp_mm.errors import BadItemsError, QueueFullError, WrongFormatError
+from rtp_mm.errors import BadItemsError, DeadlineError, QueueFullError, WrongFormatError
 from rtp_mm.models.qwen2_vl import PUBLISHED_PROCESSOR
 from rtp_mm.preprocess.media import MediaPreprocessor
 from rtp_mm.types import Blob, CropBox, MMPreprocessConfig, MMUrlType, PreprocessOptions
@@ -208,6 +208,33 @@ async def test_a_containers_clip_is_refused_before_it_is_decoded(
         await first
         if is_admitted:
             assert await second
+
+
+async def test_nobody_is_refused_for_another_who_waits_for_the_same_clip(
+    tiny_qwen2_5_vl: Path, urls: list[str], frames: list[Pixels]
+) -> None:
+    url = as_url(encode(frames))
+    async with watched(tiny_qwen2_5_vl) as w:
+        await w.ask(urls[0])  # from here on it is known how long patches take
+        w.may_prepare.clear()
+        hasty = w.ask(url, mm_type=MMUrlType.VIDEO, config=FOUR, timeout_s=0.2)
+        patient = w.ask(url, mm_type=MMUrlType.VIDEO, config=FOUR, timeout_s=60)
+        with pytest.raises(DeadlineError, match="preprocess"):
+            await hasty
+        w.may_prepare.set()
+        assert len((await patient).embeddings[0]) == 8
+
+
+async def test_who_joins_learns_how_far_it_came(tiny_qwen2_5_vl: Path, frames: list[Pixels]) -> None:
+    url = as_url(encode(frames))
+    async with watched(tiny_qwen2_5_vl) as w:
+        w.may_prepare.clear()
+        asked = [w.ask(url, mm_type=MMUrlType.VIDEO, config=FOUR, timeout_s=t) for t in (0.2, 0.3)]
+        for each in asked:
+            with pytest.raises(DeadlineError) as caught:
+                await each
+            assert set(caught.value.timings_ms) == {"fetch", "preprocess"}
+        w.may_prepare.set()
 
 
 async def test_the_bytes_of_its_rows_are_held(tiny_qwen2_5_vl: Path, frames: list[Pixels]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,11 +11,12 @@ from pathlib import Path
 import pytest
 from scripted_worker import script
 from waiting import until
-from worker_pools import NO_OPTIONS, new_pool, run
+from worker_pools import NO_OPTIONS, kill, new_pool, run, until_slab_is_free
 
-from rtp_mm.engine.job_line import LONG_S, Job, JobLine
+from rtp_mm.engine.job_line import LONG_S, Check, Job, JobLine
 from rtp_mm.engine.worker_pool import WorkerPool
-from rtp_mm.types import Blob, MMUrlType, Patches
+from rtp_mm.errors import ProcessError, QueueFullError, WrongFormatError
+from rtp_mm.types import Blob, MMUrlType, Patches, RowsShape
 
 SHORT, LONG = 50_000, 60_000_000  # bytes of a photograph, of a film
 
@@ -88,15 +90,17 @@ def test_a_job_that_was_given_up_is_not_taken(loop: asyncio.AbstractEventLoop) -
         line.remove(first)
 
 
-async def test_a_photograph_passes_clips_that_hold_all_workers_they_may(tmp_path: Path) -> None:
-    def film(pool: WorkerPool, n: int) -> asyncio.Task[Patches]:
-        stall = script("stall", note=str(tmp_path / f"note{n}"))
-        assert isinstance(stall.data, bytes)
-        data = stall.data[:-1] + b" " * round(2 * LONG_S * 5e6) + b"}"  # still JSON
-        return asyncio.create_task(pool.run(Blob(data, b"", "film"), MMUrlType.VIDEO, NO_OPTIONS))  # type: ignore[arg-type]
+def film(pool: WorkerPool, note: Path) -> asyncio.Task[Patches]:
+    """A long job that writes to `note` as it begins, and does not end."""
+    stall = script("stall", note=str(note))
+    assert isinstance(stall.data, bytes)
+    data = stall.data[:-1] + b" " * round(2 * LONG_S * 5e6) + b"}"  # still JSON
+    return asyncio.create_task(pool.run(Blob(data, b"", "film"), MMUrlType.VIDEO, NO_OPTIONS))  # type: ignore[arg-type]
 
+
+async def test_a_photograph_passes_clips_that_hold_all_workers_they_may(tmp_path: Path) -> None:
     async with new_pool(tmp_path, count=2) as pool:
-        films = [film(pool, n) for n in range(3)]
+        films = [film(pool, tmp_path / f"note{n}") for n in range(3)]
         await until(lambda: (tmp_path / "note0").exists())
         for value in range(3):
             assert (await run(pool, script(value=value))).rows.max() == value
@@ -106,3 +110,62 @@ async def test_a_photograph_passes_clips_that_hold_all_workers_they_may(tmp_path
         await asyncio.gather(*films, return_exceptions=True)
         await until(lambda: pool.busy == 0)
         assert (await run(pool, script(value=7))).rows.max() == 7
+
+
+# --- what a job is told, and what it leaves
+
+
+def checked(pool: WorkerPool, blob: Blob, check: Check) -> asyncio.Task[Patches]:
+    run_it = pool.run(blob, MMUrlType.VIDEO, NO_OPTIONS, None, check)
+    return asyncio.create_task(run_it)  # type: ignore[arg-type]
+
+
+def full(shape: RowsShape) -> None:
+    raise QueueFullError(f"no room for {shape}", 100)
+
+
+async def test_rows_are_checked_before_they_are_made(tmp_path: Path) -> None:
+    told: list[RowsShape] = []
+    async with new_pool(tmp_path) as pool:
+        assert len((await checked(pool, script(count=5), told.append)).rows) == 5
+        with pytest.raises(QueueFullError, match=r"\(4, 12\)"):
+            await checked(pool, script(), full)
+        assert told == [(5, 12)]
+        with pytest.raises(WrongFormatError, match="MM_SLAB_MB"):  # which no other time mends
+            await checked(pool, script(count=(64 << 10) + 1, columns=1024), full)
+        await until_slab_is_free(pool)
+
+
+async def test_nothing_is_checked_for_a_job_that_was_given_up(tmp_path: Path) -> None:
+    told: list[RowsShape] = []
+    note = tmp_path / "note"
+    async with new_pool(tmp_path) as pool:
+        asked = checked(pool, script("stall", note=str(note), seconds=0.2), told.append)
+        await until(note.exists)
+        asked.cancel()
+        await until(lambda: pool.busy == 0)
+        assert not told
+        assert not pool.restarts
+
+
+async def test_a_long_job_begins_when_another_ends_with_its_worker(tmp_path: Path) -> None:
+    """At once, not when there is a new one: that may take its time."""
+    async with new_pool(tmp_path, count=2) as pool:
+        films = [film(pool, tmp_path / f"note{n}") for n in range(2)]
+        await until(lambda: (tmp_path / "note0").exists())
+        (tmp_path / "obstacle").touch()
+        kill(int((tmp_path / "note0").read_text()))
+        await until(lambda: (tmp_path / "note1").exists())
+        assert pool.ready == 1
+        (tmp_path / "obstacle").unlink()
+        films[1].cancel()
+        await asyncio.gather(*films, return_exceptions=True)
+
+
+async def test_a_refused_file_leaves_no_memory_in_the_inbox(tmp_path: Path) -> None:
+    async with new_pool(tmp_path) as pool:
+        refused = script("refuse", note=" " * (32 << 20))
+        with pytest.raises((WrongFormatError, ProcessError)):
+            await run(pool, refused)
+        [worker] = pool._workers
+        assert os.fstat(worker._inbox.fd).st_blocks * 512 <= 8 << 20

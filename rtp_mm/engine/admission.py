@@ -6,7 +6,7 @@ import sys
 import threading
 import weakref
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import prod
@@ -52,25 +52,32 @@ class Visit:
 
 
 class Held:
-    """What an item under way costs in all, as far as is known."""
+    """What an item under way costs in all, as far as is known; nothing once it is over."""
 
-    def __init__(self, admission: Admission, visit: Visit) -> None:
-        self._admission, self._visit = admission, visit
+    def __init__(self, admission: Admission) -> None:
+        self._admission = admission
+        self._is_over = False
         self.cost = Cost(0, 0)
 
-    def expect(self, cost: Cost) -> None:
-        """Before it is spent. Raises `QueueFullError`."""
+    def expect(self, cost: Cost, visit: Visit) -> None:
+        """Before it is spent, for `visit`. Raises `QueueFullError`."""
         self._admission._learn(cost)
         more = Cost(cost.patches - self.cost.patches, cost.nbytes - self.cost.nbytes)
-        self._admission._check(self._visit, more)
-        self.count(cost)
+        self._admission._check(visit, more)
+        self._count(cost)
 
     def settle(self, cost: Cost) -> None:
         """Once it is spent: it counts, and refuses nothing any more."""
         self._admission._learn(cost)
-        self.count(cost)
+        self._count(cost)
 
-    def count(self, cost: Cost) -> None:
+    def end(self) -> None:
+        self._count(Cost(0, 0))
+        self._is_over = True
+
+    def _count(self, cost: Cost) -> None:
+        if self._is_over:
+            return
         self._admission.patches += cost.patches - self.cost.patches
         self._admission._add(cost.nbytes - self.cost.nbytes)
         self.cost = cost
@@ -134,12 +141,12 @@ class Admission:
     @contextmanager
     def holding(self, visit: Visit, cost: Cost) -> Iterator[Held]:
         """Work for `visit` that costs so much while it is under way. Raises `QueueFullError`."""
-        held = Held(self, visit)
-        held.expect(cost)
+        held = Held(self)
+        held.expect(cost, visit)
         try:
             yield held
         finally:
-            held.count(Cost(0, 0))
+            held.end()
 
     def _learn(self, cost: Cost) -> None:
         if cost.patches:  # else they are not known
@@ -192,6 +199,10 @@ class Admission:
         """Refuses what would wait past its deadline: who is told now can still ask another server."""
         if now + wait_s > visit.ends_at and not self._is_oldest(visit):
             raise self._refusal("deadline", f"{wait_s:.1f} s of work is waiting, more than the deadline leaves")
+
+    def foremost(self, visits: Sequence[Visit]) -> Visit:
+        """Of several that wait for the same, the one that is refused last."""
+        return next(filter(self._is_oldest, visits), None) or max(visits, key=lambda visit: visit.ends_at)
 
     def check_item(self, patches: int, max_patches: int) -> None:
         """Raises `WrongFormatError` for an item too large for the device."""

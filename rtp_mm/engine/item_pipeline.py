@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 
 from rtp_mm.config import Settings
@@ -38,6 +40,14 @@ from rtp_mm.types import (
 
 LARGEST_HEADERS = 1 << 18  # bytes of a clip whose headers are read on the event loop; at worst it takes a millisecond
 LARGEST_PATCHES_SHARE = 1 / 8  # of the patch cache, for one item: more is copied in a millisecond or more
+
+
+@dataclass(slots=True)
+class _Shared:
+    """A computation under way: who waits for it, and how far it is."""
+
+    visits: list[Visit] = field(default_factory=list)
+    stages: Stages = field(default_factory=Stages)
 
 
 class ItemPipeline:
@@ -75,6 +85,7 @@ class ItemPipeline:
         self.workers = PreprocessWorkers(mm_part, settings)
         self._fetches = Flights[Blob]()
         self._computations = Flights[Answer]()
+        self._shared: dict[EmbeddingKey, _Shared] = {}  # of those
         self._decoded_frames = 0
 
     def begin(self, item: MultimodalInput, caller: Caller, visit: Visit) -> Begun:
@@ -117,8 +128,21 @@ class ItemPipeline:
             return Answer(known, stages.so_far())
         rows = await self._foresee(key.patches, blob)
         self._admit(key, rows, visit)
-        embedded, computed = await self._computations.join(key, partial(self._compute, key, blob, rows, visit))
+        with self._waiting_for(key, visit) as shared:
+            embedded, computed = await self._computations.join(key, partial(self._compute, key, blob, rows, shared))
         return Answer(embedded, stages.so_far() | computed)
+
+    @contextmanager
+    def _waiting_for(self, key: EmbeddingKey, visit: Visit) -> Iterator[_Shared]:
+        shared = self._shared.setdefault(key, _Shared())
+        shared.visits.append(visit)
+        visit.stages.append(shared.stages)
+        try:
+            yield shared
+        finally:
+            shared.visits.remove(visit)
+            if not shared.visits:
+                del self._shared[key]
 
     async def _fetch(self, item: MultimodalInput, caller: Caller, visit: Visit) -> Blob:
         """One download for all who want the same now. What came with the message itself is at hand already."""
@@ -163,16 +187,17 @@ class ItemPipeline:
         """Raises `QueueFullError`."""
         self.admission.check_in_time(visit, self.batcher.seconds_before(rows[0]), self._clock())
 
-    async def _compute(self, key: EmbeddingKey, blob: Blob, rows: RowsShape | None, visit: Visit) -> Answer:
-        """Prepare and forward: once for all who want the same now, whoever came first."""
+    async def _compute(self, key: EmbeddingKey, blob: Blob, rows: RowsShape | None, shared: _Shared) -> Answer:
+        """Prepare and forward: once for all who want the same now, whoever came first. None is refused for another."""
         config = MMPreprocessConfig.from_options(key.patches.options)  # what the key says and no more
-        visit.stages.append(stages := Stages())
-        with self.admission.holding(visit, Cost.of(blob, rows)) as held:
+        stages = shared.stages
+        with self.admission.holding(self.admission.foremost(shared.visits), Cost.of(blob, rows)) as held:
 
             def check(shape: RowsShape) -> None:
                 """Of a container, which only a worker knows: before it decodes."""
+                visit = self.admission.foremost(shared.visits)
                 self._check_in_time(shape, visit)
-                held.expect(Cost.of(blob, shape))
+                held.expect(Cost.of(blob, shape), visit)
 
             with stages.inside("preprocess"):
                 prepared = await self._prepare(key.patches, blob, rows, check if self._predictor else no_check)

@@ -122,7 +122,7 @@ class WorkerPool:
 
     def _match(self) -> None:
         """The next job to the worker that is idle since a moment, so is warm."""
-        while self._idle and (job := self._jobs.take()) is not None:
+        while self._idle and not self._is_closed and (job := self._jobs.take()) is not None:
             self._idle.pop().set_result(job)
 
     def _abandon(self, job: Job) -> None:
@@ -164,8 +164,9 @@ class WorkerPool:
             job.fail(error.with_traceback(None))  # whose frames would keep the worker and its inbox
             if isinstance(error, WorkerMemoryError):  # what it still holds nobody knows
                 worker.kill()
-                await self._reaped(worker)
+                await self._reaped(worker, job)
                 return "memory"
+            worker.clear(job.blob.nbytes)
         except WorkerDiedError:
             return await self._bury(worker, job)
         finally:
@@ -174,6 +175,7 @@ class WorkerPool:
             for slot in job.slots:  # the worker answered or is reaped
                 self._free(slot)
             job.slots.clear()
+            self._match()  # a long job may wait for this one's end
         return None
 
     async def _turn(self, worker: WorkerProcess) -> Job | None:
@@ -223,7 +225,7 @@ class WorkerPool:
         what the job's `check` raises.
         """
         nbytes = math.prod(shape)
-        if job.shape is None:
+        if job.shape is None and nbytes <= self.slab.nbytes and not job.answer.done():
             try:
                 job.check(shape)
             except MMError:
@@ -238,22 +240,23 @@ class WorkerPool:
 
     async def _bury(self, worker: WorkerProcess, job: Job) -> str:
         """Reaps it; only after that its slot may be used again. What it died of."""
-        how = await self._reaped(worker)
-        log_event(_log, "preprocess worker lost", logging.WARNING, pid=worker.pid, end=how, source=job.blob.source)
+        how = await self._reaped(worker, job)
         if job.answer.cancelled():
             return "overrun"
         if not job.is_begun:  # it had died before
             self._jobs.add(job)
-            self._match()
             return "idle"
         job.fail(ProcessError(f"the preprocess worker {how} while it held this item"))
         return "crash"
 
-    async def _reaped(self, worker: WorkerProcess) -> str:
-        """How it ended."""
+    async def _reaped(self, worker: WorkerProcess, job: Job | None = None) -> str:
+        """How it ended, with `job` in its hands."""
         self._workers.remove(worker)
         worker.unwatch()  # before its socket is closed: the loop would take the next one of that number for it
-        return await self._in_thread(worker.end)
+        how = await self._in_thread(worker.end)
+        source = job.blob.source if job is not None else None
+        log_event(_log, "preprocess worker lost", logging.WARNING, pid=worker.pid, end=how, source=source)
+        return how
 
     async def _space(self, nbytes: int, job: Job) -> Slot | None:
         """First come, first served; `None` for more than there is, or once nobody waits for the job."""

@@ -89,7 +89,7 @@ class WorkerProcess:
 
     def clear(self, nbytes: int) -> None:
         """Gives back the memory of a large content."""
-        self._inbox.give_back(_KEPT_INBOX_BYTES, whole_pages(nbytes))
+        self._inbox.give_back(_KEPT_INBOX_BYTES, min(whole_pages(nbytes), self._inbox.nbytes))
 
     def tell(self, message: Any) -> None:
         """Raises `WorkerDiedError`."""

@@ -62,12 +62,9 @@ def _check_texts(data: bytes, kind: str) -> None:
 
 def packets(container: InputContainer, stream: AnyStream) -> Iterator[Packet[AnyStream]]:
     """Of the stream from here on, and an empty one at the end, for which a decoder gives what it holds back. PyAV (18)
-    would go on to streams that came up on the way, of which it knows nothing. Raises `WrongFormatError`.
+    would go on to streams that came up on the way, of which it knows nothing.
     """
-    try:
-        for packet in container.demux(stream):
-            yield packet
-            if not packet.size and packet.dts is None:
-                return
-    except MemoryError:  # its size is none: whoever decodes has not begun to need memory for it
-        raise WrongFormatError("broken video or sound: a packet that is larger than memory") from None
+    for packet in container.demux(stream):
+        yield packet
+        if not packet.size and packet.dts is None:
+            return

@@ -12,7 +12,7 @@ from rtp_mm.cores import CoreShare, available_cores
 
 
 class _DecodeThreads:
-    """`count`, for the decoders that are opened from now on."""
+    """`count`, for the decoders that are opened from now on; of AVIF once there was a grant."""
 
     def __init__(self) -> None:
         self.count = CoreShare(available_cores()).among(1)

@@ -155,7 +155,10 @@ class _Video:
             if duration is not None and unit is not None:
                 limits.check_seconds(float(duration * unit))
         self.turn = 0  # as `ClipHeader.turn`
-        self._index = PacketIndex(self._packets(), NalReader.of(self._context.name, self._context.extradata))
+        try:
+            self._index = PacketIndex(self._packets(), NalReader.of(self._context.name, self._context.extradata))
+        except MemoryError:  # nothing is decoded yet: it is the size that a packet says it has
+            raise WrongFormatError("broken video: a packet that is larger than memory") from None
         self.is_trimmed = self._index.is_trimmed
         is_told = self._index.is_exact and self._is_entered() and self._is_timed()
         self._is_indexed = is_told and self._context.field_order in (0, 1)

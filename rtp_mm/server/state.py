@@ -41,7 +41,7 @@ class ServerState:
 
     @property
     def is_lost(self) -> bool:
-        """Whether the engine gave up, its device gone: nothing but a new process helps."""
+        """Whether the engine gave up, its device gone or hung: a new process helps."""
         return self.loaded is not None and not self.loaded.engine.worker_status().is_alive
 
     @property

@@ -84,9 +84,10 @@ class Tower(nn.Module):
     @property
     def is_reentrant(self) -> bool:
         """Whether several threads may run it at once, each with any number of torch's threads, for the same bits: where
-        all its kernels are our own for CPUs.
+        all its kernels are our own for CPUs. Not where they are compiled, which is for one number of threads.
         """
-        return self.attention_backend == "packed" and all(gemm.is_reentrant for gemm in self._gemms)
+        is_ours = self.attention_backend == "packed" and all(gemm.is_reentrant for gemm in self._gemms)
+        return is_ours and not self.options.is_compiled
 
     def _run_eagerly(self, batch: Batch) -> Tensor:
         """What a graph can hold: all that depends on a batch's rows and segments alone."""
