@@ -26,7 +26,7 @@ from torch import Tensor
 from benchmarks.harness import interleave
 from benchmarks.peak import fma_peak
 from benchmarks.readme import results
-from benchmarks.report import COMMIT, write_result
+from benchmarks.report import COMMIT, command, machine, write_result
 from rtp_mm.cli.hugging_face import HuggingFacePeer
 from rtp_mm.config import load_settings
 from rtp_mm.models.multimodal_common import ACT_DTYPES
@@ -115,11 +115,13 @@ def measure(options: argparse.Namespace, checkpoint: Path) -> None:
     config: TowerConfig = next(iter(ours.values())).config
     mean, std = (torch.tensor(getattr(exact_peer.processor, name)) for name in ("image_mean", "image_std"))
     peak, peak_operations = fma_peak()
-    is_bf16 = any(tower.compute_dtype == torch.bfloat16 for tower in ours.values())
     # ..._bf16 from CPUs where ours multiplies that
+    is_bf16 = machine()["has_avx512_bf16"]
     result = f"tower_{options.family}_{SIZES[options.family]}_cpu" + "_bf16" * is_bf16
     found: dict[Batch, Any] = {
-        Batch.parse(text): row for _, before in results(result) for text, row in before["patches"].items()
+        Batch.parse(text): {key: before[key] for key in ("machine", "command")} | row
+        for _, before in results(result)
+        for text, row in before["patches"].items()
     }
     for batch in options.patches:
         patches, values, grid = inputs(config, batch, mean, std)
@@ -138,6 +140,8 @@ def measure(options: argparse.Namespace, checkpoint: Path) -> None:
         timings = interleave({"peak": peak, **towers}, options.rounds, warm_up_rounds=0 if is_long else 1)
         work = batch.images * operations(config, *GRIDS[batch.patches])
         found[batch] = {
+            "machine": machine(),
+            "command": command(),
             **COMMIT,
             "gflop": work * 1e-9,
             "rounds": options.rounds,
@@ -148,7 +152,8 @@ def measure(options: argparse.Namespace, checkpoint: Path) -> None:
             "milliseconds": {name: asdict(timings[name]) for name in towers},
         }
         print_row(batch, found[batch])
-        write_result(result, {"patches": {str(key): row for key, row in sorted(found.items())}})
+        if "bf16" in options.act_types:  # which the tables are of
+            write_result(result, {"patches": {str(key): row for key, row in sorted(found.items())}})
 
 
 def print_row(batch: Batch, row: dict[str, Any]) -> None:

@@ -23,9 +23,10 @@ from typing import Any
 
 import grpc
 import numpy as np
+import psutil
 import torch
 from chaos_media import LIMITS, Supply, noises, pictures
-from chaos_processes import Holdings, kill_workers, unfinished
+from chaos_processes import SLAB_MB, WORKERS, Holdings, kill_workers, unfinished
 from chaos_weather import SILENCE_MS, Case, Weather
 from running_server import RunningServer, running_server
 from web_source import Source
@@ -39,10 +40,6 @@ from rtp_mm.types import MMEmbeddingRes, MMPreprocessConfig, MultimodalInput
 
 CALL_TIMEOUT_S = 100.0
 SETTLE_S = 30.0
-PSS_SLACK = 96 << 20  # caches and pools that fill up
-WORKERS, SLAB_MB = 2, 32
-# Of shared memory the slab keeps an eighth of its pages, and each worker's inbox those of the largest file.
-SHARED_SLACK = (SLAB_MB << 20) // 8 + WORKERS * (2048 << 10)
 # What the server runs with: it may reach this machine's loopback address and no other.
 OPTIONS: dict[str, object] = LIMITS | {
     "device": "cpu",
@@ -271,10 +268,11 @@ async def settled(server: RunningServer, before: Holdings) -> Holdings:
     """What the server holds once nothing is in progress and all is as before, or after `SETTLE_S`."""
     give_up = time.monotonic() + SETTLE_S
     while True:
-        after = Holdings.of(server.process.pid)
         is_over = not await asyncio.to_thread(unfinished, server)
-        if (is_over and after.is_within(before)) or time.monotonic() > give_up:
-            return after
+        with suppress(psutil.NoSuchProcess, FileNotFoundError):  # one ended while it was looked at
+            after = Holdings.of(server.process.pid)
+            if (is_over and after.is_within(before)) or time.monotonic() > give_up:
+                return after
         await asyncio.sleep(0.5)
 
 

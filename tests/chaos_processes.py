@@ -16,6 +16,12 @@ import psutil
 from running_server import RunningServer
 
 ANSWERS_PER_KILL = 20
+WORKERS, SLAB_MB = 2, 32
+# What may be held more than before. Of shared memory the slab keeps an eighth of its pages, and each worker's inbox
+# those of the largest file.
+SHARED_SLACK = (SLAB_MB << 20) // 8 + WORKERS * (2048 << 10)
+THREAD_SLACK = 8  # pools that grow as they are used
+PSS_SLACK = 192 << 20  # caches and pools that fill up, and what decoders keep of the largest media (144 MB were seen)
 # What is 0 where nothing is done.
 BUSY = re.compile(
     r"^(rtp_mm_requests_running|rtp_mm_queue_items|rtp_mm_queue_patches|rtp_mm_in_flight_bytes|rtp_mm_workers_busy) "
@@ -37,6 +43,7 @@ class Holdings:
 
     @classmethod
     def of(cls, pid: int) -> Holdings:
+        """Raises `psutil.NoSuchProcess` or `OSError` where one ends meanwhile."""
         root = psutil.Process(pid)
         processes = [root, *root.children(recursive=True)]
         return cls(
@@ -49,9 +56,14 @@ class Holdings:
         )
 
     def is_within(self, other: Holdings) -> bool:
-        """Whether no process, descriptor or shared memory was left behind."""
+        """Whether there are as many processes, and nothing that they hold was left behind."""
         return (
-            self.processes <= other.processes and self.descriptors <= other.descriptors and self.shared <= other.shared
+            self.processes == other.processes
+            and self.descriptors <= other.descriptors
+            and self.threads <= other.threads + THREAD_SLACK
+            and self.shared <= other.shared
+            and self.shared_bytes <= other.shared_bytes + SHARED_SLACK
+            and self.pss_bytes <= other.pss_bytes + PSS_SLACK
         )
 
 

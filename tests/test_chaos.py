@@ -10,8 +10,6 @@ import pytest
 from chaos_processes import unfinished
 from running_server import running_server
 
-THREAD_SLACK = 8  # of pools that grow as they are used
-
 
 @pytest.mark.timeout(900)  # half a minute each where nothing else runs
 @pytest.mark.parametrize(("family", "requests", "seed"), [("qwen2_5_vl", 300, 1), ("qwen2_audio", 150, 2)])
@@ -35,6 +33,3 @@ def test_every_request_gets_its_right_answer_or_its_right_error_and_nothing_leak
     assert report.kills
     assert report.outcomes["good afterwards", "right"] == len(supply.good)
     assert after.is_within(before), (before, after)
-    assert after.shared_bytes <= before.shared_bytes + chaos.SHARED_SLACK
-    assert after.threads <= before.threads + THREAD_SLACK
-    assert after.pss_bytes <= before.pss_bytes + chaos.PSS_SLACK

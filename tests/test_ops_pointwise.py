@@ -204,6 +204,10 @@ def add_norm(
         (lambda: ops.rotate_qk_(QKV[0], HALF, HALF), r"rotate_qk_: qkv must be \[N, 3, .*, got \[3, 1, 16\] float32"),
         (lambda: ops.rotate_qk_(QKV[..., :15], HALF, HALF), r"rotate_qk_: qkv must be .* an even head_dim, got"),
         (lambda: ops.rotate_qk_(QKV[..., ::2], HALF, HALF), r"rotate_qk_: qkv must be .* strides \[48, 16, 16, 2\]"),
+        (
+            lambda: ops.rotate_qk_(QKV[:1].expand(4, 3, 1, 16), HALF, HALF),
+            r"rotate_qk_: no two elements of qkv may share memory, got .* strides \[0, 16, 16, 1\]",
+        ),
         (lambda: ops.rotate_qk_(QKV.half(), HALF, HALF), r"rotate_qk_: qkv must be .*, got \[4, 3, 1, 16\] float16"),
         (lambda: ops.rotate_qk_(QKV, HALF[:3], HALF), r"rotate_qk_: cos must be contiguous \[4, 8\] float32, got \[3"),
         (lambda: ops.rotate_qk_(QKV, HALF, HALF.double()), r"rotate_qk_: sin must be .*, got \[4, 8\] float64"),

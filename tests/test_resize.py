@@ -94,7 +94,7 @@ def assert_is_pillows(
 @pytest.mark.parametrize("seed", range(4))
 def test_any_size_is_pillows(level: str, order: Order, seed: int) -> None:
     """Other sizes for each level and order: thousands in all."""
-    rng = generator(level, order, seed)
+    rng = generator("any", level, order, seed)
     seen = set()
     for _ in range(350):
         image = pixels(rng, drawn_side(rng, 1, 250), drawn_side(rng, 1, 250))
@@ -108,7 +108,7 @@ def test_any_size_is_pillows(level: str, order: Order, seed: int) -> None:
 @pytest.mark.parametrize("order", ["horizontal", "vertical"])
 def test_long_sides_are_pillows(level: str, order: Order) -> None:
     """Of 1000 to 4000 pixels, the other up to 200 times shorter."""
-    rng = generator(level, order, 3)
+    rng = generator("long", level, order)
     for _ in range(25):
         long = drawn_side(rng, 1000, 4000)
         short = drawn_side(rng, -(-long // 200), min(long, 4_000_000 // long))

@@ -19,6 +19,7 @@ from rtp_mm.models.registry import load_model
 from rtp_mm.types import LogMel, Patches
 
 SIDES = [(2, 2), (4, 6), (8, 8), (10, 18), (16, 12), (22, 14), (30, 22)]  # in patches
+MOST_GRAPHS = 24  # of all sizes: a block's in one piece, or in two around attention that cannot be traced; a merger's
 RECOMPILATIONS = 8  # of one function that torch allows; beyond, it would give up
 
 
@@ -44,10 +45,12 @@ def sounds() -> list[LogMel]:
 def check(folder: Path, items: Sequence[Any], **settings: Any) -> None:
     eager = load(folder, **settings)
     compiled = load(folder, **settings, mm_torch_compile=True)
+    torch._dynamo.utils.counters.clear()
     with torch._dynamo.config.patch(recompile_limit=RECOMPILATIONS, fail_on_recompile_limit_hit=True):
         for item in items:
             answer, expected = (as_embedding(part.mm_process(item))[0] for part in (compiled, eager))
             assert relative_l2(answer, expected) < 1e-6
+        assert 0 < torch._dynamo.utils.counters["stats"]["unique_graphs"] <= MOST_GRAPHS
         check_batching_is_invisible(compiled, items)
 
 

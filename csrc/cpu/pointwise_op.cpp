@@ -1,6 +1,8 @@
 #include <algorithm>
 #include <optional>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "common.h"
 #include "cpu/pointwise.h"
@@ -56,12 +58,28 @@ Tensor add_norm_cpu(Tensor x, const std::optional<Tensor>& delta, const Tensor& 
   return out;
 }
 
+// Whether no two elements share memory, as far as strides that nest tell.
+bool is_apart(const Tensor& tensor) {
+  std::vector<std::pair<int64_t, int64_t>> dims;  // stride, size
+  for (int64_t i = 0; i < tensor.dim(); ++i) {
+    if (tensor.size(i) > 1) dims.emplace_back(tensor.stride(i), tensor.size(i));
+  }
+  std::sort(dims.begin(), dims.end());
+  int64_t extent = 1;  // elements from the first to the last of the dimensions so far
+  for (const auto& [stride, size] : dims) {
+    if (stride < extent) return false;
+    extent += stride * (size - 1);
+  }
+  return true;
+}
+
 void rotate_qk_cpu(Tensor qkv, const Tensor& cos, const Tensor& sin) {
   check(qkv.dim() == 4 && qkv.size(1) == 3 && qkv.size(3) % 2 == 0 && is_bf16_or_float(qkv.scalar_type()) &&
             qkv.stride(3) == 1,
         "rotate_qk_: qkv must be [N, 3, heads, head_dim] float32 or bfloat16 with contiguous heads of an even "
         "head_dim, got ",
         describe(qkv));
+  check(is_apart(qkv), "rotate_qk_: no two elements of qkv may share memory, got ", describe(qkv));
   const int64_t rows = qkv.size(0), heads = qkv.size(2), dim = qkv.size(3);
   check_is("rotate_qk_: cos", cos, {rows, dim / 2}, ScalarType::Float);
   check_is("rotate_qk_: sin", sin, {rows, dim / 2}, ScalarType::Float);
