@@ -254,3 +254,12 @@ def test_an_animation_is_announced_by_the_first_number_that_can_be_even_before_t
         header = probe(data)
         assert header is not None
         assert header.frames == len(_core.animation(data)[2]) == len(by_pillow(data)[2]) == 2
+
+
+def test_nothing_is_announced_behind_the_end() -> None:
+    """As in Pillow, whose header ends there."""
+    ended = png_file(SIZE, png_chunk(b"IEND", b""), png_chunk(b"acTL", struct.pack(">II", 8, 0)))
+    header = probe(ended)
+    assert header is not None
+    assert header.frames == 1 == getattr(Image.open(io.BytesIO(ended)), "n_frames", None)
+    assert probe(png_file(png_chunk(b"IEND", b""), SIZE)) is None

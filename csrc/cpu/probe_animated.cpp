@@ -15,11 +15,16 @@ uint64_t announced_frames(const Bytes& file, uint64_t chunk) {
   return frames <= uint64_t{1} << 31 ? frames : 0;
 }
 
+// Where Pillow's header ends.
+bool is_png_data_or_end(const Bytes& file, uint64_t chunk) {
+  return file.has(chunk + 4, "IDAT") || file.has(chunk + 4, "IEND");
+}
+
 // Frames of the animation that a chunk before the image data announces, else 1.
 uint64_t count_png_frames(const Bytes& file) {
   for (uint64_t at = 8;; at = Bytes::end_of(at + 12, file.big(at, 4))) {
     file.step();
-    if (file.has(at + 4, "IDAT")) return 1;
+    if (is_png_data_or_end(file, at)) return 1;
     if (!file.has(at + 4, "acTL")) continue;
     if (const uint64_t frames = announced_frames(file, at)) return frames;
   }
@@ -106,7 +111,7 @@ void visit_webp_frames(const Bytes& file, Visit visit) {
 ImageHeader png(const Bytes& file) {
   for (uint64_t at = 8;; at = Bytes::end_of(at + 12, file.big(at, 4))) {
     file.step();
-    if (file.has(at + 4, "IDAT")) throw NoImage{};
+    if (is_png_data_or_end(file, at)) throw NoImage{};
     if (!file.has(at + 4, "IHDR")) continue;
     return {"PNG", file.big(at + 8, 4), file.big(at + 12, 4),
             frames_or_unknown([&] { return count_png_frames(file); })};
