@@ -251,7 +251,7 @@ class Settings(BaseSettings):
     mm_torch_compile: bool = Field(
         False,
         description="the tower's blocks by torch.compile, which needs a C++ compiler and some 15 s for the first "
-        "forwards; our own kernels leave it little to gain",
+        "forwards; our own kernels leave it little to fuse",
     )
     mm_embedding_cache_mb: NonNegative = Field(1024, description="embedding cache, MiB of host memory; 0: none")
     mm_patch_cache_mb: NonNegative = Field(64, description="cache of prepared patches, MiB of host memory; 0: none")
