@@ -40,10 +40,6 @@ class WrongFormatError(MMError):
     status = "INVALID_ARGUMENT"
 
 
-class WorkerMemoryError(WrongFormatError):
-    """More memory than a preprocess worker may hold. The worker that says so is replaced."""
-
-
 class NotSupportedError(MMError):
     """A blocked address, path or scheme, or a modality that the model lacks."""
 

@@ -68,8 +68,7 @@ async def test_every_error_comes_back_as_the_class_that_was_raised() -> None:
         for name, _, _ in TABLE:
             with pytest.raises(errors.MMError) as caught:
                 await engine.embed([MultimodalInput(f"fail:{name}")])
-            # The verdict's class; and a worker's memory is no name of its own on the wire.
-            expected = "WrongFormatError" if name in ("BadItemsError", "WorkerMemoryError") else name
+            expected = "WrongFormatError" if name == "BadItemsError" else name  # the verdict's class
             assert type(caught.value).__name__ == expected
             if name == "QueueFullError":
                 assert caught.value.retry_after_ms == 250

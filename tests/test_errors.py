@@ -19,13 +19,11 @@ from rtp_mm.errors import (
     QueueFullError,
     ReplyTooLargeError,
     UnauthenticatedError,
-    WorkerMemoryError,
     WrongFormatError,
 )
 
 TABLE = [
     (WrongFormatError(""), "MM_WRONG_FORMAT_ERROR", "INVALID_ARGUMENT"),
-    (WorkerMemoryError(""), "MM_WRONG_FORMAT_ERROR", "INVALID_ARGUMENT"),
     (NotSupportedError(""), "MM_NOT_SUPPORTED_ERROR", "INVALID_ARGUMENT"),
     (DownloadRefusedError(""), "MM_DOWNLOAD_FAILED", "INVALID_ARGUMENT"),
     (DownloadFailedError(""), "MM_DOWNLOAD_FAILED", "UNAVAILABLE"),

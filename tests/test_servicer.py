@@ -113,7 +113,6 @@ async def test_reflection_describes_files_that_stand_alone(form: str) -> None:
 
 TABLE = [
     ("WrongFormatError", "MM_WRONG_FORMAT_ERROR", "INVALID_ARGUMENT"),
-    ("WorkerMemoryError", "MM_WRONG_FORMAT_ERROR", "INVALID_ARGUMENT"),
     ("NotSupportedError", "MM_NOT_SUPPORTED_ERROR", "INVALID_ARGUMENT"),
     ("DownloadRefusedError", "MM_DOWNLOAD_FAILED", "INVALID_ARGUMENT"),
     ("DownloadFailedError", "MM_DOWNLOAD_FAILED", "UNAVAILABLE"),

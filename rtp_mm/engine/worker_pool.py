@@ -21,7 +21,7 @@ from rtp_mm.engine import worker_protocol
 from rtp_mm.engine.job_line import Check, Job, JobLine, no_check
 from rtp_mm.engine.slab import Slab, Slot
 from rtp_mm.engine.worker_process import WorkerDiedError, WorkerProcess
-from rtp_mm.errors import DrainingError, MMError, ProcessError, StartError, WorkerMemoryError, WrongFormatError
+from rtp_mm.errors import DrainingError, MMError, ProcessError, StartError, WrongFormatError
 from rtp_mm.logs import log_event
 from rtp_mm.preprocess.worker import Place, Setup
 from rtp_mm.types import Blob, MMUrlType, Prepared, PreprocessOptions, RowsShape
@@ -162,7 +162,7 @@ class WorkerPool:
             job.succeed(await self._patches(worker, job))
         except MMError as error:
             job.fail(error.with_traceback(None))  # whose frames would keep the worker and its inbox
-            if isinstance(error, WorkerMemoryError):  # what it still holds nobody knows
+            if isinstance(error, worker_protocol.OutOfMemoryError):
                 worker.kill()
                 await self._reaped(worker, job)
                 return "memory"

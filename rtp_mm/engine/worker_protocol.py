@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rtp_mm.engine.worker_process import WorkerDiedError
-from rtp_mm.errors import NotSupportedError, ProcessError, WorkerMemoryError, WrongFormatError
+from rtp_mm.errors import NotSupportedError, ProcessError, WrongFormatError
 from rtp_mm.logs import log_event
 from rtp_mm.preprocess.worker import Place, Task
 from rtp_mm.types import Blob, LogMel, MMUrlType, Patches, Prepared, PreprocessOptions
@@ -25,9 +25,11 @@ Answer = Mapping[str, Any]
 _log = logging.getLogger(__name__)
 
 _MOST = 1 << 62  # JSON's integers have thousands of digits, which no error can print and no counter hold
-_ERRORS = {  # what a worker may raise
-    cls.__name__: cls for cls in (WrongFormatError, WorkerMemoryError, NotSupportedError, ProcessError)
-}
+_ERRORS = {cls.__name__: cls for cls in (WrongFormatError, NotSupportedError, ProcessError)}  # what a worker may raise
+
+
+class OutOfMemoryError(WrongFormatError):
+    """The item needs more memory than its worker may hold. What the worker still holds nobody knows."""
 
 
 def content(blob: Blob) -> NDArray[np.uint8]:
@@ -51,7 +53,9 @@ def checked(answer: Answer, source: str) -> Answer:
             raise ProcessError(f"preprocessing failed with {bug}")
         case {"error": str(name), "text": str(text)}:
             raise _ERRORS.get(name, ProcessError)(text)
-        case {"bug": _} | {"error": _}:
+        case {"out_of_memory": str(text)}:
+            raise OutOfMemoryError(text)
+        case {"bug": _} | {"error": _} | {"out_of_memory": _}:
             raise WorkerDiedError
     return answer
 

@@ -9,8 +9,9 @@ One conversation after another over a SOCK_SEQPACKET socket, where a message arr
 
 Where the task says where rows of just this shape may go, the middle turn falls away.
 
-At any turn the worker may answer {"error": class of MMError, "text"} or {"bug": exception, "stack"} instead, which
-ends the task. The engine pickles; the worker answers in JSON, so that nothing a worker says is executed.
+At any turn the worker may answer {"error": class of MMError, "text"}, {"out_of_memory": text} or {"bug": exception,
+"stack"} instead, which ends the task. The engine pickles; the worker answers in JSON, so that nothing a worker says is
+executed.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from rtp_mm.errors import MMError, WorkerMemoryError
+from rtp_mm.errors import MMError
 from rtp_mm.media.decode_threads import DECODE_THREADS
 from rtp_mm.media.image import keep_decode_buffers
 from rtp_mm.types import Blob, MMUrlType, Prepared, PreprocessOptions
@@ -116,7 +117,7 @@ class _Worker:
             answer = {"error": type(error).__name__, "text": str(error)[:_MAX_TEXT]}
         except MemoryError:
             text = f"needs more memory than a worker's {setup.memory_bytes >> 20} MiB (MM_WORKER_MEMORY_MB)"
-            answer = {"error": WorkerMemoryError.__name__, "text": text}
+            answer = {"out_of_memory": text}
         except Exception as error:  # noqa: BLE001  # the edge of a process, as the servicer is the server's
             answer = {"bug": type(error).__name__, "stack": traceback.format_exc()[-_MAX_TEXT:]}
         self._say(answer)
