@@ -21,7 +21,7 @@ WORKERS, SLAB_MB = 2, 32
 # those of the largest file.
 SHARED_SLACK = (SLAB_MB << 20) // 8 + WORKERS * (2048 << 10)
 THREAD_SLACK = 8  # pools that grow as they are used
-PSS_SLACK = 192 << 20  # caches and pools that fill up, and what decoders keep of the largest media (144 MB were seen)
+PSS_SLACK = 96 << 20  # caches and pools that fill up
 # What is 0 where nothing is done.
 BUSY = re.compile(
     r"^(rtp_mm_requests_running|rtp_mm_queue_items|rtp_mm_queue_patches|rtp_mm_in_flight_bytes|rtp_mm_workers_busy) "
@@ -55,7 +55,7 @@ class Holdings:
             sum(process.memory_full_info().pss for process in processes),
         )
 
-    def is_within(self, other: Holdings) -> bool:
+    def is_within(self, other: Holdings, pss_slack: int = PSS_SLACK) -> bool:
         """Whether there are as many processes, and nothing that they hold was left behind."""
         return (
             self.processes == other.processes
@@ -63,7 +63,7 @@ class Holdings:
             and self.threads <= other.threads + THREAD_SLACK
             and self.shared <= other.shared
             and self.shared_bytes <= other.shared_bytes + SHARED_SLACK
-            and self.pss_bytes <= other.pss_bytes + PSS_SLACK
+            and self.pss_bytes <= other.pss_bytes + pss_slack
         )
 
 

@@ -25,6 +25,7 @@ from rtp_mm.models.multimodal_mixin import MultimodalMixin
 from rtp_mm.models.qwen2_vl import PUBLISHED_PROCESSOR
 from rtp_mm.models.registry import load_model
 from rtp_mm.preprocess.media import MediaPreprocessor
+from rtp_mm.server.app import grpc_options
 from rtp_mm.server.http import _seconds
 from rtp_mm.types import Blob, MMUrlType, PreprocessOptions
 
@@ -164,6 +165,7 @@ async def test_aspect_ratio(model: MultimodalMixin, ratio: int, is_served: bool)
 
 
 async def test_a_request_message() -> None:
+    assert dict(grpc_options(load_settings(None)))["grpc.max_receive_message_length"] == 1 << 30
     largest = 1 << 20
     overhead = len(request("img:1".ljust(largest)).SerializeToString()) - largest
 
