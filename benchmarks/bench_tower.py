@@ -152,8 +152,10 @@ def measure(options: argparse.Namespace, checkpoint: Path) -> None:
             "milliseconds": {name: asdict(timings[name]) for name in towers},
         }
         print_row(batch, found[batch])
-        if "bf16" in options.act_types:  # which the tables are of
+        if "bf16" in options.act_types:
             write_result(result, {"patches": {str(key): row for key, row in sorted(found.items())}})
+        else:
+            print("not written: the tables are of bf16")
 
 
 def print_row(batch: Batch, row: dict[str, Any]) -> None:

@@ -250,8 +250,8 @@ class Settings(BaseSettings):
     mm_cuda_graphs_mb: Positive = Field(1024, description="device memory for CUDA graphs, MiB")
     mm_torch_compile: bool = Field(
         False,
-        description="the tower's blocks by torch.compile, which needs a C++ compiler and some 15 s for the first "
-        "forwards; our own kernels leave it little to fuse",
+        description="the tower's blocks by torch.compile, which needs a C++ compiler and, for the first forwards, many "
+        "seconds; our own kernels leave it little to fuse",
     )
     mm_embedding_cache_mb: NonNegative = Field(1024, description="embedding cache, MiB of host memory; 0: none")
     mm_patch_cache_mb: NonNegative = Field(64, description="cache of prepared patches, MiB of host memory; 0: none")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 CONTROL_GROUPS = Path("/sys/fs/cgroup")
 MEMBERSHIPS = Path("/proc/self/cgroup")  # a line per hierarchy: number:controllers:path
-MOST_DECODE_THREADS = 4  # of one item, by default: FFmpeg holds a frame or two more for each, 6 MB at 1080p
+MOST_DECODE_THREADS = 4  # of one item, by default: FFmpeg holds a frame or two more for each
 
 
 @dataclass(frozen=True, slots=True)
