@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import struct
 from collections.abc import Iterator
@@ -53,3 +54,10 @@ def test_packets_are_those_of_pyav(container: str) -> None:
     with av.open(io.BytesIO(data)) as source:
         assert [bytes(packet) for packet in packets(source, source.streams.audio[0])] == expected
         assert expected[-1] == b""
+
+
+@pytest.mark.parametrize("number", [errno.ENOMEM, errno.EAGAIN])
+def test_want_of_memory_is_no_broken_file(number: int) -> None:
+    """Nor is a decoder's thread that cannot start, where there is no memory for its stack."""
+    with pytest.raises(MemoryError), opened(encode(sine(1), 16000), ("wav",), "sound"):
+        raise av.error.FFmpegError(number, "a word of FFmpeg's")

@@ -44,7 +44,7 @@ def opened(data: bytes, demuxers: Sequence[str], kind: str) -> Iterator[InputCon
             is_open = True
             yield container
     except av.FFmpegError as error:
-        if error.errno == errno.ENOMEM and is_open:
+        if error.errno in (errno.ENOMEM, errno.EAGAIN) and is_open:  # EAGAIN: for the stack of a decoder's thread
             raise MemoryError from None
         if error.errno == errno.ENOMEM:  # which is what FFmpeg says of too many streams
             raise WrongFormatError(f"broken {kind}: over {MAX_STREAMS} streams, or larger than memory") from None
