@@ -126,17 +126,16 @@ class ItemFailure:
 
 
 class BadItemsError(MMError):
-    """One or more items of a request failed; the message names each of them.
+    """One or more items of a request failed; the message names each of them, first those that no retry can mend.
 
-    Name and status are those of the first failure that no retry can mend, else of the first failure, so that a
-    client never retries a call that must fail again.
+    Name and status are the first one's, so that a client never retries a call that must fail again.
     """
 
     def __init__(self, failures: Sequence[ItemFailure]) -> None:
-        super().__init__("; ".join(f"item {f.index} ({f.source}): {f.error}" for f in failures))
-        self.failures = tuple(failures)
-        permanent = [f.error for f in failures if f.error.status == "INVALID_ARGUMENT"]
-        self.verdict = (permanent or [failures[0].error])[0]
+        # First what counts: `wire_message` is cut.
+        self.failures = tuple(sorted(failures, key=lambda failure: failure.error.status != "INVALID_ARGUMENT"))
+        super().__init__("; ".join(f"item {f.index} ({f.source}): {f.error}" for f in self.failures))
+        self.verdict = self.failures[0].error
 
     @property
     def name(self) -> str:  # type: ignore[override]  # a class constant elsewhere, the verdict's here

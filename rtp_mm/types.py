@@ -112,6 +112,11 @@ class MultimodalInput:
     config: MMPreprocessConfig = field(default_factory=MMPreprocessConfig)
     tensor: Any = None
 
+    @property
+    def nbytes(self) -> int:
+        """What its message holds in memory, about."""
+        return len(self.url) + getattr(self.tensor, "nbytes", 0)
+
 
 @dataclass(frozen=True, slots=True)
 class Blob:

@@ -24,7 +24,7 @@ from typing import Any
 
 from rtp_mm import errors
 from rtp_mm.config import Settings, load_settings
-from rtp_mm.engine.interface import as_inputs, time_limit_s
+from rtp_mm.engine.interface import as_inputs, time_limit
 from rtp_mm.server.app import open_ports
 from rtp_mm.server.state import Loaded, ServerState
 from rtp_mm.start_server import run
@@ -49,7 +49,7 @@ class FakeEngine:
     async def embed(
         self, inputs: Sequence[MultimodalInput], *, caller: Caller = LIBRARY_CALLER, timeout_s: float | None = None
     ) -> MMEmbeddingRes:
-        timeout_s = time_limit_s(inputs, timeout_s, load_settings())
+        timeout_s = time_limit(inputs, timeout_s, load_settings()).seconds
         self.asked.append(([*inputs], caller, timeout_s))
         task = asyncio.current_task()
         assert task is not None

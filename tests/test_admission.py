@@ -51,7 +51,7 @@ def test_bytes_just_below_at_and_above_the_limit(way: str, nbytes: int) -> None:
             case "item":
                 held.enter_context(admission.holding(visit, Cost(0, nbytes)))
             case "download":
-                grow = held.enter_context(admission.metering(visit))
+                grow = held.enter_context(admission.metering([visit]))
                 grow(500)
                 grow(nbytes)
             case "kept":  # what is there already is counted, not refused
@@ -163,7 +163,7 @@ def test_what_grows_is_counted_from_any_thread_and_given_back_once() -> None:
     """Two threads tell sizes in any order, one of them after its download was given up."""
     admission = new_admission()
     with admission.visiting(0, 0) as first:
-        with admission.metering(first) as grow:
+        with admission.metering([first]) as grow:
             threads = [threading.Thread(target=lambda: [grow(n) for n in range(500)]) for _ in range(4)]
             for thread in threads:
                 thread.start()
@@ -172,7 +172,7 @@ def test_what_grows_is_counted_from_any_thread_and_given_back_once() -> None:
             assert admission.nbytes == 499
         grow(900)
         assert admission.nbytes == 0
-        with admission.visiting(0, 0) as second, admission.metering(second) as grow:
+        with admission.visiting(0, 0) as second, admission.metering([second]) as grow:
             grow(1000)
             with pytest.raises(QueueFullError):
                 grow(1001)

@@ -28,7 +28,7 @@ async def test_patches_per_item_are_limited_before_decoding(
         with pytest.raises(BadItemsError, match=r"16 patches, over the limit of 15 \(MM_MAX_PATCHES_PER_ITEM\)"):
             await w.ask(urls[0], config=config)
         assert w.prepared == 0
-        assert w.engine.stats().rejections == {"item_patches": 1}
+        assert not w.engine.stats().rejections  # of a full server's: this one needs no other server
 
 
 async def test_a_huge_size_of_a_small_image_is_refused_by_default(tiny_qwen2_5_vl: Path, urls: list[str]) -> None:

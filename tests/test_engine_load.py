@@ -20,7 +20,7 @@ from watched_engine import SMALL, STRANGER, watched
 from web_source import Source
 
 from rtp_mm.errors import BadItemsError, DeadlineError, MMError, NotSupportedError
-from rtp_mm.types import LIBRARY_CALLER, MMEmbeddingRes, MMUrlType
+from rtp_mm.types import LIBRARY_CALLER, MMEmbeddingRes, MMUrlType, MultimodalInput
 
 
 @pytest.fixture
@@ -105,6 +105,48 @@ async def test_when_the_last_leaves_the_download_is_closed(tiny_qwen2_5_vl: Path
         await asyncio.wait_for(closed.wait(), 10)
 
 
+async def test_a_deadline_hides_no_bad_item_that_is_known(tiny_qwen2_5_vl: Path, source: Source) -> None:
+    """An item that must fail again decides; else each that was late is named, and how far it came."""
+
+    async def stall(_: web.Request) -> web.Response:
+        await asyncio.sleep(60)
+        raise AssertionError
+
+    async with watched(tiny_qwen2_5_vl) as w:
+        source.answers_with("/absent", status=404)
+        stalled, absent = source.answers_by("/stalled", stall), source.url + "/absent"
+        late = r"item 0 \(http.*/stalled\): no answer within 0\.300 s, the caller's deadline \(fetch 0\.3.* s\)"
+        with pytest.raises(BadItemsError, match=rf"^item 1 \(http.*/absent\): .*404.*; {late}$") as caught:
+            await w.engine.embed([MultimodalInput(stalled), MultimodalInput(absent)], timeout_s=0.3)
+        assert (caught.value.name, caught.value.status) == ("MM_DOWNLOAD_FAILED", "INVALID_ARGUMENT")
+        assert [failure.index for failure in caught.value.failures] == [1, 0]
+        good = MultimodalInput(source.url + "/photo.jpg")
+        with pytest.raises(DeadlineError, match=rf"^{late}; {late.replace('0', '2', 1)}$"):
+            await w.engine.embed([MultimodalInput(stalled), good, MultimodalInput(stalled)], timeout_s=0.3)
+
+
+async def test_a_download_is_judged_by_whoever_still_waits_for_it(tiny_qwen2_5_vl: Path, source: Source) -> None:
+    """Who asked first has left; the oldest that is left is never refused, however little room there is."""
+    may_send = asyncio.Event()
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse()
+        await response.prepare(request)
+        await may_send.wait()
+        await response.write(bytes(3 << 20))
+        return response
+
+    async with watched(tiny_qwen2_5_vl, mm_max_bytes_in_flight_mb=1) as w:
+        url = source.answers_by("/large", answer)
+        first, second = w.ask(url), w.ask(url)
+        await until(lambda: source.requests)
+        first.cancel()
+        await until(lambda: w.engine.worker_status().running == 1)
+        may_send.set()
+        with pytest.raises(BadItemsError, match="no image"):  # as its bytes are zeros; not `QueueFullError`
+            await second
+
+
 async def test_a_deadline_takes_waiting_work_out_of_the_queue(tiny_qwen2_5_vl: Path, urls: list[str]) -> None:
     async with watched(tiny_qwen2_5_vl) as w:
         w.may_forward.clear()
@@ -113,7 +155,9 @@ async def test_a_deadline_takes_waiting_work_out_of_the_queue(tiny_qwen2_5_vl: P
         late = w.ask(urls[1], timeout_s=0.3)
         await until(lambda: w.engine.stats().items_waiting == 1)
         with pytest.raises(
-            DeadlineError, match=r"within 0\.300 s \(fetch .* s, preprocess .* s, queue .* s\)$"
+            DeadlineError,
+            match=r"^item 0 \(data:.*\): no answer within 0\.300 s, the caller's deadline "
+            r"\(fetch .* s, preprocess .* s, queue .* s\)$",
         ) as caught:
             await late
         assert set(caught.value.timings_ms) == {"fetch", "preprocess", "queue"}

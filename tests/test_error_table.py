@@ -164,10 +164,13 @@ async def stalling() -> AsyncIterator[tuple[Source, str]]:
 
 async def test_a_deadline_of_the_item_or_of_the_server(model: MultimodalMixin) -> None:
     async with stalling() as (_, url):
-        for options, config in (({}, {"mm_timeout_ms": 100}), ({"mm_timeout_ms": 100}, {})):
+        for options, config, who in (
+            ({}, {"mm_timeout_ms": 100}, "mm_timeout_ms"),
+            ({"mm_timeout_ms": 100}, {}, "MM_TIMEOUT_MS"),
+        ):
             async with served(model, mm_allow_private_network=True, **options) as server:
                 request = message(item(url, **config))
-                error = await said(server, request, DEADLINE, r"within 0\.100 s \(fetch \d\.\d+ s\)$")
+                error = await said(server, request, DEADLINE, rf"within 0\.100 s, {who} \(fetch \d\.\d+ s\)$")
                 assert float(dict(error.trailing_metadata())["rtp-mm-fetch-ms"]) > 0
 
 

@@ -62,9 +62,10 @@ def test_bad_items_are_all_named_and_what_cannot_be_mended_decides() -> None:
             ItemFailure(3, "b.png", WrongFormatError("truncated")),
         ]
     )
-    assert str(error) == "item 0 (http://a/x): answered 503; item 3 (b.png): truncated"
+    assert str(error) == "item 3 (b.png): truncated; item 0 (http://a/x): answered 503"
+    assert [failure.index for failure in error.failures] == [3, 0]
     assert (error.name, error.status) == ("MM_WRONG_FORMAT_ERROR", "INVALID_ARGUMENT")
-    assert error.wire_message.startswith("[MM_WRONG_FORMAT_ERROR] item 0")
+    assert error.wire_message.startswith("[MM_WRONG_FORMAT_ERROR] item 3")
 
 
 def test_bad_items_that_may_be_mended_may_be_retried() -> None:

@@ -138,7 +138,7 @@ async def test_patches_of_an_animation_are_limited_before_decoding(
         with pytest.raises(BadItemsError, match=reason):
             await w.ask(url, mm_type=MMUrlType.VIDEO, config=FOUR)
         assert w.prepared == 0
-        assert w.engine.stats().rejections == {"item_patches": 1}
+        assert not w.engine.stats().rejections  # of a full server's: this one needs no other server
 
 
 @pytest.mark.parametrize(("limit", "is_admitted"), [(49, True), (48, True), (47, False)])

@@ -21,7 +21,7 @@ from waiting import until
 
 from rtp_mm import errors
 from rtp_mm.config import load_settings
-from rtp_mm.engine.interface import time_limit_s
+from rtp_mm.engine.interface import time_limit
 from rtp_mm.logs import KeyValueFormatter
 from rtp_mm.server import proto, wire
 from rtp_mm.server.proto import MultimodalRpcServiceStub, TensorPB
@@ -235,20 +235,20 @@ async def test_too_many_items_are_refused_before_they_are_parsed() -> None:
 
 
 @pytest.mark.parametrize(
-    ("remaining_s", "items_ms", "limit_s"),
+    ("remaining_s", "items_ms", "limit_s", "source"),
     [
-        (None, [], 120.0),
-        (None, [-1, 0], 120.0),
-        (5.0, [-1], 5.0),
-        (None, [100, 3000, -1], 3.0),
-        (2.0, [3000], 2.0),
-        (None, [500_000], 120.0),
-        (-0.5, [], 0.0),
+        (None, [], 120.0, "MM_TIMEOUT_MS"),
+        (None, [-1, 0], 120.0, "MM_TIMEOUT_MS"),
+        (5.0, [-1], 5.0, "the caller's deadline"),
+        (None, [100, 3000, -1], 3.0, "mm_timeout_ms"),
+        (2.0, [3000], 2.0, "the caller's deadline"),
+        (None, [500_000], 120.0, "MM_TIMEOUT_MS"),
+        (-0.5, [], 0.0, "the caller's deadline"),
     ],
 )
-def test_the_smallest_limit_counts(remaining_s: float | None, items_ms: list[int], limit_s: float) -> None:
+def test_the_smallest_limit_counts(remaining_s: float | None, items_ms: list[int], limit_s: float, source: str) -> None:
     inputs = [MultimodalInput("x", config=MMPreprocessConfig(mm_timeout_ms=ms)) for ms in items_ms]
-    assert time_limit_s(inputs, remaining_s, load_settings()) == limit_s
+    assert time_limit(inputs, remaining_s, load_settings()) == (limit_s, source)
 
 
 async def test_the_calls_deadline_reaches_the_engine() -> None:

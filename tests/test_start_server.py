@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -214,6 +215,34 @@ def test_threads_that_wait_leave_their_core_unless_the_environment_says_how(
     assert main(["--checkpoint_path", str(tmp_path)]) == 0
     expected = {"GOMP_SPINCOUNT": "set", "OMP_WAIT_POLICY": None, None: "2000"}
     assert os.environ.get("GOMP_SPINCOUNT") == expected[chosen]
+
+
+HEAPS = """
+import ctypes, sys, threading
+import rtp_mm.start_server as start
+start.run = lambda settings, load_engine: 0
+assert start.main(["--checkpoint_path", sys.argv[1]]) == 0
+libc, together = ctypes.CDLL(None), threading.Barrier(8)
+libc.fdopen.restype = ctypes.c_void_p
+threads = [threading.Thread(target=lambda: (together.wait(), bytearray(5000))) for _ in range(8)]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+stdout = ctypes.c_void_p(libc.fdopen(1, b"w"))
+libc.malloc_info(0, stdout)
+libc.fflush(stdout)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="heaps are glibc's")
+@pytest.mark.parametrize(("chosen", "heaps"), [(None, 2), ("4", 4)])
+def test_threads_share_heaps_unless_the_environment_says_how_many(
+    chosen: str | None, heaps: int, tmp_path: Path
+) -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "MALLOC_ARENA_MAX"}
+    environment |= {"MALLOC_ARENA_MAX": chosen} if chosen else {}
+    command = [sys.executable, "-c", HEAPS, str(tmp_path)]
+    told = subprocess.run(command, check=True, cwd=ROOT, env=environment, capture_output=True, text=True).stdout
+    assert told.count("<heap nr=") == heaps
 
 
 def test_in_process_and_remote_give_the_same_bits(tiny_qwen2_5_vl: Path, photo_path: Path) -> None:

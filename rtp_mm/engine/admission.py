@@ -164,9 +164,9 @@ class Admission:
         visit.downloads += 1
 
     @contextmanager
-    def metering(self, visit: Visit) -> Iterator[Callable[[int], None]]:
-        """Something for `visit` that grows, as a download does: to be told its size so far. That raises
-        `QueueFullError`.
+    def metering(self, visits: Sequence[Visit]) -> Iterator[Callable[[int], None]]:
+        """Something that grows, as a download does, for all who wait for it, one at least: to be told its size so far.
+        That raises `QueueFullError`.
         """
         held = 0
 
@@ -174,7 +174,7 @@ class Admission:
             nonlocal held
             with self._lock:
                 if nbytes > held:
-                    self._check(visit, Cost(0, nbytes - held))
+                    self._check(self.foremost(visits), Cost(0, nbytes - held))
                     self._add(nbytes - held)
                     held = nbytes
 
@@ -207,7 +207,6 @@ class Admission:
     def check_item(self, patches: int, max_patches: int) -> None:
         """Raises `WrongFormatError` for an item too large for the device."""
         if patches > max_patches:
-            self.rejections["item_patches"] += 1
             raise WrongFormatError(
                 f"{patches} patches, over the limit of {max_patches} (MM_MAX_PATCHES_PER_ITEM); fewer pixels "
                 "(max_pixels) fit, or fewer frames of a clip (max_frames, fps)"

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
+
+from rtp_mm.engine.admission import Visit
+from rtp_mm.engine.response import Stages
 
 Result = TypeVar("Result")
 
 
-@dataclass(slots=True)
-class _Flight(Generic[Result]):
-    task: asyncio.Task[Result]
-    waiters: int = 0
+@dataclass(slots=True, eq=False)
+class Flight(Generic[Result]):
+    """Work under way: for whom, and how far it is."""
+
+    visits: list[Visit] = field(default_factory=list)  # who waits; the last that leaves stays until the work has ended
+    stages: Stages = field(default_factory=Stages)
+    task: asyncio.Task[Result] = field(init=False)
 
 
 class Flights(Generic[Result]):
@@ -24,7 +30,7 @@ class Flights(Generic[Result]):
     """
 
     def __init__(self) -> None:
-        self._flights: dict[Hashable, _Flight[Result]] = {}
+        self._flights: dict[Hashable, Flight[Result]] = {}
         self._tasks: set[asyncio.Task[Result]] = set()  # those whose waiters left, too, until they have ended
 
     def __contains__(self, key: Hashable) -> bool:
@@ -33,15 +39,25 @@ class Flights(Generic[Result]):
     def __len__(self) -> int:
         return len(self._flights)
 
-    async def join(self, key: Hashable, work: Callable[[], Coroutine[Any, Any, Result]]) -> Result:
-        """The result of the work under way for `key`, which `work()` starts where there is none."""
-        flight = self._flights.get(key) or self._start(key, work())
-        flight.waiters += 1
+    async def join(
+        self,
+        key: Hashable,
+        visit: Visit,
+        stages: Stages,
+        work: Callable[[Flight[Result]], Coroutine[Any, Any, Result]],
+    ) -> Result:
+        """The result of the work under way for `key`, which `work` starts where there is none. `visit` waits for it,
+        and the item's `stages` go on in the work's.
+        """
+        flight = self._flights.get(key) or self._start(key, work)
+        flight.visits.append(visit)
+        stages.go_on_in(flight.stages)
         try:
             return await asyncio.shield(flight.task)  # who is cancelled here leaves the others alone
         finally:
-            flight.waiters -= 1
-            if flight.waiters == 0 and self._flights.get(key) is flight:
+            if len(flight.visits) > 1:
+                flight.visits.remove(visit)
+            elif self._flights.get(key) is flight:
                 del self._flights[key]  # who comes now starts anew, and does not join what is being cancelled
                 flight.task.cancel()
 
@@ -50,8 +66,9 @@ class Flights(Generic[Result]):
         if self._tasks:
             await asyncio.wait(self._tasks)
 
-    def _start(self, key: Hashable, work: Coroutine[Any, Any, Result]) -> _Flight[Result]:
-        flight = self._flights[key] = _Flight(asyncio.create_task(work))
+    def _start(self, key: Hashable, work: Callable[[Flight[Result]], Coroutine[Any, Any, Result]]) -> Flight[Result]:
+        flight = self._flights[key] = Flight[Result]()
+        flight.task = asyncio.create_task(work(flight))
 
         def ended(task: asyncio.Task[Result]) -> None:
             self._tasks.discard(task)

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from rtp_mm.config import Settings
 from rtp_mm.types import (
@@ -32,7 +32,7 @@ class Engine(Protocol):
     ) -> MMEmbeddingRes:
         """Embeddings of all items, in their order; callable from any event loop. Cancelling drops the work.
 
-        `timeout_s` is what the caller grants; see `time_limit_s`. Raises `BadItemsError` that names each bad item,
+        `timeout_s` is what the caller grants; see `time_limit`. Raises `BadItemsError` that names each bad item,
         `QueueFullError`, `DeadlineError`, `ProcessError`, and `DrainingError` once the engine is closed.
         """
 
@@ -86,12 +86,23 @@ def as_inputs(
     ]
 
 
-def time_limit_s(inputs: Iterable[MultimodalInput], remaining_s: float | None, settings: Settings) -> float:
-    """Seconds for the whole request: the smallest of what the caller grants, MM_TIMEOUT_MS, and the largest
-    `mm_timeout_ms` among the items (each item grants the request its own time; the slowest counts).
+class TimeLimit(NamedTuple):
+    """For a whole request."""
+
+    seconds: float
+    source: str  # who set it
+
+    def __str__(self) -> str:
+        return f"{self.seconds:.3f} s, {self.source}"
+
+
+def time_limit(inputs: Iterable[MultimodalInput], remaining_s: float | None, settings: Settings) -> TimeLimit:
+    """The smallest of what the caller grants, MM_TIMEOUT_MS, and the largest `mm_timeout_ms` among the items (each
+    item grants the request its own time; the slowest counts).
     """
-    limits_ms = [settings.mm_timeout_ms]
+    limits = [TimeLimit(settings.mm_timeout_ms / 1e3, "MM_TIMEOUT_MS")]
     if granted := [item.config.timeout_ms for item in inputs if item.config.timeout_ms is not None]:
-        limits_ms.append(max(granted))
-    limit_s = min(limits_ms) / 1e3
-    return limit_s if remaining_s is None else min(limit_s, max(remaining_s, 0.0))
+        limits.append(TimeLimit(max(granted) / 1e3, "mm_timeout_ms"))
+    if remaining_s is not None:
+        limits.append(TimeLimit(max(remaining_s, 0.0), "the caller's deadline"))
+    return min(limits)

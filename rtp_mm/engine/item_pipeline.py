@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from rtp_mm.config import Settings
@@ -14,7 +12,7 @@ from rtp_mm.engine.answers import Answers
 from rtp_mm.engine.batcher import Batcher
 from rtp_mm.engine.caches import ByteCache, Embedded, EmbeddingKey, PatchKey
 from rtp_mm.engine.contents import is_data_url
-from rtp_mm.engine.flights import Flights
+from rtp_mm.engine.flights import Flight, Flights
 from rtp_mm.engine.forward import Forward, WholeForward
 from rtp_mm.engine.job_line import Check, no_check
 from rtp_mm.engine.limits import bound_clips, device_limits
@@ -40,14 +38,6 @@ from rtp_mm.types import (
 
 LARGEST_HEADERS = 1 << 18  # bytes of a clip whose headers are read on the event loop; at worst it takes a millisecond
 LARGEST_PATCHES_SHARE = 1 / 8  # of the patch cache, for one item: more is copied in a millisecond or more
-
-
-@dataclass(slots=True)
-class _Shared:
-    """A computation under way: who waits for it, and how far it is."""
-
-    visits: list[Visit] = field(default_factory=list)
-    stages: Stages = field(default_factory=Stages)
 
 
 class ItemPipeline:
@@ -85,7 +75,6 @@ class ItemPipeline:
         self.workers = PreprocessWorkers(mm_part, settings)
         self._fetches = Flights[Blob]()
         self._computations = Flights[Answer]()
-        self._shared: dict[EmbeddingKey, _Shared] = {}  # of those
         self._decoded_frames = 0
 
     def begin(self, item: MultimodalInput, caller: Caller, visit: Visit) -> Begun:
@@ -103,57 +92,47 @@ class ItemPipeline:
         self.admission.keep(visit, known.nbytes)
         return Begun(Answer(known, {}))
 
-    async def end(self, begun: Begun, item: MultimodalInput, caller: Caller, visit: Visit) -> Answer | MMError:
+    async def end(
+        self, begun: Begun, item: MultimodalInput, caller: Caller, visit: Visit, stages: Stages
+    ) -> Answer | MMError:
         """The rest of the way. An answer counts as held from here on, while other items are still under way."""
         if begun.outcome is not None:
             return begun.outcome
         try:
-            answer = await self._embed_item(item, begun, caller, visit)
+            answer = await self._embed_item(item, begun, caller, visit, stages)
         except MMError as error:
             return error
         self.admission.keep(visit, answer.embedded.nbytes)
         return answer
 
-    async def _embed_item(self, item: MultimodalInput, begun: Begun, caller: Caller, visit: Visit) -> Answer:
+    async def _embed_item(
+        self, item: MultimodalInput, begun: Begun, caller: Caller, visit: Visit, stages: Stages
+    ) -> Answer:
         options = begun.options
         if self._is_whole:
             config = MMPreprocessConfig.from_options(options)
             return Answer(*await self.batcher.run(item, None, item.mm_type, config))
-        visit.stages.append(stages := Stages())
         if (blob := begun.blob) is None:
             with stages.inside("fetch"):
-                blob = await self._fetch(item, caller, visit)
+                blob = await self._fetch(item, caller, visit, stages)
         key = self.answers.key(item, blob, options)
         if (known := self.answers.get(key)) is not None:
             return Answer(known, stages.so_far())
         rows = await self._foresee(key.patches, blob)
         self._admit(key, rows, visit)
-        with self._waiting_for(key, visit) as shared:
-            embedded, computed = await self._computations.join(key, partial(self._compute, key, blob, rows, shared))
+        embedded, computed = await self._computations.join(key, visit, stages, partial(self._compute, key, blob, rows))
         return Answer(embedded, stages.so_far() | computed)
 
-    @contextmanager
-    def _waiting_for(self, key: EmbeddingKey, visit: Visit) -> Iterator[_Shared]:
-        shared = self._shared.setdefault(key, _Shared())
-        shared.visits.append(visit)
-        visit.stages.append(shared.stages)
-        try:
-            yield shared
-        finally:
-            shared.visits.remove(visit)
-            if not shared.visits:
-                del self._shared[key]
-
-    async def _fetch(self, item: MultimodalInput, caller: Caller, visit: Visit) -> Blob:
+    async def _fetch(self, item: MultimodalInput, caller: Caller, visit: Visit, stages: Stages) -> Blob:
         """One download for all who want the same now. What came with the message itself is at hand already."""
 
-        async def fetch() -> Blob:
-            with self.admission.metering(visit) as meter:
+        async def fetch(visits: Sequence[Visit]) -> Blob:
+            with self.admission.metering(visits) as meter:
                 return await self.fetcher.fetch(item, caller, meter)
 
         if _is_enclosed(item):
-            return await fetch()
-        return await self._fetches.join(self._fetch_key(item), fetch)
+            return await fetch([visit])
+        return await self._fetches.join(self._fetch_key(item), visit, stages, lambda flight: fetch(flight.visits))
 
     def _check_room(self, item: MultimodalInput, visit: Visit) -> None:
         """Raises `QueueFullError` for what would begin a download in vain."""
@@ -187,15 +166,15 @@ class ItemPipeline:
         """Raises `QueueFullError`."""
         self.admission.check_in_time(visit, self.batcher.seconds_before(rows[0]), self._clock())
 
-    async def _compute(self, key: EmbeddingKey, blob: Blob, rows: RowsShape | None, shared: _Shared) -> Answer:
+    async def _compute(self, key: EmbeddingKey, blob: Blob, rows: RowsShape | None, flight: Flight[Answer]) -> Answer:
         """Prepare and forward: once for all who want the same now, whoever came first. None is refused for another."""
         config = MMPreprocessConfig.from_options(key.patches.options)  # what the key says and no more
-        stages = shared.stages
-        with self.admission.holding(self.admission.foremost(shared.visits), Cost.of(blob, rows)) as held:
+        stages = flight.stages
+        with self.admission.holding(self.admission.foremost(flight.visits), Cost.of(blob, rows)) as held:
 
             def check(shape: RowsShape) -> None:
                 """Of a container, which only a worker knows: before it decodes."""
-                visit = self.admission.foremost(shared.visits)
+                visit = self.admission.foremost(flight.visits)
                 self._check_in_time(shape, visit)
                 held.expect(Cost.of(blob, shape), visit)
 

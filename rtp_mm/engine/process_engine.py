@@ -10,9 +10,9 @@ from rtp_mm.config import Settings, load_settings
 from rtp_mm.engine.admission import Visit
 from rtp_mm.engine.caches import Embedded
 from rtp_mm.engine.home import Home, closed
-from rtp_mm.engine.interface import as_inputs, time_limit_s
+from rtp_mm.engine.interface import TimeLimit, as_inputs, time_limit
 from rtp_mm.engine.item_pipeline import ItemPipeline
-from rtp_mm.engine.response import Answer, Timings, as_response, slowest
+from rtp_mm.engine.response import Answer, Begun, Stages, Timings, as_response, slowest
 from rtp_mm.errors import DeadlineError, MMError, QueueFullError
 from rtp_mm.models.multimodal_mixin import MultimodalMixin
 from rtp_mm.types import (
@@ -73,21 +73,21 @@ class MMProcessEngine:
     async def _embed(
         self, inputs: Sequence[MultimodalInput], caller: Caller, timeout_s: float | None
     ) -> MMEmbeddingRes:
-        limit_s = time_limit_s(inputs, timeout_s, self._settings)
-        with self._items.admission.visiting(
-            sum(map(_message_bytes, inputs)), self._home.loop.time() + limit_s
-        ) as visit:
+        limit = time_limit(inputs, timeout_s, self._settings)
+        nbytes = sum(item.nbytes for item in inputs)
+        with self._items.admission.visiting(nbytes, self._home.loop.time() + limit.seconds) as visit:
             try:
-                if limit_s <= 0:
-                    raise _late(limit_s)
+                if limit.seconds <= 0:
+                    raise _late(limit, {})
                 begun = [self._items.begin(item, caller, visit) for item in inputs]
                 outcomes: Sequence[Answer | BaseException | None] = [each.outcome for each in begun]
                 is_refused = any(isinstance(outcome, QueueFullError) for outcome in outcomes)  # and so are its others
                 if not is_refused and any(outcome is None for outcome in outcomes):
                     ways = [
-                        self._items.end(each, item, caller, visit) for each, item in zip(begun, inputs, strict=True)
+                        self._in_time(limit, each, item, caller, visit)
+                        for each, item in zip(begun, inputs, strict=True)
                     ]
-                    outcomes = await self._all_within(limit_s, ways, visit)
+                    outcomes = await self._all(ways)
                 is_own = caller is not LIBRARY_CALLER
                 response = as_response(inputs, outcomes, is_own=is_own)
             except MMError as error:
@@ -99,23 +99,29 @@ class MMProcessEngine:
                 self._items.admission.follow(response, sum(embedding.nbytes for embedding in response.embeddings))
             return response
 
-    async def _all_within(
-        self, limit_s: float, ways: Sequence[Coroutine[Any, Any, Answer | MMError]], visit: Visit
-    ) -> Sequence[Answer | BaseException]:
-        """Side by side, each to its own end. Raises `DeadlineError`, and `DrainingError` where the engine is closed."""
+    async def _in_time(
+        self, limit: TimeLimit, begun: Begun, item: MultimodalInput, caller: Caller, visit: Visit
+    ) -> Answer | MMError:
+        """An item's outcome: a `DeadlineError` where it is not there as the request's time is over."""
+        visit.stages.append(stages := Stages())
+        try:
+            async with asyncio.timeout_at(visit.ends_at) as time:
+                return await self._items.end(begun, item, caller, visit, stages)
+        except TimeoutError:
+            if not time.expired():
+                raise
+            return _late(limit, stages.so_far())
+
+    async def _all(self, ways: Sequence[Coroutine[Any, Any, Answer | MMError]]) -> Sequence[Answer | BaseException]:
+        """Side by side, each to its own end. Raises `DrainingError` where the engine is closed."""
         task = asyncio.current_task()
         assert task is not None
         ended = self._requests[task] = self._home.loop.create_future()
         try:
-            async with asyncio.timeout(limit_s) as limit:
-                if len(ways) == 1:
-                    return [await ways[0]]  # without a task of its own
-                outcomes: Sequence[Answer | BaseException] = await asyncio.gather(*ways, return_exceptions=True)
-                return outcomes
-        except TimeoutError:
-            if not limit.expired():
-                raise
-            raise _late(limit_s, slowest(stages.so_far() for stages in visit.stages)) from None
+            if len(ways) == 1:
+                return [await ways[0]]  # without a task of its own
+            outcomes: Sequence[Answer | BaseException] = await asyncio.gather(*ways, return_exceptions=True)
+            return outcomes
         except asyncio.CancelledError:
             if task not in self._ended:
                 raise
@@ -169,11 +175,6 @@ class MMProcessEngine:
         await self._items.close()
 
 
-def _message_bytes(item: MultimodalInput) -> int:
-    """What an item's message holds in memory, about."""
-    return len(item.url) + getattr(item.tensor, "nbytes", 0)
-
-
-def _late(limit_s: float, timings: Timings | None = None) -> DeadlineError:
-    spent = ", ".join(f"{stage} {milliseconds / 1e3:.3f} s" for stage, milliseconds in (timings or {}).items())
-    return DeadlineError(f"no answer within {limit_s:.3f} s" + f" ({spent})" * bool(spent))
+def _late(limit: TimeLimit, timings: Timings) -> DeadlineError:
+    spent = ", ".join(f"{stage} {milliseconds / 1e3:.3f} s" for stage, milliseconds in timings.items())
+    return DeadlineError(f"no answer within {limit}" + f" ({spent})" * bool(spent))

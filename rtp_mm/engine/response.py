@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 from rtp_mm.engine.caches import Embedded
-from rtp_mm.errors import BadItemsError, ItemFailure, MMError, ProcessError, QueueFullError
+from rtp_mm.errors import BadItemsError, DeadlineError, ItemFailure, MMError, ProcessError, QueueFullError
 from rtp_mm.media.redact import redact
 from rtp_mm.types import Blob, MMEmbeddingRes, MultimodalInput, PreprocessOptions
 
@@ -36,6 +36,7 @@ class Stages:
     def __init__(self) -> None:
         self._left: Timings = {}
         self._entered: tuple[str, float] | None = None  # the one that it is in, and since when
+        self._rest: Stages | None = None
 
     @contextmanager
     def inside(self, stage: str) -> Iterator[None]:
@@ -43,9 +44,16 @@ class Stages:
         try:
             yield
         finally:
-            self._left, self._entered = self.so_far(), None
+            self._left, self._entered = self._own(), None
+
+    def go_on_in(self, rest: Stages) -> None:
+        """What comes next is done for several, and `rest` tells of it."""
+        self._rest = rest
 
     def so_far(self) -> Timings:
+        return self._own() | (self._rest.so_far() if self._rest else {})
+
+    def _own(self) -> Timings:
         if self._entered is None:
             return self._left
         stage, since = self._entered
@@ -98,9 +106,12 @@ def as_response(
 
 
 def _as_one_error(inputs: Sequence[MultimodalInput], failed: Mapping[int, MMError]) -> MMError:
-    """A full queue refuses the request as a whole, with its `retry_after_ms`, unless some item must fail again."""
+    """A full queue refuses the request as a whole, with its `retry_after_ms`, unless some item must fail again. Where
+    time alone was short, a `DeadlineError` names the items.
+    """
     full = [error for error in failed.values() if isinstance(error, QueueFullError)]
     if full and not any(error.status == "INVALID_ARGUMENT" for error in failed.values()):
         worst = max(full, key=lambda refusal: refusal.retry_after_ms)
         return QueueFullError(str(worst), worst.retry_after_ms)  # others may have been given the same one
-    return BadItemsError([ItemFailure(index, redact(inputs[index].url), error) for index, error in failed.items()])
+    bad_items = BadItemsError([ItemFailure(i, redact(inputs[i].url), error) for i, error in failed.items()])
+    return DeadlineError(str(bad_items)) if isinstance(bad_items.verdict, DeadlineError) else bad_items

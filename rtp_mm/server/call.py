@@ -47,7 +47,7 @@ class Call:
 
     def received(self, inputs: Sequence[MultimodalInput]) -> None:
         self.types.update(item.mm_type.name.lower() for item in inputs)
-        self.received_bytes = sum(len(item.url) + getattr(item.tensor, "nbytes", 0) for item in inputs)
+        self.received_bytes = sum(item.nbytes for item in inputs)
 
     def answered(self, result: MMEmbeddingRes, reply: bytes) -> None:
         self.tokens = sum(embedding.shape[0] for embedding in result.embeddings)

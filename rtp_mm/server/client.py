@@ -13,7 +13,7 @@ from urllib.parse import unquote
 import grpc
 
 from rtp_mm.config import Settings, load_settings
-from rtp_mm.engine.interface import as_inputs, time_limit_s
+from rtp_mm.engine.interface import as_inputs, time_limit
 from rtp_mm.errors import (
     DeadlineError,
     DownloadFailedError,
@@ -168,10 +168,10 @@ class RemoteEngine:
         await asyncio.to_thread(self.close)
 
     def _start(self, inputs: Sequence[MultimodalInput], timeout_s: float | None) -> grpc.Future:
-        limit_s = time_limit_s(inputs, timeout_s, self._settings)
+        limit = time_limit(inputs, timeout_s, self._settings)
         metadata = ((wire.WIRE_METADATA, "items"), *authorization(self._token), *outgoing_context())
         try:
-            return self._embed_call.future(wire.write_inputs(inputs), timeout=limit_s, metadata=metadata)
+            return self._embed_call.future(wire.write_inputs(inputs), timeout=limit.seconds, metadata=metadata)
         except ValueError:  # what grpc says of a closed channel
             raise DrainingError("the engine is closed") from None
 
