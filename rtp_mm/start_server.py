@@ -84,15 +84,6 @@ def share_cores() -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)
 
 
-def _failed(error: StartError) -> int:
-    print("rtp_mm.start_server:", " ".join(str(error).split()), file=sys.stderr)
-    return 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())
-
-
 def share_heap() -> None:
     """Before threads begin. By default glibc gives up to eight heaps a core to threads, and none has the use of what is
     free in another: what requests in flight need is then kept several times over. No other C library is asked.
@@ -100,3 +91,12 @@ def share_heap() -> None:
     if "MALLOC_ARENA_MAX" not in os.environ:
         with contextlib.suppress(AttributeError, OSError):
             ctypes.CDLL(None).mallopt(_M_ARENA_MAX, _ARENAS)
+
+
+def _failed(error: StartError) -> int:
+    print("rtp_mm.start_server:", " ".join(str(error).split()), file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

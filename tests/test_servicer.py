@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import inspect
+import threading
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -181,6 +182,28 @@ async def test_a_reply_over_the_limit_is_an_error_not_a_broken_call(monkeypatch:
     async with serving() as server:
         error = await refusal(server.grpc_address, request("img:500"))
     assert error.details().startswith("[MM_LONG_PROMPT_ERROR] the reply takes ")
+
+
+@pytest.mark.parametrize("form", ["items", "concat"])
+@pytest.mark.parametrize("is_large", [True, False])
+async def test_a_large_reply_is_not_joined_on_the_event_loop(
+    is_large: bool, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written_by = []
+
+    def write(*args: Any) -> bytes:
+        written_by.append(threading.current_thread() is threading.main_thread())
+        return write_result(*args)
+
+    write_result = wire.write_result
+    monkeypatch.setattr(wire, "write_result", write)
+    if is_large:
+        monkeypatch.setattr("rtp_mm.server.servicer.COPIED_ON_LOOP", 0)
+    async with serving() as server:
+        metadata = ((wire.WIRE_METADATA, form),)
+        reply, _ = await call_raw(server.grpc_address, request("img:3", "img:1").SerializeToString(), metadata=metadata)
+    assert [len(embedding) for embedding in wire.read_result(reply).embeddings] == [3, 1]
+    assert written_by == [not is_large]
 
 
 async def test_an_answer_that_is_sent_is_held_no_more(monkeypatch: pytest.MonkeyPatch) -> None:

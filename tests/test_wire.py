@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from rtp_mm.config import load_settings
 from rtp_mm.errors import BadItemsError, ReplyTooLargeError, WrongFormatError
 from rtp_mm.server import wire
 from rtp_mm.server.proto import MultimodalInputPB, MultimodalInputsPB, MultimodalOutputPB, MultimodalOutputsPB, TensorPB
-from rtp_mm.server.tensors import trans_array, trans_from_tensor, trans_tensor
+from rtp_mm.server.tensors import joined, trans_array, trans_from_tensor, trans_tensor
 from rtp_mm.types import MMEmbeddingRes, MMPreprocessConfig, MMUrlType, MultimodalInput
 
 DTYPES = [torch.float32, torch.int32, torch.float16, torch.bfloat16]
@@ -88,6 +89,33 @@ def test_hostile_shapes_are_refused_by_name(name: str) -> None:
     with pytest.raises(BadItemsError, match=r"^item 1 \(mine\): .*TensorPB") as caught:
         wire.read_inputs(request({"multimodal_url": "good"}, item))
     assert caught.value.status == "INVALID_ARGUMENT"
+
+
+@pytest.mark.parametrize("nbytes", [0, 1, 1 << 20, (1 << 20) + 1, 5 << 20])
+def test_parts_are_joined_in_order(nbytes: int) -> None:
+    parts = [b"head", memoryview(np.random.default_rng(0).bytes(nbytes)), b"", memoryview(bytearray(b"tail"))]
+    assert joined(parts) == b"".join(parts)
+    assert joined(parts[:1]) is parts[0]
+
+
+def test_others_run_while_a_large_message_is_joined() -> None:
+    """As the event loop has to."""
+    has_begun, is_over, turns = threading.Event(), threading.Event(), []
+
+    def take_turns() -> None:
+        while not is_over.wait(0.001):
+            turns.append(None)
+            has_begun.set()
+
+    other = threading.Thread(target=take_turns)
+    other.start()
+    has_begun.wait()
+    before = len(turns)
+    joined([b"head", memoryview(bytearray(200 << 20))])
+    meanwhile = len(turns) - before
+    is_over.set()
+    other.join()
+    assert meanwhile > 2
 
 
 # --- requests

@@ -53,14 +53,13 @@ class ItemPipeline:
         """clock: the loop's, by which deadlines are. seal: puts an answer into the form that it is kept in."""
         self._mm_part = mm_part = model.mm_part
         self._clock = clock
-        self._seal = seal
         self._on_device = mm_part.device_preprocessor
         self._is_whole = type(mm_part).mm_embedding is not MultiModalEmbeddingInterface.mm_embedding
         forward = (WholeForward if self._is_whole else Forward)(mm_part, ACT_DTYPES[model.config.data_type])
         self.limits = device_limits(mm_part, settings)
         bound_clips(mm_part, self.limits)
         self._predictor = mm_part.preprocessor if isinstance(mm_part.preprocessor, Predicts) else None
-        self.batcher = Batcher(forward, self.limits.batch)
+        self.batcher = Batcher(forward, self.limits.batch, seal)
         self.admission = Admission(
             settings.mm_max_queue_size,
             self.limits.queue,
@@ -190,7 +189,6 @@ class ItemPipeline:
             embedded = embedded._replace(seconds_per_grid=prepared.value.seconds_per_grid)
         elif isinstance(prepared.value, LogMel):
             embedded = embedded._replace(cut_s=prepared.value.cut_s)
-        embedded = self._seal(embedded)
         self.answers.put(key, embedded)
         return Answer(embedded, stages.so_far() | on_device)
 

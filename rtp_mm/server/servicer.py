@@ -23,6 +23,7 @@ from rtp_mm.server.tracing import Trace, Tracing
 from rtp_mm.types import Caller, MMEmbeddingRes
 
 CALLERS_KEPT = 1024  # connections
+COPIED_ON_LOOP = 4 << 20  # bytes of a reply: a millisecond; more would hold up all other calls
 _log = logging.getLogger(__name__)
 Method = Callable[[Any, Any, Call], Awaitable[Any]]  # of a request, its context and its call: the reply
 
@@ -71,7 +72,10 @@ class MultimodalServicer(MultimodalRpcServiceServicer):
         call.received(inputs)
         result = await engine.embed(inputs, caller=call.caller, timeout_s=context.time_remaining())
         unsent.append(result)
-        reply = wire.write_result(result, form)
+        if wire.copied_bytes(result, form) <= COPIED_ON_LOOP:
+            reply = wire.write_result(result, form)
+        else:
+            reply = await asyncio.to_thread(wire.write_result, result, form)
         call.answered(result, reply)
         return reply
 

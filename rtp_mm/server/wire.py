@@ -31,6 +31,7 @@ from rtp_mm.server.proto import (
 )
 from rtp_mm.server.tensors import (
     Buffers,
+    joined,
     length_delimited,
     tensor_message,
     trans_array,
@@ -125,8 +126,8 @@ def choose_form(request: Any, metadata: Iterable[tuple[str, Any]], settings: Set
 
 
 def write_result(result: MMEmbeddingRes, form: WireForm, max_bytes: int = MAX_MESSAGE_BYTES) -> bytes:
-    """The reply, serialized. The join is the one copy that a tensor's bytes see; there is none of a sealed item alone,
-    in form `items`.
+    """The reply, serialized, on any thread. The join is the one copy that a tensor's bytes see; there is none of a
+    sealed item alone, in form `items`.
 
     Raises `ReplyTooLargeError` over `max_bytes`.
     """
@@ -136,7 +137,13 @@ def write_result(result: MMEmbeddingRes, form: WireForm, max_bytes: int = MAX_ME
         raise ReplyTooLargeError(
             f"the reply takes {size} bytes, one message at most {max_bytes}: send fewer or smaller items"
         )
-    return b"".join(message)
+    return joined(message)
+
+
+def copied_bytes(result: MMEmbeddingRes, form: WireForm) -> int:
+    """What `write_result` will copy, about."""
+    is_whole = form == "items" and len(result.messages or ()) == 1
+    return 0 if is_whole else sum(embedding.nbytes for embedding in result.embeddings)
 
 
 def _concat(result: MMEmbeddingRes) -> Buffers:
@@ -165,7 +172,7 @@ def seal(item: Embedded) -> Embedded:
         return item
     tensors = [item.embedding] if item.position_ids is None else [item.embedding, item.position_ids]
     parts = length_delimited(1, _output(tensors[:1], tensors[1:], None))
-    message = b"".join(parts)
+    message = joined(parts)
     ends = accumulate(map(len, parts))
     starts = [end - len(part) for end, part in zip(ends, parts, strict=True) if isinstance(part, memoryview)]
     frombuffer = _frombuffer()
