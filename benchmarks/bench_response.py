@@ -1,4 +1,5 @@
-"""A cached answer: milliseconds from a request's items to the reply's bytes, and what copying those bytes takes.
+"""A cached answer: milliseconds from a request's items to the reply's bytes, and what decoding a data URL for the first
+time, by ours and by Python's own decoder, and copying the reply take.
 
     python -m benchmarks.bench_response
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import binascii
 import tempfile
 from dataclasses import asdict
 from io import BytesIO
@@ -27,6 +29,8 @@ from rtp_mm.config import load_settings
 from rtp_mm.engine.caches import Embedded
 from rtp_mm.engine.forward import to_host
 from rtp_mm.engine.process_engine import MMProcessEngine
+from rtp_mm.media.data_url import DataUrl
+from rtp_mm.media.limits import SizeLimit
 from rtp_mm.models.gpt_init_model_parameters import GptInitModelParameters
 from rtp_mm.models.multimodal_common import Embedding, MultiModalEmbeddingInterface
 from rtp_mm.models.multimodal_mixin import MultimodalMixin
@@ -37,6 +41,7 @@ HIDDEN = 2048  # Qwen2.5-VL 3B
 TOKENS = {"640x480": 391, "1024x768": 999, "1920x1080": 2691}  # of its images at their own size
 CALLER = Caller("bench", is_local=True)
 ROUNDS = 15
+LIMIT = SizeLimit(1 << 30, "")
 
 
 class Instant(MultiModalEmbeddingInterface):
@@ -79,6 +84,7 @@ def measure(name: str, tokens: int, loop: asyncio.AbstractEventLoop, folder: Pat
         result = loop.run_until_complete(engine.embed([MultimodalInput(url)], caller=CALLER))
         return write_result(result, "items")
 
+    encoded = data_url.partition(",")[2]
     whole = reply(data_url)
     embedding, position_ids = part.answer
     result = MMEmbeddingRes([embedding], [position_ids])
@@ -87,6 +93,8 @@ def measure(name: str, tokens: int, loop: asyncio.AbstractEventLoop, folder: Pat
         {
             "cached, data URL": lambda: reply(data_url),
             "cached, local file": lambda: reply(str(path)),
+            "data URL: decode": lambda: DataUrl.parse(data_url).decode(LIMIT),
+            "data URL: binascii": lambda: binascii.a2b_base64(encoded, strict_mode=True),
             "first answer: seal": lambda: seal(Embedded(embedding, position_ids)),
             "unsealed: write_result": lambda: write_result(result, "items"),
             "one copy": lambda: bytes(source),

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import binascii
 import re
 from typing import NamedTuple
 from urllib.parse import unquote, unquote_to_bytes
+
+from pybase64 import b64decode
 
 from rtp_mm.errors import WrongFormatError
 from rtp_mm.media.limits import START_BYTES, SizeLimit
@@ -49,7 +50,7 @@ class DataUrl(NamedTuple):
         if not self.is_base64:
             return unquote_to_bytes(self.payload[: 3 * START_BYTES])[:START_BYTES]
         try:
-            return binascii.a2b_base64(self.payload[: START_BYTES // 3 * 4])
+            return b64decode(self.payload[: START_BYTES // 3 * 4], validate=True)
         except ValueError:
             return b""
 
@@ -65,6 +66,7 @@ class DataUrl(NamedTuple):
         if not self.is_base64:
             return unquote_to_bytes(self.payload)
         try:
-            return binascii.a2b_base64(unquote(self.payload), strict_mode=True)
-        except ValueError as error:  # binascii.Error is one; another is text beyond ASCII, out of %XX
-            raise WrongFormatError(f"not valid base64: {error}") from None
+            return b64decode(unquote(self.payload), validate=True)
+        except ValueError:
+            reason = "a character that is none of its 64, or padding (=) that is missing or too much"
+            raise WrongFormatError(f"not valid base64: {reason}") from None
