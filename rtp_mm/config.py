@@ -101,7 +101,11 @@ class Settings(BaseSettings):
 
     # What to serve, and where.
     checkpoint_path: Path | None = Field(None, description="folder of the model in Hugging Face format")
-    model_type: str | None = Field(None, description="model family; default: what the checkpoint's config.json says")
+    model_type: str | None = Field(
+        None,
+        description="model family: qwen2_vl, qwen2_5_vl, qwen2_audio (RTP-LLM's qwen_v2_audio is the same) or one of "
+        "MM_MODEL_MODULE; default: what the checkpoint's config.json says",
+    )
     mm_model_module: str | None = Field(
         None, description="Python module or .py file that registers a third party's model"
     )

@@ -15,6 +15,7 @@ from torch_threads import torch_threads
 from rtp_mm.config import load_settings
 from rtp_mm.errors import StartError
 from rtp_mm.models.qwen2_5_vl import Qwen2_5VL
+from rtp_mm.models.qwen2_audio import Qwen2Audio
 from rtp_mm.models.qwen2_vl import Qwen2VL
 from rtp_mm.models.registry import load_model
 from rtp_mm.vit.tower import window_lengths
@@ -83,6 +84,15 @@ def test_a_third_party_module_that_is_not_there_is_named(module: str, tiny_qwen2
 def test_a_model_type_may_force_a_family(tiny_qwen2_vl: Path) -> None:
     with pytest.raises(StartError, match=r"MODEL_TYPE=qwen2_5_vl, but config\.json says qwen2_vl: .*lacks"):
         load_model(load_settings(checkpoint_path=tiny_qwen2_vl, model_type="qwen2_5_vl", device="cpu"))
+
+
+def test_rtp_llms_name_of_qwen2_audio_is_one(tiny_qwen2_audio: Path, tiny_qwen2_vl: Path) -> None:
+    """Its MODEL_TYPE serves the same class, which is called by the checkpoint's own name."""
+    model = load_model(load_settings(checkpoint_path=tiny_qwen2_audio, model_type="qwen_v2_audio", device="cpu"))
+    assert isinstance(model, Qwen2Audio)
+    assert model.config.model_type == "qwen2_audio"
+    with pytest.raises(StartError, match=r"MODEL_TYPE=qwen_v2_audio, but config\.json says qwen2_vl: .*lacks"):
+        load_model(load_settings(checkpoint_path=tiny_qwen2_vl, model_type="qwen_v2_audio", device="cpu"))
 
 
 @pytest.mark.parametrize(

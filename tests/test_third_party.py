@@ -22,7 +22,7 @@ from rtp_mm.library import load_engine
 from rtp_mm.models.gpt_init_model_parameters import GptInitModelParameters
 from rtp_mm.models.multimodal_common import MultiModalEmbeddingInterface
 from rtp_mm.models.multimodal_mixin import BaseVitWeights, MultimodalMixin
-from rtp_mm.models.registry import register_model
+from rtp_mm.models.registry import load_model, register_model
 from rtp_mm.server.client import RemoteEngine
 from rtp_mm.types import MMPreprocessConfig
 
@@ -55,7 +55,9 @@ def urls(photos: dict[str, NDArray[np.uint8]], tmp_path: Path) -> list[str]:
 
 def test_it_answers_in_process(checkpoint: Path, urls: list[str], photos: dict[str, NDArray[np.uint8]]) -> None:
     settings = load_settings(checkpoint_path=checkpoint, mm_model_module=str(MODEL), act_type="fp32", device="cpu")
-    engine = load_engine(settings).engine
+    loaded = load_engine(settings)
+    assert loaded.model == "quarter_means"
+    engine = loaded.engine
     result = engine.submit(urls)
     assert result.position_ids is None
     for embedding, photo in zip(result.embeddings, photos.values(), strict=True):
@@ -67,7 +69,6 @@ def test_it_answers_in_process(checkpoint: Path, urls: list[str], photos: dict[s
 def test_its_own_interface_answers_too(checkpoint: Path, urls: list[str], photos: dict[str, NDArray[np.uint8]]) -> None:
     """`mm_embedding`, as an engine of RTP-LLM's would call it."""
     from rtp_mm import compat
-    from rtp_mm.models.registry import load_model
 
     compat.install()
     model = load_model(
@@ -84,6 +85,7 @@ def test_it_is_served(checkpoint: Path, urls: list[str], photos: dict[str, NDArr
         result = engine.submit(urls)
         for embedding, photo in zip(result.embeddings, photos.values(), strict=True):
             torch.testing.assert_close(embedding, expected(photo))
+        assert engine.model() == "quarter_means"
         engine.close()
         assert server.terminate() == 0
 
@@ -120,6 +122,15 @@ class OddModel(MultimodalMixin):
     def _init_multimodal(self, config: GptInitModelParameters) -> None:
         self.mm_part = Odd(config)
         config.mm_related_params.vit_weights = OddWeights({"layer": self.mm_part.layers[0]})
+
+
+def test_a_class_of_several_names_is_called_by_the_first_not_by_what_the_checkpoint_says(checkpoint: Path) -> None:
+    (checkpoint / "config.json").write_text('{"model_type": "a_training_run"}')
+    for name in ("odd", "odd_instruct"):
+        register_model(name, OddModel)
+    for name in ("odd", "odd_instruct"):
+        model = load_model(load_settings(checkpoint_path=checkpoint, model_type=name, device="cpu"))
+        assert model.config.model_type == "odd"
 
 
 @pytest.fixture

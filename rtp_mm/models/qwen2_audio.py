@@ -115,3 +115,4 @@ class Qwen2Audio(MultimodalMixin):
 
 
 register_model(FAMILY, Qwen2Audio, ["Qwen2AudioForConditionalGeneration"])
+register_model("qwen_v2_audio", Qwen2Audio)  # RTP-LLM's name for it

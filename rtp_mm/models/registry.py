@@ -23,7 +23,10 @@ _types_by_architecture: dict[str, str] = {}
 
 
 def register_model(name: str, cls: type[MultimodalMixin], architectures: Sequence[str] = ()) -> None:
-    """Makes `cls` serve MODEL_TYPE `name` and checkpoints whose `config.json` names one of `architectures`."""
+    """Makes `cls` serve MODEL_TYPE `name` and checkpoints whose `config.json` names one of `architectures`.
+
+    A class may have several names; a server calls it by the first.
+    """
     _classes[name] = cls
     _types_by_architecture.update(dict.fromkeys(architectures, name))
 
@@ -46,9 +49,11 @@ def load_model(settings: Settings) -> MultimodalMixin:
     if settings.mm_torch_threads is not None:
         torch.set_num_threads(settings.mm_torch_threads)
     cls = _class_for(folder, settings.model_type)
+    name = next(name for name, known in _classes.items() if known is cls)
     device = choose_device(settings.device)
     config = cls._create_config(str(folder))
     config.ckpt_path = str(folder)
+    config.model_type = name
     config.data_type = settings.act_type
     config.settings = settings
     model = cls(config)
@@ -58,8 +63,9 @@ def load_model(settings: Settings) -> MultimodalMixin:
             model.init_multimodal(config, device)
             model.load_mm_weight(folder, device)
     except StartError as error:
-        own = read_json(folder / "config.json").get("model_type") if settings.model_type in FAMILIES else None
-        if own is None or own == settings.model_type:
+        is_forced = settings.model_type is not None and name in FAMILIES
+        own = read_json(folder / "config.json").get("model_type") if is_forced else None
+        if own in (None, name):
             raise
         raise StartError(f"MODEL_TYPE={settings.model_type}, but config.json says {own}: {error}") from None
     return model
