@@ -25,12 +25,20 @@ Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 PILLOW_MAX_PIXELS = 178956970  # beyond this Pillow itself takes an image for a bomb
 _FLAG = re.compile(r"(?<=^--)[a-z0-9-]+(?==|$)")
+# All that RTP-LLM calls a dtype, bp16 included; it takes them in any case.
+_DTYPE_NAMES = (("bf16", "bfloat16", "bp16"), ("fp16", "float16"), ("fp32", "float32"))
+_ACT_TYPES = {name: names[0] for names in _DTYPE_NAMES for name in names}
 SECRETS = {"download_headers", "mm_fetch_proxy", "mm_auth_token"}  # options whose values no message repeats
 
 
 def _digit(value: Any) -> Any:
     """Text of digits to int, so that a Literal of ints can come from the environment."""
     return int(value) if isinstance(value, str) and value.isdecimal() else value
+
+
+def _act_type(value: Any) -> Any:
+    """One name for each dtype."""
+    return _ACT_TYPES.get(value.lower(), value) if isinstance(value, str) else value
 
 
 def _parsed(value: Any) -> Any:
@@ -109,7 +117,9 @@ class Settings(BaseSettings):
     mm_model_module: str | None = Field(
         None, description="Python module or .py file that registers a third party's model"
     )
-    act_type: Literal["bf16", "fp16", "fp32"] = Field("bf16", description="dtype of the tower and of the embeddings")
+    act_type: Annotated[Literal["bf16", "fp16", "fp32"], BeforeValidator(_act_type)] = Field(
+        "bf16", description="dtype of the tower and of the embeddings: bf16, fp16, fp32, or a long name (bfloat16, ...)"
+    )
     device: str = Field("auto", description="auto (cuda where there is one), cpu, cuda or cuda:N")
     start_port: Port = Field(8088, description="HTTP port; gRPC listens on the next one")
     mm_bind_address: str = Field("0.0.0.0", description="address both ports listen on")
@@ -197,8 +207,8 @@ class Settings(BaseSettings):
     mm_torch_threads: Positive | None = Field(
         None, description="threads of a tower on the CPU; default: one a core; a server's: or of its container's quota"
     )
-    use_local_preprocess: Annotated[Literal[0, 1], BeforeValidator(_digit)] = Field(
-        0, description="1: preprocess in threads of this process instead of worker processes"
+    use_local_preprocess: bool = Field(
+        False, description="1: preprocess in threads of this process instead of worker processes"
     )
     mm_worker_memory_mb: Annotated[int, Field(ge=64)] = Field(
         2048, description="data that one preprocess worker may hold, MiB; an item that needs more fails"
@@ -325,5 +335,6 @@ def _instead(name: str) -> str:
 def _describe(error: Any) -> str:
     name, *_ = map(str, error["loc"])
     value = "" if name in SECRETS else f"={error['input']!r}"
-    reason = error["msg"].removeprefix("Value error, ")
+    is_of_bool = error["type"].startswith("bool")
+    reason = "Must be 0 or 1, or true or false" if is_of_bool else error["msg"].removeprefix("Value error, ")
     return f"{name.upper()}{value}: {reason[0].lower()}{reason[1:]}"

@@ -57,6 +57,50 @@ def test_a_wrong_value_is_one_line_that_names_it(name: str, value: str, monkeypa
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [
+        ("ACT_TYPE", "INT8", r"^ACT_TYPE='INT8': input should be 'bf16', 'fp16' or 'fp32'$"),
+        ("USE_LOCAL_PREPROCESS", "maybe", r"^USE_LOCAL_PREPROCESS='maybe': must be 0 or 1, or true or false$"),
+        ("USE_LOCAL_PREPROCESS", "2", r"^USE_LOCAL_PREPROCESS='2': must be 0 or 1, or true or false$"),
+    ],
+)
+def test_a_wrong_choice_says_what_there_is(
+    name: str, value: str, allowed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(StartError, match=allowed):
+        load_settings([])
+
+
+@pytest.mark.parametrize(
+    ("value", "act_type"),
+    [
+        *[(name, "bf16") for name in ("bf16", "BF16", "bfloat16", "BFloat16", "bp16")],
+        *[(name, "fp16") for name in ("fp16", "FP16", "float16")],
+        *[(name, "fp32") for name in ("fp32", "FP32", "float32", "FLOAT32")],
+    ],
+)
+def test_a_dtype_has_the_names_that_rtp_llm_takes(value: str, act_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACT_TYPE", value)
+    assert load_settings([]).act_type == act_type
+    monkeypatch.delenv("ACT_TYPE")
+    assert load_settings(["--act_type", value]).act_type == load_settings(act_type=value).act_type == act_type
+
+
+@pytest.mark.parametrize(
+    ("value", "is_local"), [("1", True), ("true", True), ("True", True), ("0", False), ("off", False)]
+)
+def test_preprocessing_is_local_as_rtp_llm_says_it(value: str, is_local: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And as other options that are one of two."""
+    for name in ("USE_LOCAL_PREPROCESS", "DISABLE_ACCESS_LOG"):
+        monkeypatch.setenv(name, value)
+        assert getattr(load_settings([]), name.lower()) is is_local
+        monkeypatch.delenv(name)
+        assert getattr(load_settings([f"--{name.lower()}", value]), name.lower()) is is_local
+    assert load_settings(use_local_preprocess=int(is_local)).use_local_preprocess is is_local
+
+
 def test_an_unknown_flag_is_named() -> None:
     with pytest.raises(StartError, match=r"--start_prot.*--help"):
         load_settings(["--start_prot", "1"])
