@@ -25,7 +25,6 @@ class BaseVitWeights:
 
     def __init__(self, vit_part: Mapping[str, nn.Module | nn.Parameter], with_prefix: bool = False) -> None:
         self.weight_names: list[str] = []
-        self._fused: dict[str, tuple[str, ...]] = {}
         self._set_weight_prefix()
         self._get_vit_params(vit_part, with_prefix)
 
