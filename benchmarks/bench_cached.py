@@ -114,7 +114,7 @@ def widen(checkpoint: Path, width: int) -> None:
         tensors[name] = torch.rand(width, *tensors[name].shape[1:], dtype=tensors[name].dtype)
     save_file(tensors, path)
     config = json.loads((checkpoint / "config.json").read_text())
-    config["vision_config"]["out_hidden_size"] = width
+    config["vision_config"]["out_hidden_size"] = config["hidden_size"] = width
     (checkpoint / "config.json").write_text(json.dumps(config))
 
 

@@ -117,6 +117,65 @@ def test_a_nested_value_that_is_no_object_is_named(config: dict[str, object], tm
         load_model(load_settings(checkpoint_path=tmp_path))
 
 
+def with_text_width(checkpoint: Path, folder: Path, width: int | None, *, nested: bool) -> Path:
+    """A copy whose language model has that `hidden_size`, or none, in the flat `config.json` or nested."""
+    shutil.copytree(checkpoint, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("hidden_size", None)
+    text = config.setdefault("text_config", {}) if nested else config
+    text |= {"hidden_size": width}
+    if width is None:
+        del text["hidden_size"]
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_tower_of_another_width_than_the_language_model_is_refused(
+    nested: bool, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    wrong = with_text_width(tiny_checkpoint, tmp_path / "wrong", 64, nested=nested)
+    with pytest.raises(
+        StartError, match=r"48 of its tower \(merger\.mlp\.2\), 64 of its language model \(hidden_size\)"
+    ):
+        load_model(load_settings(checkpoint_path=wrong, device="cpu"))
+    for name, width in (("right", 48), ("unknown", None)):
+        folder = with_text_width(tiny_checkpoint, tmp_path / name, width, nested=nested)
+        load_model(load_settings(checkpoint_path=folder, device="cpu"))
+
+
+def test_a_sounds_projector_of_another_width_than_the_language_model_is_refused(
+    tiny_qwen2_audio: Path, tmp_path: Path
+) -> None:
+    """The projector's width is the language model's own, as nothing else in `config.json` says it."""
+    wrong = with_text_width(tiny_qwen2_audio, tmp_path / "wrong", 64, nested=True)
+    with pytest.raises(StartError, match=r"multi_modal_projector\.linear\.weight \[48, 64\], .* asks for \[64, 64\]"):
+        load_model(load_settings(checkpoint_path=wrong, device="cpu"))
+
+
+@pytest.mark.parametrize(
+    ("family", "vision", "text"),
+    [
+        (Qwen2VL, {"embed_dim": 1280, "hidden_size": 1536}, {"hidden_size": 1536}),  # 2B
+        (Qwen2VL, {"in_chans": 3, "spatial_patch_size": 14}, {"hidden_size": 3584}),  # a fine-tuned 7B, saved again
+        (Qwen2VL, {"hidden_size": 8192}, {}),  # a 72B saved again: the language model's class default
+        (Qwen2_5VL, {"hidden_size": 1280, "out_hidden_size": 2048}, {"hidden_size": 2048}),  # 3B
+        (Qwen2_5VL, {"hidden_size": 1280}, {"hidden_size": 3584}),  # a 7B saved again
+        (Qwen2_5VL, {"hidden_size": 1280, "out_hidden_size": 5120}, {"hidden_size": 5120}),  # 32B
+    ],
+)
+@pytest.mark.parametrize("nested", [False, True])
+def test_what_is_published_agrees_on_the_width_of_embeddings(
+    nested: bool, family: type[Qwen2VL], vision: dict[str, object], text: dict[str, int], tmp_path: Path
+) -> None:
+    """Or does not say the language model's."""
+    config = {"vision_config": vision, **({"text_config": text} if nested else text)}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    parameters = family._create_config(str(tmp_path))
+    width = family.tower_config(parameters.mm_related_params.config).out_hidden_size
+    assert parameters.hidden_size == (width if text else 0)
+
+
 def test_a_tower_of_nan_does_not_start(tiny_qwen2_vl: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_qwen2_vl, tmp_path / "nan")
     tensors = load_file(tmp_path / "nan" / "model.safetensors")

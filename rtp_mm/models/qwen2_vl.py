@@ -141,8 +141,16 @@ class Qwen2VL(MultimodalMixin):
         config.mm_related_params.vit_weights = TowerWeights(self.mm_part.tower)
 
     def on_weights_loaded(self) -> None:
-        """Folds the processor's normalisation into the tower, and sees that an image comes out of it."""
+        """Folds the processor's normalisation into the tower, and sees that an image comes out of it, as wide as the
+        language model is, where the file says that.
+        """
         tower, processor = self.mm_part.tower, self.mm_part.processor
+        width, language = tower.config.out_hidden_size, self.config.hidden_size
+        if language and width != language:
+            raise StartError(
+                f"the checkpoint disagrees with itself on the width of embeddings: {width} of its tower "
+                f"(merger.mlp.2), {language} of its language model (hidden_size)"
+            )
         tower.prepare(processor.image_mean, processor.image_std)
         side = processor.merge_size
         grey = np.full((side**2, 3 * processor.patch_size**2), 128, np.uint8)
