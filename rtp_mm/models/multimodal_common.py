@@ -10,25 +10,31 @@ also set `preprocessor`, which runs in torch-free workers, and `mm_process_batch
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from io import BytesIO
 from typing import Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
 from rtp_mm.config import Settings, load_settings
+from rtp_mm.errors import NotSupportedError, WrongFormatError
 from rtp_mm.media.audio import decode_channels
 from rtp_mm.media.clip import ClipLimits
 from rtp_mm.media.fetch import Fetcher
 from rtp_mm.media.image import decode
+from rtp_mm.media.limits import check_pixels
+from rtp_mm.media.sniff import sniff
 from rtp_mm.models.device_preprocessor import DevicePreprocessor
 from rtp_mm.models.gpt_init_model_parameters import GptInitModelParameters
 from rtp_mm.preprocess.video import chosen_frames
 from rtp_mm.preprocess.video_rule import VideoRule
+from rtp_mm.preprocess.whole import cropped, sized, sizes_asked
 from rtp_mm.types import (
     LIBRARY_CALLER,
     Blob,
@@ -145,14 +151,29 @@ class ImageEmbeddingInterface(MultiModalEmbeddingInterface):
     """For models of single images: define `image_embedding`."""
 
     def _mm_preprocess(self, data: Any, **kwargs: Any) -> Image.Image:
+        """RGB, of a file or of a tensor of one frame, as `configs` asks for it: cut to `crop_positions`, resized to
+        `width` and `height`, within `min_pixels` and `max_pixels`; of its own size where these are unset.
+
+        Raises `WrongFormatError`, and `NotSupportedError` for what is no single image.
+        """
         settings = self.settings or load_settings()
-        pixels = decode(
-            data.read(),
-            max_pixels=settings.mm_max_pixels,
-            allow_truncated=settings.mm_allow_truncated_images,
-            exif_transpose=settings.mm_exif_transpose,
-        )
-        return Image.fromarray(pixels)
+        if isinstance(data, Tensor):
+            if data.ndim != 4 or len(data) != 1:
+                kind = "a clip" if data.ndim == 4 else "sound"
+                raise NotSupportedError(f"this model takes single images, the tensor is {kind} {list(data.shape)}")
+            check_pixels(data.shape[2], data.shape[1], settings.mm_max_pixels)
+            pixels = data[0].numpy()
+        else:
+            file = data.read()
+            _expect(file, kwargs.get("mm_type"), MMUrlType.IMAGE)
+            pixels = decode(
+                file,
+                max_pixels=settings.mm_max_pixels,
+                allow_truncated=settings.mm_allow_truncated_images,
+                exif_transpose=settings.mm_exif_transpose,
+            )
+        options = _options(kwargs)
+        return sized(Image.fromarray(cropped(pixels, options)), options, settings.mm_max_pixels)
 
     def mm_process(self, mm_input: Any, **kwargs: Any) -> Tensor | Embedding:
         embedding: Tensor | Embedding = self.image_embedding([mm_input])[0]
@@ -167,15 +188,28 @@ class VideoEmbeddingInterface(MultiModalEmbeddingInterface):
     """For models of videos: define `video_embedding`."""
 
     def _mm_preprocess(self, data: Any, **kwargs: Any) -> Any:
-        """RGB frames, those that MM_VIDEO_RULE and `configs` choose; all frames of a tensor [T, H, W, 3]."""
+        """RGB frames, those that MM_VIDEO_RULE and `configs` choose, or all of a tensor [T, H, W, 3]; cut to
+        `crop_positions`.
+
+        Raises `WrongFormatError`, also where `configs` asks for a size: how large all frames of a clip may be together
+        is in a family's own rule, of which there is none here. `NotSupportedError` for what is no video.
+        """
+        options = _options(kwargs)
+        if asked := sizes_asked(options):
+            raise WrongFormatError(f"this model sizes a video's frames itself: no {', '.join(asked)}")
+        frames: Iterable[NDArray[np.uint8]]
         if isinstance(data, Tensor):
-            return [Image.fromarray(frame) for frame in data.numpy()]
-        settings = self.settings or load_settings()
-        configs: MMPreprocessConfig = kwargs.get("configs") or MMPreprocessConfig()
-        rule = VideoRule.published(settings.mm_video_rule, factor=1, temporal_patch_size=2)
-        rule = replace(rule, server_max_frames=settings.mm_max_frames)
-        limits, options = ClipLimits.of(settings), configs.options()
-        return [Image.fromarray(frame) for frame in chosen_frames(data.read(), limits, rule, options)]
+            if data.ndim != 4:
+                raise NotSupportedError(f"this model takes videos, the tensor is sound {list(data.shape)}")
+            frames = data.numpy()
+        else:
+            file = data.read()
+            _expect(file, kwargs.get("mm_type"), MMUrlType.VIDEO)
+            settings = self.settings or load_settings()
+            rule = VideoRule.published(settings.mm_video_rule, factor=1, temporal_patch_size=2)
+            rule = replace(rule, server_max_frames=settings.mm_max_frames)
+            frames = chosen_frames(file, ClipLimits.of(settings), rule, options)
+        return [Image.fromarray(cropped(frame, options)) for frame in frames]
 
     def mm_process(self, mm_input: Any, **kwargs: Any) -> Tensor | Embedding:
         return self.video_embedding(mm_input)
@@ -189,11 +223,19 @@ class AudioEmbeddingInterface(MultiModalEmbeddingInterface):
     """For models of audio: define `audio_embedding`."""
 
     def _mm_preprocess(self, data: Any, **kwargs: Any) -> Any:
-        """Waveform [channels, S] float32 and its rate, as torchaudio loads them; a TENSOR item as it is."""
-        if not isinstance(data, BytesIO):
+        """Waveform [channels, S] float32 and its rate, as torchaudio loads them, of a video's file too; a tensor [S] as
+        it is.
+
+        Raises `WrongFormatError`, and `NotSupportedError` for images.
+        """
+        if isinstance(data, Tensor):
+            if data.ndim != 1:
+                raise NotSupportedError(f"this model takes sound, the tensor is pixels {list(data.shape)}")
             return data
+        file = data.read()
+        _expect(file, kwargs.get("mm_type"), MMUrlType.AUDIO, MMUrlType.VIDEO)
         settings = self.settings or load_settings()
-        waveform, rate = decode_channels(data.read(), max_seconds=settings.mm_max_audio_seconds)
+        waveform, rate = decode_channels(file, max_seconds=settings.mm_max_audio_seconds)
         return torch.from_numpy(waveform), rate
 
     def mm_process(self, mm_input: Any, **kwargs: Any) -> Tensor | Embedding:
@@ -202,6 +244,19 @@ class AudioEmbeddingInterface(MultiModalEmbeddingInterface):
     def audio_embedding(self, audio: Any) -> Tensor | Embedding:
         """A prepared sound, by default (waveform, rate), to its embedding."""
         raise NotImplementedError(f"{type(self).__name__} must define audio_embedding")
+
+
+def _expect(file: bytes, mm_type: MMUrlType | None, first: MMUrlType, *others: MMUrlType) -> None:
+    """Raises `NotSupportedError` for a file that is none of these, as the request says, or else its bytes tell."""
+    kind = mm_type or sniff(file) or first  # DEFAULT is 0
+    if kind not in (first, *others):
+        raise NotSupportedError(f"this model takes items of type {first.name.lower()}, not {kind.name.lower()}")
+
+
+def _options(kwargs: Mapping[str, Any]) -> PreprocessOptions:
+    """Raises `WrongFormatError`."""
+    configs: MMPreprocessConfig = kwargs.get("configs") or MMPreprocessConfig()
+    return configs.options()
 
 
 def _fetch(item: MultimodalInput, settings: Settings | None) -> Blob:
