@@ -280,6 +280,8 @@ async def test_a_part_with_an_mm_embedding_of_its_own_is_called_through_it(
         answer = await w.ask("https://host/a", mm_type=MMUrlType.IMAGE)
         assert torch.equal(answer.embeddings[0], torch.full((3, 4), 1.5))
         assert seen == [("https://host/a", MMUrlType.IMAGE, SMALL, False)]
+        await w.ask("https://host/a", mm_type=MMUrlType.IMAGE)  # not kept: nobody but the part saw its bytes
+        assert seen.pop() == seen[0]
         with pytest.raises(BadItemsError, match="ZeroDivisionError"):
             await w.ask("https://host/bad")
         with pytest.raises(BadItemsError, match="scheme"):
