@@ -162,6 +162,37 @@ async def test_a_long_job_begins_when_another_ends_with_its_worker(tmp_path: Pat
         await asyncio.gather(*films, return_exceptions=True)
 
 
+@pytest.mark.parametrize("leaves_first", [True, False])
+async def test_a_job_that_was_given_up_as_it_was_handed_over_keeps_no_worker(
+    leaves_first: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its caller leaves in the turn of the event loop in which another's end hands it to an idle worker."""
+    async with new_pool(tmp_path, count=2) as pool:
+        pids = {worker.pid for worker in pool._workers}
+        first, second = (film(pool, tmp_path / f"note{n}") for n in range(2))
+        await until(lambda: (tmp_path / "note0").exists())
+        [waiting], match = pool._jobs, pool._match
+
+        def match_and_leave() -> None:
+            if leaves_first:
+                second.cancel()
+            match()
+            second.cancel()
+
+        monkeypatch.setattr(pool, "_match", match_and_leave)
+        kill(int((tmp_path / "note0").read_text()))
+        with pytest.raises(ProcessError):
+            await first
+        assert waiting not in pool._jobs
+        await until(lambda: pool.busy == 0)
+        monkeypatch.undo()
+        assert (await run(pool, script(value=7))).rows.max() == 7
+        assert not (tmp_path / "note1").exists()
+        await until(lambda: pool.ready == 2)
+        assert len(pids & {worker.pid for worker in pool._workers}) == 1
+        assert pool.restarts == {"crash": 1}
+
+
 async def test_a_refused_file_leaves_no_memory_in_the_inbox(tmp_path: Path) -> None:
     async with new_pool(tmp_path) as pool:
         refused = script("refuse", note=" " * (32 << 20))

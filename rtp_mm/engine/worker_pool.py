@@ -159,7 +159,8 @@ class WorkerPool:
             return "idle"
         self._busy[job] = worker
         try:
-            job.succeed(await self._patches(worker, job))
+            if not job.answer.done():  # else its caller left in the moment in which it was handed over
+                job.succeed(await self._patches(worker, job))
         except MMError as error:
             job.fail(error.with_traceback(None))  # whose frames would keep the worker and its inbox
             if isinstance(error, worker_protocol.OutOfMemoryError):
