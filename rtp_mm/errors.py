@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import ClassVar
 
-MAX_MESSAGE_BYTES = 1024  # gRPC details over the peer's metadata limit destroy the status itself
+MAX_DETAILS_BYTES = 1024  # gRPC details over the peer's metadata limit destroy the status itself
 
 
 class MMError(Exception):
@@ -22,11 +22,11 @@ class MMError(Exception):
 
     @property
     def wire_message(self) -> str:
-        """`[NAME] text`, cut on a character boundary to `MAX_MESSAGE_BYTES` of UTF-8."""
+        """`[NAME] text`, cut on a character boundary to `MAX_DETAILS_BYTES` of UTF-8."""
         encoded = f"[{self.name}] {self}".encode(errors="backslashreplace")  # a path may hold lone surrogates
-        if len(encoded) <= MAX_MESSAGE_BYTES:
+        if len(encoded) <= MAX_DETAILS_BYTES:
             return encoded.decode()
-        return encoded[: MAX_MESSAGE_BYTES - 3].decode(errors="ignore") + "..."
+        return encoded[: MAX_DETAILS_BYTES - 3].decode(errors="ignore") + "..."
 
 
 class ProcessError(MMError):

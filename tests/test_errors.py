@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from rtp_mm.errors import (
-    MAX_MESSAGE_BYTES,
+    MAX_DETAILS_BYTES,
     BadItemsError,
     DeadlineError,
     DownloadFailedError,
@@ -45,7 +45,7 @@ def test_every_cause_has_its_name_and_status(error: MMError, name: str, status: 
 @pytest.mark.parametrize("text", ["x" * 5000, "\u00e4" * 5000, "\U0001f600" * 5000])
 def test_a_long_message_is_cut_on_a_character(text: str) -> None:
     message = ProcessError(text).wire_message
-    assert MAX_MESSAGE_BYTES - 6 < len(message.encode()) <= MAX_MESSAGE_BYTES
+    assert MAX_DETAILS_BYTES - 6 < len(message.encode()) <= MAX_DETAILS_BYTES
     assert message.startswith("[MM_PROCESS_ERROR] ")
     assert message.endswith("...")
     assert "\ufffd" not in message

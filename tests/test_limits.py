@@ -20,7 +20,7 @@ from test_error_table import REFUSED, WRONG_FORMAT, data_url, item, message, png
 from web_source import Source
 
 from rtp_mm.config import Settings, load_settings
-from rtp_mm.errors import MAX_MESSAGE_BYTES, ProcessError, StartError, WrongFormatError
+from rtp_mm.errors import MAX_DETAILS_BYTES, ProcessError, StartError, WrongFormatError
 from rtp_mm.models.multimodal_mixin import MultimodalMixin
 from rtp_mm.models.qwen2_vl import PUBLISHED_PROCESSOR
 from rtp_mm.models.registry import load_model
@@ -185,10 +185,10 @@ async def test_a_request_message() -> None:
 
 @pytest.mark.parametrize(("beyond", "is_cut"), [(-1, False), (0, False), (1, True)])
 def test_an_error_message(beyond: int, is_cut: bool) -> None:
-    text = "x" * (MAX_MESSAGE_BYTES - len("[MM_PROCESS_ERROR] ") + beyond)
+    text = "x" * (MAX_DETAILS_BYTES - len("[MM_PROCESS_ERROR] ") + beyond)
     message_ = ProcessError(text).wire_message
     assert message_.endswith("...") is is_cut
-    assert len(message_) == min(MAX_MESSAGE_BYTES, MAX_MESSAGE_BYTES + beyond)
+    assert len(message_) == min(MAX_DETAILS_BYTES, MAX_DETAILS_BYTES + beyond)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from rtp_mm.engine.slab import SharedBytes, whole_pages
 from rtp_mm.errors import StartError, WrongFormatError
-from rtp_mm.preprocess.worker import MAX_MESSAGE_BYTES
+from rtp_mm.preprocess.worker import MAX_DATAGRAM_BYTES
 
 _START_LIMIT_S = 60.0
 _KEPT_INBOX_BYTES = 4 << 20  # a larger file's pages are given back after it
@@ -61,7 +61,7 @@ class WorkerProcess:
         self._socket.settimeout(_START_LIMIT_S)
         try:
             self._socket.send(setup)
-            is_ready = self._socket.recv(MAX_MESSAGE_BYTES) == b'{"ready": true}'
+            is_ready = self._socket.recv(MAX_DATAGRAM_BYTES) == b'{"ready": true}'
         except OSError:
             is_ready = False
         if not is_ready:
@@ -109,7 +109,7 @@ class WorkerProcess:
     def _read(self) -> None:
         answer, self._answer = self._answer, None
         try:
-            said = json.loads(self._socket.recv(MAX_MESSAGE_BYTES))  # nothing, from a closed end, is no JSON either
+            said = json.loads(self._socket.recv(MAX_DATAGRAM_BYTES))  # nothing, from a closed end, is no JSON either
         except (OSError, ValueError, RecursionError):
             said = None
         if answer is not None and isinstance(said, dict):

@@ -42,7 +42,7 @@ from rtp_mm.media.decode_threads import DECODE_THREADS
 from rtp_mm.media.image import keep_decode_buffers
 from rtp_mm.types import Blob, MMUrlType, Prepared, PreprocessOptions
 
-MAX_MESSAGE_BYTES = 1 << 16
+MAX_DATAGRAM_BYTES = 1 << 16
 _MAX_TEXT = 8192  # characters of an error or a stack
 _NICENESS = 5  # the device's thread and the event loop go first
 _OOM_SCORE = 500  # of 1000: where the machine's memory is out, the kernel takes a worker and leaves the server
@@ -142,7 +142,7 @@ class _Worker:
         self._channel.send(json.dumps(answer).encode())
 
     def _receive(self) -> Any:
-        message = self._channel.recv(MAX_MESSAGE_BYTES)
+        message = self._channel.recv(MAX_DATAGRAM_BYTES)
         if not message:
             raise EOFError
         return pickle.loads(message)
