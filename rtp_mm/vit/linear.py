@@ -43,9 +43,10 @@ class PackedGemm(Gemm):
 
     row_multiple: ClassVar[int] = 1
     is_reentrant: ClassVar[bool] = True
+    _pack = staticmethod(ops.pack_linear)
 
     def __init__(self, weight: Tensor, bias: Tensor, activation: str) -> None:
-        self._weight = ops.pack_linear(weight, 2 if activation == "silu_gate" else 1)
+        self._weight = self._pack(weight, 2 if activation == "silu_gate" else 1)
         self._bias = bias
         self._activation = activation
 
@@ -62,19 +63,15 @@ class PackedGemm(Gemm):
 class Bf16Gemm(PackedGemm):
     """As `PackedGemm`, in bfloat16 but for the sums: by AVX-512 BF16 where the CPU has it."""
 
-    def __init__(self, weight: Tensor, bias: Tensor, activation: str) -> None:
-        self._weight = ops.pack_bf16_linear(weight.bfloat16(), 2 if activation == "silu_gate" else 1)
-        self._bias = bias
-        self._activation = activation
+    @staticmethod
+    def _pack(weight: Tensor, parts: int = 1) -> ops.PackedWeight:
+        return ops.pack_bf16_linear(weight.bfloat16(), parts)
 
 
 class Int8Gemm(PackedGemm):
     """As `PackedGemm`, with weights and activations in int8, a scale per row of either; sums are exact."""
 
-    def __init__(self, weight: Tensor, bias: Tensor, activation: str) -> None:
-        self._weight = ops.pack_int8_linear(weight, 2 if activation == "silu_gate" else 1)
-        self._bias = bias
-        self._activation = activation
+    _pack = staticmethod(ops.pack_int8_linear)
 
     def __call__(self, x: Tensor) -> Tensor:
         return super().__call__(x.float()).to(x.dtype)
