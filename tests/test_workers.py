@@ -14,8 +14,8 @@ from worker_pools import IMAGE, NO_OPTIONS, is_gone
 
 from rtp_mm.config import load_settings
 from rtp_mm.engine import worker_pool
-from rtp_mm.engine.workers import PreprocessWorkers
-from rtp_mm.errors import WrongFormatError
+from rtp_mm.engine.workers import PreprocessWorkers, _as_mm_error
+from rtp_mm.errors import NotSupportedError, ProcessError, WrongFormatError
 from rtp_mm.models.multimodal_common import MultiModalEmbeddingInterface
 from rtp_mm.types import Blob, MMUrlType
 
@@ -76,3 +76,34 @@ async def test_third_parties_stay_in_threads() -> None:
     with pytest.raises(WrongFormatError, match="more memory than there is"):
         await prepare(workers, Blob(b"too much", b"", ""))
     workers.close()
+
+
+class Panic(BaseException):
+    """What Rust code raises through its bindings."""
+
+
+@pytest.mark.parametrize("error", [KeyError("/secret"), Panic("/secret"), StopIteration("/secret")], ids=repr)
+def test_a_third_partys_error_is_a_word_to_the_caller_and_a_stack_in_the_log(
+    error: BaseException, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(ProcessError) as caught, _as_mm_error("photo"):
+        raise error
+    assert str(caught.value) == f"preprocessing failed with {type(error).__name__}"
+    assert caught.value.__cause__ is None
+    assert caught.value.__suppress_context__
+    [record] = caplog.records
+    assert record.getMessage() == "preprocessing of photo failed"
+    assert record.exc_info is not None
+    assert record.exc_info[1] is error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [NotSupportedError("sound"), asyncio.CancelledError(), KeyboardInterrupt(), SystemExit(3), GeneratorExit()],
+    ids=repr,
+)
+def test_what_is_ours_or_ends_the_work_passes_as_it_is(error: BaseException, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(type(error)) as caught, _as_mm_error("photo"):
+        raise error
+    assert caught.value is error
+    assert not caplog.records

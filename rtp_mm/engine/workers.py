@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from rtp_mm.config import Settings
@@ -92,7 +93,7 @@ class PreprocessWorkers:
         Raises `MMError`; a third party's own exception becomes `ProcessError`. Cancelled, a process that still runs a
         second later is killed; a thread goes on to its end.
         """
-        with _AsMMError(blob.source):
+        with _as_mm_error(blob.source):
             if self._processes is None:
                 config = MMPreprocessConfig.from_options(options)
                 return await self._in_thread(self._mm_part.prepare, blob, mm_type, config)
@@ -137,22 +138,15 @@ class PreprocessWorkers:
             self._pinned.close()
 
 
-_NOT_A_FAILURE = asyncio.CancelledError | KeyboardInterrupt | SystemExit | GeneratorExit
-
-
-class _AsMMError:
+@contextmanager
+def _as_mm_error(source: str) -> Iterator[None]:
     """What a third party's code raises inside it leaves as `MMError`; its own text and stack stay in the log."""
-
-    def __init__(self, source: str) -> None:
-        self._source = source
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, stack: object) -> None:
-        if isinstance(error, MemoryError):
-            raise WrongFormatError("preprocessing needs more memory than there is") from None
-        # More than `Exception`: a panic of Rust code is none.
-        if error is not None and not isinstance(error, MMError | _NOT_A_FAILURE):
-            _log.error("preprocessing of %s failed", self._source, exc_info=error)
-            raise ProcessError(f"preprocessing failed with {type(error).__name__}") from None
+    try:
+        yield
+    except (MMError, asyncio.CancelledError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except MemoryError:
+        raise WrongFormatError("preprocessing needs more memory than there is") from None
+    except BaseException as error:  # noqa: BLE001  # a third party's: a panic of Rust code is no `Exception`
+        _log.error("preprocessing of %s failed", source, exc_info=error)
+        raise ProcessError(f"preprocessing failed with {type(error).__name__}") from None
