@@ -27,6 +27,11 @@ def resident_bytes(fd: int) -> int:
     return os.fstat(fd).st_blocks * 512
 
 
+def is_across(slab: Slab, slot: Slot) -> bool:
+    """Whether some of it keeps its pages and some does not."""
+    return slot.offset < slab.kept_bytes < slot.end
+
+
 class PageMap:
     """The slow twin: a flag for every page."""
 
@@ -59,9 +64,9 @@ def test_slots_are_those_of_a_map_of_pages_and_keep_their_bytes(steps: list[tupl
             slot, expected = slab.allocate(size), twin.allocate(size)
             assert (slot is None) == (expected is None)  # whatever gap holds it, on one side or across
             if slot is not None and expected is not None:
-                page, is_across = expected
+                page, is_expected = expected
                 assert slot.offset == page * PAGE
-                assert slab.is_across(slot) == is_across
+                assert is_across(slab, slot) == is_expected
                 assert slot.nbytes >= max(size, 1)
                 slab.bytes[slot.offset : slot.end] = number
                 held.append((slot, number))
@@ -96,7 +101,7 @@ def test_what_is_left_stays_in_one_piece_around_the_boundary(pages: list[int], p
     assert slab.kept_bytes == 4 * PAGE
     slots = [slab.allocate(count * PAGE) for count in pages]
     assert [slot and slot.offset // PAGE for slot in slots] == places
-    assert [slab.is_across(slot) for slot in slots if slot] == [
+    assert [is_across(slab, slot) for slot in slots if slot] == [
         place < 4 < place + count for count, place in zip(pages, places, strict=True)
     ]
     slab.close()
@@ -236,7 +241,7 @@ def test_rows_across_the_end_of_registered_memory_reach_a_gpu(cuda: None, dtype:
         assert slab.allocate(first_page * PAGE)
     slot = slab.allocate((PAGES - first_page) * PAGE)
     assert slot is not None
-    assert slab.is_across(slot)
+    assert is_across(slab, slot)
     values = slab.bytes[slot.offset : slot.end].view(dtype)
     values[:] = np.arange(len(values)) % 251
     rows = values[: len(values) // 1176 * 1176].reshape(-1, 1176)

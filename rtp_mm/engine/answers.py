@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rtp_mm.engine.caches import ByteCache, Embedded, EmbeddingKey, PatchKey, cache_status
+from rtp_mm.engine.caches import ByteCache, Embedded, EmbeddingKey, PatchKey
 from rtp_mm.engine.contents import Content, SeenDataUrls
 from rtp_mm.models.multimodal_mixin import MultimodalMixin
 from rtp_mm.types import Blob, CacheStats, CacheStatus, MultimodalInput, PreprocessOptions
@@ -54,7 +54,12 @@ class Answers:
         return self._embeddings.stats()
 
     def status(self, *, with_keys: bool) -> CacheStatus:
-        return cache_status(self._embeddings, with_keys=with_keys)
+        """A key is the first 8 bytes of the content hash, signed."""
+        hashes = (key.patches.content_hash for key in self._embeddings) if with_keys else ()
+        keys = {int.from_bytes(content_hash[:8], "little", signed=True) for content_hash in hashes}
+        stats = self.stats()
+        free = stats.budget_bytes - stats.used_bytes
+        return CacheStatus(free, stats.budget_bytes, self._embeddings.version, tuple(keys))
 
     def _key(self, content: Content, options: PreprocessOptions) -> EmbeddingKey:
         return EmbeddingKey(PatchKey(*content, options, self._preprocess_key), self._tower_key)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple
 
 from rtp_mm.lru import ByteLRU, Key, Value
-from rtp_mm.types import CacheStats, CacheStatus, MMUrlType, PreprocessOptions
+from rtp_mm.types import CacheStats, MMUrlType, PreprocessOptions
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -85,11 +85,3 @@ class ByteCache(Generic[Key, Value]):
 
     def stats(self) -> CacheStats:
         return self._values.stats(self._hits, self._misses)
-
-
-def cache_status(cache: ByteCache[EmbeddingKey, Embedded], *, with_keys: bool = False) -> CacheStatus:
-    """A key is the first 8 bytes of the content hash, signed."""
-    hashes = (key.patches.content_hash for key in cache) if with_keys else ()
-    keys = {int.from_bytes(content_hash[:8], "little", signed=True) for content_hash in hashes}
-    stats = cache.stats()
-    return CacheStatus(stats.budget_bytes - stats.used_bytes, stats.budget_bytes, cache.version, tuple(keys))

@@ -86,10 +86,6 @@ class Slab(SharedBytes):
                 return self._take(gap, gap.end - nbytes, nbytes)
         return None
 
-    def is_across(self, slot: Slot) -> bool:
-        """Whether some of it keeps its pages and some does not."""
-        return slot.offset < self.kept_bytes < slot.end
-
     def _take(self, gap: Slot, offset: int, nbytes: int) -> Slot:
         slot = Slot(offset, nbytes)
         rests = Slot(gap.offset, offset - gap.offset), Slot(slot.end, gap.end - slot.end)
