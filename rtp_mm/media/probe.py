@@ -22,11 +22,6 @@ class ImageHeader(NamedTuple):
     height: int
     frames: int | None
 
-    @property
-    def pixels(self) -> int:
-        """Of one frame."""
-        return self.width * self.height
-
 
 class NeedsMore(NamedTuple):
     """The header does not end within the bytes at hand."""
