@@ -28,6 +28,7 @@ LARGEST = 4096  # patches; above, the GPU is busy for longer than the launches t
 GRANULE = 64
 GROWTH = 1.25  # from bucket to bucket: at most a fifth of a batch is padding
 SIGHTS = 2  # of a bucket, before it gets a graph: a capture, and the forward before it, pay for what comes again
+PATIENCE = 10  # times as many, before one whose graph found no room is tried again: room may come, captures stay few
 GRAPH_UNSAFE = ("sdpa",)  # attention backends whose launches depend on the lengths of the segments
 
 _log = logging.getLogger(__name__)
@@ -144,6 +145,7 @@ class CudaGraphs:
         self._capture = capture
         self._graphs: LRUCache[Bucket, _Graph] = LRUCache(max_bytes, getsizeof=lambda graph: graph.nbytes)
         self._sights: Counter[Bucket] = Counter()  # of those without a graph
+        self._due: dict[Bucket, int] = {}  # the sight to try again at, of those whose graph found no room
         self._has_failed = False
         self._lock = threading.Lock()  # a graph's buffers are one caller's until its answer is copied out
 
@@ -164,9 +166,9 @@ class CudaGraphs:
     def _record(self, batch: Batch, bucket: Bucket) -> _Graph | None:
         """`None` where it is too early, or fails, or failed once: a spoiled capture may spoil those after it."""
         self._sights[bucket] += 1
-        if self._sights[bucket] < SIGHTS or self._has_failed:
+        if self._sights[bucket] < self._due.get(bucket, SIGHTS) or self._has_failed:
             return None
-        del self._sights[bucket]
+        self._due[bucket] = PATIENCE * self._sights[bucket]
         inputs = padded(batch, bucket)
         try:
             graph = _Graph(inputs, self._capture(lambda: self._run(inputs)))
@@ -177,6 +179,7 @@ class CudaGraphs:
             return None
         if graph.nbytes <= self._graphs.maxsize:
             self._graphs[bucket] = graph
+            del self._sights[bucket], self._due[bucket]
         return graph
 
 
