@@ -14,9 +14,9 @@ import psutil
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
-from scripted_worker import script
+from scripted_worker import HeavyPreprocessor, script
 from waiting import until
-from worker_pools import IMAGE, MEMORY_MB, NO_OPTIONS, is_gone, run, text, until_slab_is_free
+from worker_pools import IMAGE, MEMORY_MB, NO_OPTIONS, ONE_CORE, is_gone, run, text, until_slab_is_free
 
 from rtp_mm.engine import worker_pool, worker_protocol
 from rtp_mm.engine.worker_pool import WorkerPool
@@ -57,6 +57,20 @@ async def test_workers_import_neither_torch_nor_pydantic_and_are_small(pool: Wor
     assert modules.isdisjoint({"torch", "pydantic", "asyncio", "transformers"})
     pid = int(await text(pool, "pid"))
     assert psutil.Process(pid).memory_full_info().pss < 60 << 20
+
+
+@pytest.mark.parametrize("nbytes", [1 << 16, 5 << 20])
+async def test_a_preprocessor_of_any_size_reaches_its_workers_and_leaves_no_memory(nbytes: int) -> None:
+    """Over what a message holds, and over the largest blob."""
+    preprocess = HeavyPreprocessor(os.urandom(nbytes))
+    pool = WorkerPool(preprocess, count=1, memory_mb=MEMORY_MB, slab_mb=1, inbox_bytes=1, cores=ONE_CORE)
+    try:
+        expected = preprocess(script(), MMUrlType.IMAGE, NO_OPTIONS).rows
+        np.testing.assert_array_equal((await run(pool, script())).rows, expected)
+        [worker] = pool._workers
+        assert os.fstat(worker._inbox.fd).st_blocks * 512 <= 4 << 20
+    finally:
+        pool.close()
 
 
 async def test_errors_keep_their_class_and_others_their_secrets(

@@ -53,14 +53,14 @@ class WorkerPool:
 
         memory_mb:   data of one worker, MiB.
         slab_mb:     patch rows that are written, wait or are read, MiB.
-        inbox_bytes: the largest blob.
+        inbox_bytes: the largest blob; more where the preprocessor itself takes more.
         cores:       for the threads of decoders, among those that run.
         """
         try:
             self._setup = pickle.dumps(Setup(preprocess, memory_mb << 20))
         except (pickle.PicklingError, AttributeError, TypeError) as error:
             raise StartError(f"a preprocessor that workers cannot get ({error}) needs USE_LOCAL_PREPROCESS=1") from None
-        self._inbox_bytes = inbox_bytes
+        self._inbox_bytes = max(inbox_bytes, len(self._setup))
         self._cores = cores
         self.slab = Slab(slab_mb << 20)
         self._jobs = JobLine(count)

@@ -59,14 +59,16 @@ class WorkerProcess:
     def greet(self, setup: bytes) -> None:
         """Blocks until the worker is ready. Raises `StartError` for one that is not, which has ended then."""
         self._socket.settimeout(_START_LIMIT_S)
+        self.fill(np.frombuffer(setup, np.uint8))
         try:
-            self._socket.send(setup)
+            self.tell(len(setup))
             is_ready = self._socket.recv(MAX_DATAGRAM_BYTES) == b'{"ready": true}'
-        except OSError:
+        except (OSError, WorkerDiedError):
             is_ready = False
         if not is_ready:
             raise StartError(f"a preprocess worker did not start: it {self.end()}, what it said stands above")
         self._socket.setblocking(False)
+        self.clear(len(setup))
 
     @property
     def pid(self) -> int:

@@ -2,7 +2,7 @@
 
 One conversation after another over a SOCK_SEQPACKET socket, where a message arrives whole or not at all:
 
-    engine: Setup                    worker: {"ready": true}
+    engine: bytes of Setup in inbox  worker: {"ready": true}
     engine: Task, bytes in the inbox worker: {"shape": [N, C]}        it wants memory for its rows
     engine: offset in the slab       worker: the facts of the rows    they are written; see `Patches.facts`
             None: nobody waits any more; nothing is answered
@@ -50,7 +50,7 @@ _PR_SET_PDEATHSIG, _PR_SET_NAME = 1, 15  # linux/prctl.h
 
 
 class Setup(NamedTuple):
-    """The first message: what to do with every task, and within how much memory."""
+    """What to do with every task, and within how much memory. Of any size: it lies in the inbox."""
 
     preprocess: Callable[..., Prepared]
     memory_bytes: int  # private data of the process, the interpreter's own included
@@ -96,7 +96,7 @@ class _Worker:
     def run(self) -> None:
         """Until the engine closes its end."""
         try:
-            setup: Setup = self._receive()
+            setup: Setup = pickle.loads(self._inbox[: self._receive()].data)
             _limit_memory(setup.memory_bytes)
             os.nice(_NICENESS)  # not before: a worker that replaces another is waited for
             self._say({"ready": True})
