@@ -17,6 +17,7 @@ from clips import encode, moving
 from mutations import mutated
 from numpy.typing import NDArray
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from waiting import until
 from watched_engine import watched
 
@@ -115,6 +116,68 @@ def test_all_that_needs_no_decoder_is_foreseen(frames: list[Pixels], tmp_path: P
     assert preprocess.predict(blob(b"what is this"), MMUrlType.DEFAULT, options) is None
 
 
+def saved(pixels: Pixels, format: str, **options: Any) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, format, **options)
+    return file.getvalue()
+
+
+def exif() -> bytes:
+    """A quarter turn."""
+    tags = Image.Exif()
+    tags[0x0112] = 6
+    return tags.tobytes()
+
+
+XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+
+
+def text(name: str, value: str) -> PngInfo:
+    info = PngInfo()
+    info.add_text(name, value, zip=True)
+    return info
+
+
+PROFILE = f"\nexif\n{len(exif()):8}\n{exif().hex()}\n"
+TURNED: dict[str, Callable[[Pixels], bytes]] = {
+    "jpeg": lambda p: saved(p, "JPEG", exif=exif()),
+    "jpeg, xmp": lambda p: saved(p, "JPEG", xmp=XMP),
+    "png": lambda p: saved(p, "PNG", exif=exif()),
+    "png, profile": lambda p: saved(p, "PNG", pnginfo=text("Raw profile type exif", PROFILE)),
+    "png, xmp": lambda p: saved(p, "PNG", pnginfo=text("XML:com.adobe.xmp", XMP.decode())),
+    "webp": lambda p: saved(p, "WEBP", exif=exif()),
+    "webp, xmp": lambda p: saved(p, "WEBP", xmp=XMP),
+    "avif": lambda p: saved(p, "AVIF", exif=exif()),
+    "tiff": lambda p: saved(p, "TIFF", exif=exif()),
+}
+STRIP = CropBox(0, 0, 1, 0.005)  # of a quarter turn of 4000 x 3000 pixels 107 tokens, of these too narrow for any
+
+
+@pytest.mark.parametrize("kind", TURNED)
+@pytest.mark.parametrize("options", [PreprocessOptions(), PreprocessOptions(crop=STRIP)], ids=["whole", "strip"])
+def test_what_its_orientation_turns_is_not_foreseen_as_it_lies(
+    kind: str, options: PreprocessOptions, tmp_path: Path
+) -> None:
+    preprocess = preprocessor(tmp_path, mm_exif_transpose=True)
+    item = blob(TURNED[kind](np.zeros((600, 800, 3), np.uint8)))
+    t, h, w = preprocess(item, MMUrlType.IMAGE, options).grid_thw
+    assert h > w or options.crop
+    assert preprocess.predict(item, MMUrlType.IMAGE, options) in (None, (t * h * w, 588))
+
+
+@pytest.mark.parametrize("is_short", [True, False])
+def test_a_jpeg_without_an_orientation_is_foreseen_where_a_look_through_it_is_cheap(
+    is_short: bool, tmp_path: Path
+) -> None:
+    preprocess = preprocessor(tmp_path, mm_exif_transpose=True)
+    pixels = np.random.default_rng(1).integers(0, 256, (400, 600, 3), np.uint8)
+    item = blob(saved(pixels, "JPEG", quality=20 if is_short else 95))
+    rows = preprocess(item, MMUrlType.IMAGE, PreprocessOptions()).rows
+    assert preprocess.predict(item, MMUrlType.IMAGE, PreprocessOptions()) == (rows.shape if is_short else None)
+    array = blob(pixels[None])
+    assert preprocess.predict(array, MMUrlType.TENSOR, PreprocessOptions()) == rows.shape
+
+
 def test_a_cost_is_the_file_and_its_rows() -> None:
     assert Cost.of(blob(bytes(7)), (3, 1176)) == (3, 7 + 3 * 1176)
     assert Cost.of(blob(bytes(7)), None) == (0, 7)
@@ -208,6 +271,15 @@ async def test_a_containers_clip_is_refused_before_it_is_decoded(
         await first
         if is_admitted:
             assert await second
+
+
+async def test_a_part_of_a_turned_image_is_answered(tiny_qwen2_5_vl: Path) -> None:
+    pixels = np.zeros((600, 800, 3), np.uint8)
+    strip = MMPreprocessConfig(crop_positions=[*STRIP])
+    async with watched(tiny_qwen2_5_vl, mm_exif_transpose=True) as w:
+        upright = await w.ask(as_url(saved(np.rot90(pixels), "JPEG")), config=strip)
+        lying = await w.ask(as_url(TURNED["jpeg"](pixels)), config=strip)
+        assert len(upright.embeddings[0]) == len(lying.embeddings[0]) > 0
 
 
 async def test_nobody_is_refused_for_another_who_waits_for_the_same_clip(

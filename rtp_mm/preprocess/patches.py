@@ -14,6 +14,7 @@ from rtp_mm import _core
 from rtp_mm.errors import NotSupportedError, WrongFormatError
 from rtp_mm.media.image import decode, decoders
 from rtp_mm.media.limits import check_pixels
+from rtp_mm.media.plain_pixels import may_have_exif
 from rtp_mm.media.probe import probe
 from rtp_mm.media.sniff import sniff
 from rtp_mm.preprocess.image_config import ImageProcessorConfig
@@ -23,6 +24,9 @@ from rtp_mm.types import Blob, MMUrlType, Patches, PreprocessOptions, RowAllocat
 
 if TYPE_CHECKING:
     from rtp_mm.config import Settings  # its pydantic would be half of a worker's memory
+
+_SEARCHED_BYTES = 1 << 18  # takes up to a millisecond, on the event loop
+_XMP = b"http://ns.adobe.com/xap/"  # in which Pillow reads an orientation where EXIF has none
 
 
 def new_rows(shape: tuple[int, int]) -> NDArray[np.uint8]:
@@ -92,19 +96,22 @@ class ImagePreprocessor:
         return 3 * self.patch_size**2
 
     def predict(self, blob: Blob, mm_type: MMUrlType, options: PreprocessOptions) -> tuple[int, int] | None:
-        """The shape of an image's rows, known before it is decoded; advisory where `exif_transpose` turns it. `None`
-        where its header does not tell. Raises `WrongFormatError` for a limit that it breaks.
+        """The shape of an image's rows, known before it is decoded; `None` where its header does not tell. Raises
+        `WrongFormatError` for a limit that it breaks.
         """
+        size = self._size_told(blob, mm_type)
+        return None if size is None else self._rows_shape(self.grid(self.plan(*size, options)))
+
+    def _size_told(self, blob: Blob, mm_type: MMUrlType) -> tuple[int, int] | None:
+        """Height and width of an image as it will be decoded; `None` where its header does not tell."""
         data = blob.data
         if isinstance(data, np.ndarray):
-            if data.ndim != 4 or len(data) != 1:
-                return None
-            height, width = data.shape[1:3]
-        elif mm_type in (MMUrlType.IMAGE, MMUrlType.DEFAULT) and (header := probe(data)) is not None:
-            height, width = header.height, header.width
-        else:
+            return (data.shape[1], data.shape[2]) if data.ndim == 4 and len(data) == 1 else None
+        if mm_type not in (MMUrlType.IMAGE, MMUrlType.DEFAULT) or (header := probe(data)) is None:
             return None
-        return self._rows_shape(self.grid(self.plan(height, width, options)))
+        if self.exif_transpose and _may_be_turned(header.format, data):
+            return None
+        return header.height, header.width
 
     def plan(self, height: int, width: int, options: PreprocessOptions) -> ResizePlan:
         """For an image of that size. Raises `WrongFormatError` for a limit that it breaks."""
@@ -169,6 +176,13 @@ class ImagePreprocessor:
         height, width = smart_resize(options.height or height, options.width or width, factor, min_pixels, max_pixels)
         check_pixels(width, height, self.max_image_pixels)
         return height, width
+
+
+def _may_be_turned(image_format: str, data: bytes) -> bool:
+    """Whether Pillow may find an orientation in the file. In a JPEG it stands under one of few names, which a look
+    through a short one finds; other formats have it in more places, compressed too.
+    """
+    return image_format != "JPEG" or len(data) > _SEARCHED_BYTES or may_have_exif(data) or _XMP in data
 
 
 def plan_resize(
