@@ -211,6 +211,15 @@ class LogMel:
 
 Prepared = Patches | LogMel  # what a worker makes of a blob
 RowsShape = tuple[int, int]  # [N, C] bytes, of an item's rows
+
+
+class Layout(NamedTuple):
+    """How an item's rows lie: their shape, and of patches the grid (t, h, w); `None` for log-mel frames."""
+
+    shape: RowsShape
+    grid_thw: tuple[int, int, int] | None
+
+
 RowAllocator = Callable[[RowsShape], NDArray[np.uint8]]  # gives what rows are written to
 
 

@@ -22,12 +22,12 @@ from waiting import until
 from watched_engine import watched
 
 from rtp_mm.config import load_settings
-from rtp_mm.engine import item_pipeline
+from rtp_mm.engine import item_pipeline, worker_protocol
 from rtp_mm.engine.admission import Cost
 from rtp_mm.errors import BadItemsError, DeadlineError, QueueFullError, WrongFormatError
 from rtp_mm.models.qwen2_vl import PUBLISHED_PROCESSOR
 from rtp_mm.preprocess.media import MediaPreprocessor
-from rtp_mm.types import Blob, CropBox, MMPreprocessConfig, MMUrlType, PreprocessOptions
+from rtp_mm.types import Blob, CropBox, Layout, MMPreprocessConfig, MMUrlType, Patches, PreprocessOptions
 
 KINDS = ["GIF", "PNG", "WEBP", "AVIF"]
 OPTIONS = [
@@ -54,6 +54,10 @@ def blob(data: bytes | Pixels) -> Blob:
     return Blob(data, b"", "")
 
 
+def layout(patches: Patches) -> Layout:
+    return Layout(patches.rows.shape, patches.grid_thw)
+
+
 def outcome(run: Callable[[], Any]) -> Any:
     """What it gives, or what is wrong."""
     try:
@@ -76,8 +80,9 @@ def test_an_animation_is_foreseen_as_it_comes(kind: str, rule: str, frames: list
     for options in OPTIONS:
         for count in (1, 2, 5, 12):
             clip = blob(animate(frames[:count], kind, 300))
-            rows = preprocess(clip, MMUrlType.VIDEO, options).rows
-            assert preprocess.predict(clip, MMUrlType.VIDEO, options) == rows.shape
+            assert preprocess.predict(clip, MMUrlType.VIDEO, options) == layout(
+                preprocess(clip, MMUrlType.VIDEO, options)
+            )
 
 
 @pytest.mark.parametrize("kind", RANDOM)
@@ -90,7 +95,7 @@ def test_any_animation_is_foreseen_or_refused_as_it_will_be(kind: str, tmp_path:
         data = RANDOM[kind](rng)
         clip = blob(data if seed % 2 else mutated(data, rng))
         foreseen = outcome(lambda: preprocess.predict(clip, MMUrlType.VIDEO, OPTIONS[0]))  # noqa: B023
-        came = outcome(lambda: preprocess(clip, MMUrlType.VIDEO, OPTIONS[0]).rows.shape)  # noqa: B023
+        came = outcome(lambda: layout(preprocess(clip, MMUrlType.VIDEO, OPTIONS[0])))  # noqa: B023
         if isinstance(foreseen, str):
             assert came == foreseen, seed
             refused += 1
@@ -110,8 +115,8 @@ def test_all_that_needs_no_decoder_is_foreseen(frames: list[Pixels], tmp_path: P
         (np.stack(frames[:1]), MMUrlType.TENSOR),
         (np.stack(frames[:3]), MMUrlType.TENSOR),
     ]:
-        rows = preprocess(blob(data), mm_type, options).rows
-        assert preprocess.predict(blob(data), mm_type, options) == rows.shape
+        expected = layout(preprocess(blob(data), mm_type, options))
+        assert preprocess.predict(blob(data), mm_type, options) == expected
     assert preprocess.predict(blob(encode(frames)), MMUrlType.VIDEO, options) is None
     assert preprocess.predict(blob(b"what is this"), MMUrlType.DEFAULT, options) is None
 
@@ -160,9 +165,10 @@ def test_what_its_orientation_turns_is_not_foreseen_as_it_lies(
 ) -> None:
     preprocess = preprocessor(tmp_path, mm_exif_transpose=True)
     item = blob(TURNED[kind](np.zeros((600, 800, 3), np.uint8)))
-    t, h, w = preprocess(item, MMUrlType.IMAGE, options).grid_thw
+    patches = preprocess(item, MMUrlType.IMAGE, options)
+    _, h, w = patches.grid_thw
     assert h > w or options.crop
-    assert preprocess.predict(item, MMUrlType.IMAGE, options) in (None, (t * h * w, 588))
+    assert preprocess.predict(item, MMUrlType.IMAGE, options) in (None, layout(patches))
 
 
 @pytest.mark.parametrize("is_short", [True, False])
@@ -172,10 +178,10 @@ def test_a_jpeg_without_an_orientation_is_foreseen_where_a_look_through_it_is_ch
     preprocess = preprocessor(tmp_path, mm_exif_transpose=True)
     pixels = np.random.default_rng(1).integers(0, 256, (400, 600, 3), np.uint8)
     item = blob(saved(pixels, "JPEG", quality=20 if is_short else 95))
-    rows = preprocess(item, MMUrlType.IMAGE, PreprocessOptions()).rows
-    assert preprocess.predict(item, MMUrlType.IMAGE, PreprocessOptions()) == (rows.shape if is_short else None)
+    expected = layout(preprocess(item, MMUrlType.IMAGE, PreprocessOptions()))
+    assert preprocess.predict(item, MMUrlType.IMAGE, PreprocessOptions()) == (expected if is_short else None)
     array = blob(pixels[None])
-    assert preprocess.predict(array, MMUrlType.TENSOR, PreprocessOptions()) == rows.shape
+    assert preprocess.predict(array, MMUrlType.TENSOR, PreprocessOptions()) == expected
 
 
 def test_a_cost_is_the_file_and_its_rows() -> None:
@@ -280,6 +286,47 @@ async def test_a_part_of_a_turned_image_is_answered(tiny_qwen2_5_vl: Path) -> No
         upright = await w.ask(as_url(saved(np.rot90(pixels), "JPEG")), config=strip)
         lying = await w.ask(as_url(TURNED["jpeg"](pixels)), config=strip)
         assert len(upright.embeddings[0]) == len(lying.embeddings[0]) > 0
+
+
+async def test_a_turned_image_too_large_for_the_device_is_refused_before_its_rows_are_made(
+    tiny_qwen2_5_vl: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Any] = []
+    prepared_by = worker_protocol.prepared_by
+    monkeypatch.setattr(worker_protocol, "prepared_by", lambda *a: (made.append(a), prepared_by(*a))[1])
+    url = as_url(TURNED["jpeg"](np.zeros((56, 112, 3), np.uint8)))  # 32 patches
+    for limit in (31, 32):
+        async with watched(tiny_qwen2_5_vl, mm_exif_transpose=True, mm_max_patches_per_item=limit) as w:
+            asked = w.ask(url, config=MMPreprocessConfig())
+            if limit == 32:
+                assert len((await asked).embeddings[0]) == 8
+                continue
+            with pytest.raises(BadItemsError, match=r"32 patches, over the limit of 31 \(MM_MAX_PATCHES_PER_ITEM\)"):
+                await asked
+            assert not made
+
+
+@pytest.mark.parametrize(("limit", "is_admitted"), [(48, True), (47, False)])
+async def test_a_turned_image_counts_in_the_queue(
+    limit: int, is_admitted: bool, tiny_qwen2_5_vl: Path, urls: list[str]
+) -> None:
+    url = as_url(TURNED["jpeg"](np.zeros((56, 112, 3), np.uint8)))  # 32 patches
+    async with watched(tiny_qwen2_5_vl, mm_exif_transpose=True, mm_max_queue_patches=limit) as w:
+        w.may_forward.clear()
+        first = w.ask(urls[0])  # 16 patches
+        await until(lambda: len(w.forwards) == 1)
+        second = w.ask(url, config=MMPreprocessConfig())
+        if is_admitted:
+            await until(lambda: w.engine.stats().items_waiting == 1)
+            assert w.engine._items.admission.patches == 48
+        else:
+            with pytest.raises(QueueFullError, match="MM_MAX_QUEUE_PATCHES"):
+                await second
+            assert w.engine._items.admission.patches == 16
+        w.may_forward.set()
+        await first
+        if is_admitted:
+            assert await second
 
 
 async def test_nobody_is_refused_for_another_who_waits_for_the_same_clip(

@@ -16,7 +16,7 @@ from worker_pools import NO_OPTIONS, kill, new_pool, run, until_slab_is_free
 from rtp_mm.engine.job_line import LONG_S, Check, Job, JobLine
 from rtp_mm.engine.worker_pool import WorkerPool
 from rtp_mm.errors import ProcessError, QueueFullError, WrongFormatError
-from rtp_mm.types import Blob, MMUrlType, Patches, RowsShape
+from rtp_mm.types import Blob, Layout, MMUrlType, Patches, RowsShape
 
 SHORT, LONG = 50_000, 60_000_000  # bytes of a photograph, of a film
 
@@ -36,7 +36,8 @@ def test_films_are_long_and_photographs_are_not(loop: asyncio.AbstractEventLoop)
     assert job(loop, LONG, 0).is_long
     assert not job(loop, SHORT, 0).is_long
     assert not job(loop, 10_000_000, 0, MMUrlType.IMAGE).is_long
-    rows = Job(Blob(b"", b"", ""), MMUrlType.VIDEO, NO_OPTIONS, loop.create_future(), shape=(1 << 18, 1176))
+    layout = Layout((1 << 18, 1176), (64, 64, 64))
+    rows = Job(Blob(b"", b"", ""), MMUrlType.VIDEO, NO_OPTIONS, loop.create_future(), layout)
     assert rows.is_long  # an animation's, whose file is small
 
 

@@ -18,6 +18,7 @@ from transformers import Qwen2VLImageProcessorPil
 
 from rtp_mm.config import load_settings
 from rtp_mm.errors import NotSupportedError, StartError, WrongFormatError
+from rtp_mm.media.probe import ImageHeader
 from rtp_mm.preprocess.image_config import ImageProcessorConfig
 from rtp_mm.preprocess.patches import ImagePreprocessor
 from rtp_mm.types import Blob, CropBox, MMUrlType, Patches, PreprocessOptions
@@ -208,6 +209,13 @@ def test_default_is_told_from_the_bytes(photo: bytes) -> None:
 def test_what_is_no_image_is_refused(data: bytes | NDArray[Any], mm_type: MMUrlType, what: str) -> None:
     with pytest.raises(NotSupportedError, match=f"this model takes images only, .*{what}"):
         PREPROCESS(blob(data), mm_type, NO_OPTIONS)
+
+
+def test_an_image_that_is_not_as_its_header_tells_is_refused(photo: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the worker itself, of which nothing else than foreseen is taken; no header that we know of is so."""
+    monkeypatch.setattr("rtp_mm.preprocess.patches.probe", lambda data: ImageHeader("JPEG", 451, 299, 1))
+    with pytest.raises(WrongFormatError, match="broken image: its header tells 451x299, a decoder finds 451x300"):
+        rows_of(photo)
 
 
 def test_a_preprocessor_travels_to_a_worker(photo: bytes) -> None:

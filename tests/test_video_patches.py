@@ -113,7 +113,7 @@ def test_decoded_frames_are_a_clip_whose_odd_last_frame_is_repeated(frames: list
     t, h, w = patches.grid_thw
     assert (t, patches.seconds_per_grid) == (2, 2.0)
     assert np.array_equal(patches.rows, pillow_rows([*frames[:3], frames[2]], h * 14, w * 14))
-    assert preprocess.predict(blob(three), MMUrlType.TENSOR, ANY) == patches.rows.shape
+    assert preprocess.predict(blob(three), MMUrlType.TENSOR, ANY) == (patches.rows.shape, patches.grid_thw)
     still = preprocess(blob(three[:1]), MMUrlType.TENSOR, ANY)
     assert (still.grid_thw[0], still.rows.shape[1], still.seconds_per_grid) == (1, 588, None)
 

@@ -8,36 +8,74 @@ from typing import Any
 import numpy as np
 import pytest
 from scripted_worker import script
-from worker_pools import IMAGE, NO_OPTIONS, run, until_slab_is_free
+from worker_pools import IMAGE, NO_OPTIONS, is_gone, run, text, until_slab_is_free
 
 from rtp_mm.engine.worker_pool import WorkerPool
 from rtp_mm.engine.worker_process import WorkerProcess
 from rtp_mm.errors import ProcessError
-from rtp_mm.types import Blob, MMUrlType, Patches
+from rtp_mm.types import Blob, Layout, MMUrlType, Patches, RowsShape
+
+FEW, MANY = (4, 12), (9 << 10, 1024)  # rows of 48 bytes and of 9 MiB, for which room is no longer held ahead
+
+
+def in_a_line(shape: RowsShape) -> Layout:
+    """As scripts lay their rows."""
+    return Layout(shape, (1, 1, shape[0]))
 
 
 @pytest.mark.parametrize(
-    ("foreseen", "turns"), [(None, 2), ((4, 12), 1), ((4, 13), 2), ((2, 24), 2), ((1, 9 << 20), 2), ((1, 1 << 40), 2)]
+    ("shape", "is_foreseen", "turns"), [(FEW, True, 1), (FEW, False, 2), (MANY, True, 2), (MANY, False, 2)]
 )
-async def test_rows_as_foreseen_spare_a_turn_and_a_wrong_guess_costs_no_memory(
-    foreseen: tuple[int, int] | None, turns: int, pool: WorkerPool, monkeypatch: pytest.MonkeyPatch
+async def test_few_rows_as_foreseen_spare_a_turn(
+    shape: RowsShape, is_foreseen: bool, turns: int, pool: WorkerPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told: list[Any] = []
     tell = WorkerProcess.tell
     monkeypatch.setattr(WorkerProcess, "tell", lambda self, message: (told.append(message), tell(self, message))[1])
-    patches = await pool.run(script("fill", value=7), MMUrlType.IMAGE, NO_OPTIONS, foreseen)
+    count, columns = shape
+    blob = script("fill", count=count, columns=columns, value=7)
+    patches = await pool.run(blob, MMUrlType.IMAGE, NO_OPTIONS, in_a_line(shape) if is_foreseen else None)
     assert isinstance(patches, Patches)
     assert (patches.rows == 7).all()
-    assert (len(told), patches.rows.shape) == (turns, (4, 12))
-    assert pool.slab.free_bytes == pool.slab.nbytes - mmap.PAGESIZE
+    assert (len(told), patches.rows.shape) == (turns, shape)
+    assert pool.slab.free_bytes == pool.slab.nbytes - max(mmap.PAGESIZE, count * columns)
     del patches
     await until_slab_is_free(pool)
 
 
+@pytest.mark.parametrize("shape", [(4, 13), (2, 24), (1, 9 << 20), (1, 1 << 40)])
+async def test_other_rows_than_foreseen_are_a_workers_end_and_cost_no_memory(
+    shape: RowsShape, pool: WorkerPool
+) -> None:
+    pid = await text(pool, "pid")
+    told = rf"while it held this item: it asked for \(4, 12\), foreseen was \({shape[0]}, {shape[1]}\)$"
+    with pytest.raises(ProcessError, match=told):
+        await pool.run(script("fill"), MMUrlType.IMAGE, NO_OPTIONS, in_a_line(shape))
+    assert is_gone(int(pid))
+    await until_slab_is_free(pool)
+    assert (await run(pool, script())).grid_thw == (1, 1, 4)
+    assert pool.restarts == {"crash": 1}
+
+
+@pytest.mark.parametrize("grid", [(1, 2, 2), (4, 1, 1), None])
+async def test_another_grid_than_foreseen_is_a_workers_end_and_nobody_writes_where_it_may(
+    grid: Any, pool: WorkerPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pid = int(await text(pool, "pid"))
+    await until_slab_is_free(pool)
+    freed_while_gone: list[bool] = []
+    free = pool.slab.free
+    monkeypatch.setattr(pool.slab, "free", lambda slot: (freed_while_gone.append(is_gone(pid)), free(slot)))
+    with pytest.raises(ProcessError, match=r"it gave .*grid_thw=\(1, 1, 4\)\), foreseen was "):
+        await pool.run(script("fill"), MMUrlType.IMAGE, NO_OPTIONS, Layout(FEW, grid))
+    assert freed_while_gone == [True]
+    await until_slab_is_free(pool)
+
+
 @pytest.mark.parametrize("foreseen", [(4, 12), (5, 12)])
-async def test_room_foreseen_comes_back_from_a_worker_that_dies(foreseen: tuple[int, int], pool: WorkerPool) -> None:
+async def test_room_foreseen_comes_back_from_a_worker_that_dies(foreseen: RowsShape, pool: WorkerPool) -> None:
     with pytest.raises(ProcessError):
-        await pool.run(script("leave", status=3), MMUrlType.IMAGE, NO_OPTIONS, foreseen)
+        await pool.run(script("leave", status=3), MMUrlType.IMAGE, NO_OPTIONS, in_a_line(foreseen))
     assert pool.slab.free_bytes == pool.slab.nbytes
     assert (await run(pool, script())).grid_thw == (1, 1, 4)
 

@@ -27,7 +27,9 @@ from rtp_mm.types import Blob, MMUrlType, Patches, PreprocessOptions
 
 def patches(answer: dict[str, Any]) -> Patches:
     """What becomes of an answer about 4 rows."""
-    prepared = worker_protocol.prepared_by({"decoded_frames": 0, **answer}, (4, 12))(np.zeros((4, 12), np.uint8))
+    answer = {"decoded_frames": 0, **answer}
+    layout = worker_protocol.layout(answer, (4, 12))
+    prepared = worker_protocol.prepared_by(answer, layout)(np.zeros((4, 12), np.uint8))
     assert isinstance(prepared, Patches)
     return prepared
 

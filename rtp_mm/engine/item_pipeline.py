@@ -7,14 +7,14 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from rtp_mm.config import Settings
-from rtp_mm.engine.admission import Admission, Cost, Predicts, Visit
+from rtp_mm.engine.admission import Admission, Cost, Visit
 from rtp_mm.engine.answers import Answers
 from rtp_mm.engine.batcher import Batcher
 from rtp_mm.engine.caches import ByteCache, Embedded, EmbeddingKey, PatchKey
 from rtp_mm.engine.contents import is_data_url
 from rtp_mm.engine.flights import Flight, Flights
 from rtp_mm.engine.forward import Forward, WholeForward
-from rtp_mm.engine.job_line import Check, no_check
+from rtp_mm.engine.job_line import Check, Foresees, no_check
 from rtp_mm.engine.limits import bound_clips, device_limits
 from rtp_mm.engine.response import Answer, Begun, Stages
 from rtp_mm.engine.workers import ForwardInput, PreprocessWorkers
@@ -28,6 +28,7 @@ from rtp_mm.types import (
     Caller,
     DevicePatches,
     EngineStats,
+    Layout,
     LogMel,
     MMPreprocessConfig,
     MMUrlType,
@@ -58,7 +59,7 @@ class ItemPipeline:
         forward = (WholeForward if self._is_whole else Forward)(mm_part, ACT_DTYPES[model.config.data_type])
         self.limits = device_limits(mm_part, settings)
         bound_clips(mm_part, self.limits)
-        self._predictor = mm_part.preprocessor if isinstance(mm_part.preprocessor, Predicts) else None
+        self._predictor = mm_part.preprocessor if isinstance(mm_part.preprocessor, Foresees) else None
         self.batcher = Batcher(forward, self.limits.batch, seal)
         self.admission = Admission(
             settings.mm_max_queue_size,
@@ -117,9 +118,11 @@ class ItemPipeline:
         key = self.answers.key(item, blob, options)
         if (known := self.answers.get(key)) is not None:
             return Answer(known, stages.so_far())
-        rows = await self._foresee(key.patches, blob)
-        self._admit(key, rows, visit)
-        embedded, computed = await self._computations.join(key, visit, stages, partial(self._compute, key, blob, rows))
+        layout = await self._foresee(key.patches, blob)
+        self._admit(key, layout and layout.shape, visit)
+        embedded, computed = await self._computations.join(
+            key, visit, stages, partial(self._compute, key, blob, layout)
+        )
         return Answer(embedded, stages.so_far() | computed)
 
     async def _fetch(self, item: MultimodalInput, caller: Caller, visit: Visit, stages: Stages) -> Blob:
@@ -141,8 +144,8 @@ class ItemPipeline:
     def _fetch_key(self, item: MultimodalInput) -> tuple[str, SizeLimit]:
         return item.url, self.fetcher.limit(item)
 
-    async def _foresee(self, key: PatchKey, blob: Blob) -> RowsShape | None:
-        """What the item's rows will be, read from its headers before memory is spent; `None` where they do not tell: a
+    async def _foresee(self, key: PatchKey, blob: Blob) -> Layout | None:
+        """How the item's rows will lie, read from its headers before memory is spent; `None` where they do not tell: a
         third party's, a container's. Raises `WrongFormatError` for an item over a limit, and `NotSupportedError`.
         """
         if self._predictor is None:
@@ -165,20 +168,22 @@ class ItemPipeline:
         """Raises `QueueFullError`."""
         self.admission.check_in_time(visit, self.batcher.seconds_before(rows[0]), self._clock())
 
-    async def _compute(self, key: EmbeddingKey, blob: Blob, rows: RowsShape | None, flight: Flight[Answer]) -> Answer:
+    async def _compute(self, key: EmbeddingKey, blob: Blob, layout: Layout | None, flight: Flight[Answer]) -> Answer:
         """Prepare and forward: once for all who want the same now, whoever came first. None is refused for another."""
         config = MMPreprocessConfig.from_options(key.patches.options)  # what the key says and no more
         stages = flight.stages
-        with self.admission.holding(self.admission.foremost(flight.visits), Cost.of(blob, rows)) as held:
+        cost = Cost.of(blob, layout and layout.shape)
+        with self.admission.holding(self.admission.foremost(flight.visits), cost) as held:
 
             def check(shape: RowsShape) -> None:
-                """Of a container, which only a worker knows: before it decodes."""
+                """Of what a worker alone knows: a container before it decodes, a turned image before it resizes."""
+                self.admission.check_item(shape[0], self.limits.item)
                 visit = self.admission.foremost(flight.visits)
                 self._check_in_time(shape, visit)
                 held.expect(Cost.of(blob, shape), visit)
 
             with stages.inside("preprocess"):
-                prepared = await self._prepare(key.patches, blob, rows, check if self._predictor else no_check)
+                prepared = await self._prepare(key.patches, blob, layout, check if self._predictor else no_check)
             if prepared.patches is not None:
                 self.admission.check_item(prepared.patches, self.limits.item)
                 if not held.cost.patches:  # nobody foresaw them
@@ -192,10 +197,10 @@ class ItemPipeline:
         self.answers.put(key, embedded)
         return Answer(embedded, stages.so_far() | on_device)
 
-    async def _prepare(self, key: PatchKey, blob: Blob, rows: RowsShape | None, check: Check) -> ForwardInput:
+    async def _prepare(self, key: PatchKey, blob: Blob, layout: Layout | None, check: Check) -> ForwardInput:
         if (kept := self.patches.get(key)) is not None:
             return ForwardInput(kept, self._mm_part.patches(kept))
-        prepared = await self.workers.prepare(blob, key.mm_type, key.options, rows, check)
+        prepared = await self.workers.prepare(blob, key.mm_type, key.options, layout, check)
         self._decoded_frames += getattr(prepared.value, "decoded_frames", 0)
         if isinstance(prepared.value, Patches | LogMel) and self.patches.has_room_for(prepared.value.nbytes):
             # A copy: the rows may be a worker's memory, given back after the forward.

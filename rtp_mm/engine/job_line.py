@@ -8,10 +8,11 @@ import time
 from bisect import insort
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
 
 from rtp_mm.engine.slab import Slot
 from rtp_mm.errors import MMError
-from rtp_mm.types import Blob, MMUrlType, Prepared, PreprocessOptions, RowsShape
+from rtp_mm.types import Blob, Layout, MMUrlType, Prepared, PreprocessOptions, RowsShape
 
 Check = Callable[[RowsShape], None]  # raises `MMError` for rows that must not be made
 
@@ -23,6 +24,20 @@ _ROW_BYTES_PER_S = 5e8
 LONG_S = 0.25
 
 
+@runtime_checkable
+class Foresees(Protocol):
+    """A preprocessor that tells how an item's rows will lie before it is decoded, `None` where it cannot."""
+
+    def predict(self, blob: Blob, mm_type: MMUrlType, options: PreprocessOptions) -> Layout | None: ...
+
+
+@runtime_checkable
+class Judges(Protocol):
+    """A preprocessor that tells how an item's rows can lie at all, so that no worker's word is taken for it."""
+
+    def can_give(self, layout: Layout, blob: Blob, mm_type: MMUrlType) -> bool: ...
+
+
 def no_check(shape: RowsShape) -> None:
     """For rows that were judged before."""
 
@@ -31,15 +46,15 @@ def no_check(shape: RowsShape) -> None:
 class Job:
     """An item for a worker.
 
-    shape: foreseen, of its rows.
-    check: told what its rows will be, where that was not foreseen, before they are made.
+    layout: foreseen, of its rows.
+    check:  told what its rows will be, where that was not foreseen, before they are made.
     """
 
     blob: Blob
     mm_type: MMUrlType
     options: PreprocessOptions
     answer: asyncio.Future[Prepared]
-    shape: RowsShape | None = None
+    layout: Layout | None = None
     check: Check = no_check
     queued_at: float = field(default_factory=time.perf_counter)
     is_begun: bool = False  # a worker has heard of it
@@ -49,7 +64,8 @@ class Job:
     def expected_s(self) -> float:
         """How long it keeps a worker, about."""
         rate = _FILE_BYTES_PER_S.get(self.mm_type, _IMAGE_BYTES_PER_S)
-        return self.blob.nbytes / rate + math.prod(self.shape or (0,)) / _ROW_BYTES_PER_S
+        row_bytes = 0 if self.layout is None else math.prod(self.layout.shape)
+        return self.blob.nbytes / rate + row_bytes / _ROW_BYTES_PER_S
 
     @property
     def is_long(self) -> bool:

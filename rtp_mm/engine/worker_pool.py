@@ -18,13 +18,13 @@ from typing import Any, TypeVar
 
 from rtp_mm.cores import CoreShare
 from rtp_mm.engine import worker_protocol
-from rtp_mm.engine.job_line import Check, Job, JobLine, no_check
+from rtp_mm.engine.job_line import Check, Job, JobLine, Judges, no_check
 from rtp_mm.engine.slab import Slab, Slot
 from rtp_mm.engine.worker_process import WorkerDiedError, WorkerProcess
 from rtp_mm.errors import DrainingError, MMError, ProcessError, StartError, WrongFormatError
 from rtp_mm.logs import log_event
 from rtp_mm.preprocess.worker import Place, Setup
-from rtp_mm.types import Blob, MMUrlType, Prepared, PreprocessOptions, RowsShape
+from rtp_mm.types import Blob, Layout, MMUrlType, Prepared, PreprocessOptions, RowsShape
 
 _log = logging.getLogger(__name__)
 
@@ -60,6 +60,7 @@ class WorkerPool:
             self._setup = pickle.dumps(Setup(preprocess, memory_mb << 20))
         except (pickle.PicklingError, AttributeError, TypeError) as error:
             raise StartError(f"a preprocessor that workers cannot get ({error}) needs USE_LOCAL_PREPROCESS=1") from None
+        self._judge = preprocess if isinstance(preprocess, Judges) else None
         self._inbox_bytes = max(inbox_bytes, len(self._setup))
         self._cores = cores
         self.slab = Slab(slab_mb << 20)
@@ -98,12 +99,12 @@ class WorkerPool:
         blob: Blob,
         mm_type: MMUrlType,
         options: PreprocessOptions,
-        shape: RowsShape | None = None,
+        layout: Layout | None = None,
         check: Check = no_check,
     ) -> Prepared:
-        """Rows are read-only views of the slab, given back as they become garbage. A `shape` that is foreseen spares a
-        small item a turn of the conversation; one that turns out wrong costs nothing more. Where none is foreseen,
-        `check` is told it before rows are made.
+        """Rows are read-only views of the slab, given back as they become garbage. A `layout` that is foreseen spares a
+        small item a turn of the conversation; a worker that gives another is replaced. Where none is foreseen, `check`
+        is told the shape before rows are made.
 
         Cancelled, a job that waits is forgotten, one that runs has a second to end before its worker is killed. Raises
         what the preprocessor raises as `MMError`, and `ProcessError` for any other exception or a worker that died.
@@ -111,7 +112,7 @@ class WorkerPool:
         self._loop = asyncio.get_running_loop()
         if not self._tasks:
             self._tasks = [self._loop.create_task(self._tend(worker)) for worker in self._workers]
-        job = Job(blob, mm_type, options, self._loop.create_future(), shape, check)
+        job = Job(blob, mm_type, options, self._loop.create_future(), layout, check)
         self._jobs.add(job)
         self._match()
         try:
@@ -168,8 +169,8 @@ class WorkerPool:
                 await self._reaped(worker, job)
                 return "memory"
             worker.clear(job.blob.nbytes)
-        except WorkerDiedError:
-            return await self._bury(worker, job)
+        except WorkerDiedError as error:
+            return await self._bury(worker, job, str(error))
         finally:
             del self._busy[job]
             self._jobs.end(job)
@@ -209,24 +210,28 @@ class WorkerPool:
             place = await self._asked_place(worker, job, worker_protocol.rows_shape(answer))
             answer = worker_protocol.checked(await worker.answer(), job.blob.source)
         worker.clear(content.size)
-        prepared = worker_protocol.prepared_by(answer, place.shape)
+        layout = worker_protocol.layout(answer, place.shape)
+        self._check_layout(job, layout)
+        prepared = worker_protocol.prepared_by(answer, layout)
         return prepared(self.slab.rows(job.slots.pop(), place.shape, self._take_back))
 
     def _place_ahead(self, job: Job) -> Place | None:
         """For rows as foreseen, if they are few and there is room that nobody waits for."""
-        if job.shape is None or math.prod(job.shape) > _AHEAD_BYTES or self._space_line.locked():
+        if job.layout is None or (nbytes := math.prod(job.layout.shape)) > _AHEAD_BYTES or self._space_line.locked():
             return None
-        if (slot := self.slab.allocate(math.prod(job.shape))) is None:
+        if (slot := self.slab.allocate(nbytes)) is None:
             return None
         job.slots.append(slot)
-        return Place(slot.offset, job.shape)
+        return Place(slot.offset, job.layout.shape)
 
     async def _asked_place(self, worker: WorkerProcess, job: Job, shape: RowsShape) -> Place:
-        """For the rows that the worker asks room for, and knows of now. Raises `WrongFormatError` for too many, and
-        what the job's `check` raises.
+        """For the rows that the worker asks room for, and knows of now. Raises `WrongFormatError` for too many, what
+        the job's `check` raises, and `WorkerDiedError` for others than were foreseen.
         """
+        if job.layout is not None and shape != job.layout.shape:
+            raise WorkerDiedError(f"it asked for {shape}, foreseen was {job.layout.shape}")
         nbytes = math.prod(shape)
-        if job.shape is None and nbytes <= self.slab.nbytes and not job.answer.done():
+        if job.layout is None and nbytes <= self.slab.nbytes and not job.answer.done():
             try:
                 job.check(shape)
             except MMError:
@@ -239,15 +244,25 @@ class WorkerPool:
         worker.tell(slot.offset)
         return Place(slot.offset, shape)
 
-    async def _bury(self, worker: WorkerProcess, job: Job) -> str:
-        """Reaps it; only after that its slot may be used again. What it died of."""
+    def _check_layout(self, job: Job, layout: Layout) -> None:
+        """Raises `WorkerDiedError` for one that is not as foreseen, or can be no such item's."""
+        if job.layout is not None and layout != job.layout:
+            raise WorkerDiedError(f"it gave {layout}, foreseen was {job.layout}")
+        if self._judge is not None and not self._judge.can_give(layout, job.blob, job.mm_type):
+            raise WorkerDiedError(f"it gave {layout}, which no such item has")
+
+    async def _bury(self, worker: WorkerProcess, job: Job, breach: str) -> str:
+        """Reaps it; only after that its slot may be used again. What it died of. `breach`: what it did wrong, if that
+        is known.
+        """
         how = await self._reaped(worker, job)
         if job.answer.cancelled():
             return "overrun"
         if not job.is_begun:  # it had died before
             self._jobs.add(job)
             return "idle"
-        job.fail(ProcessError(f"the preprocess worker {how} while it held this item"))
+        reason = f": {breach}" if breach else ""
+        job.fail(ProcessError(f"the preprocess worker {how} while it held this item{reason}"))
         return "crash"
 
     async def _reaped(self, worker: WorkerProcess, job: Job | None = None) -> str:

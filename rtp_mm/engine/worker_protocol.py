@@ -18,7 +18,7 @@ from rtp_mm.engine.worker_process import WorkerDiedError
 from rtp_mm.errors import NotSupportedError, ProcessError, WrongFormatError
 from rtp_mm.logs import log_event
 from rtp_mm.preprocess.worker import Place, Task
-from rtp_mm.types import Blob, LogMel, MMUrlType, Patches, Prepared, PreprocessOptions
+from rtp_mm.types import Blob, Layout, LogMel, MMUrlType, Patches, Prepared, PreprocessOptions, RowsShape
 
 Answer = Mapping[str, Any]
 
@@ -60,7 +60,7 @@ def checked(answer: Answer, source: str) -> Answer:
     return answer
 
 
-def rows_shape(answer: Answer) -> tuple[int, int]:
+def rows_shape(answer: Answer) -> RowsShape:
     """Of the rows that the worker asks room for."""
     match answer.get("shape"):
         case [int(count), int(columns)] if count > 0 and columns > 0 and count * columns < _MOST:
@@ -68,18 +68,23 @@ def rows_shape(answer: Answer) -> tuple[int, int]:
     raise WorkerDiedError
 
 
-def prepared_by(answer: Answer, shape: tuple[int, int]) -> Callable[[NDArray[np.uint8]], Prepared]:
-    """What to make of the rows of that shape."""
-    if "cut_s" not in answer:
-        grid, seconds, decoded = _grid(answer, shape), _seconds(answer), _count(answer, "decoded_frames")
+def layout(answer: Answer, shape: RowsShape) -> Layout:
+    """Of the rows of that shape that the worker made."""
+    return Layout(shape, None if "cut_s" in answer else _grid(answer, shape))
+
+
+def prepared_by(answer: Answer, layout: Layout) -> Callable[[NDArray[np.uint8]], Prepared]:
+    """What to make of the rows that lie so."""
+    if (grid := layout.grid_thw) is not None:
+        seconds, decoded = _seconds(answer), _count(answer, "decoded_frames")
         return lambda rows: Patches(rows, grid, seconds, decoded)
     cut_s = answer["cut_s"]
-    if shape[1] % 4 or not (cut_s is None or (isinstance(cut_s, float) and 0 < cut_s < math.inf)):
+    if layout.shape[1] % 4 or not (cut_s is None or (isinstance(cut_s, float) and 0 < cut_s < math.inf)):
         raise WorkerDiedError
     return lambda rows: LogMel(rows.view(np.float32), cut_s)
 
 
-def _grid(answer: Answer, shape: tuple[int, int]) -> tuple[int, int, int]:
+def _grid(answer: Answer, shape: RowsShape) -> tuple[int, int, int]:
     match answer.get("grid"):
         case [int(t), int(h), int(w)] if min(t, h, w) > 0 and t * h * w == shape[0]:
             return t, h, w

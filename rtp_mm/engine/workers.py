@@ -19,7 +19,7 @@ from rtp_mm.errors import MMError, ProcessError, WrongFormatError
 from rtp_mm.media.decode_threads import DECODE_THREADS
 from rtp_mm.models.multimodal_common import MultiModalEmbeddingInterface
 from rtp_mm.models.registry import thread_on
-from rtp_mm.types import Blob, MMPreprocessConfig, MMUrlType, PreprocessOptions, RowsShape
+from rtp_mm.types import Blob, Layout, MMPreprocessConfig, MMUrlType, PreprocessOptions
 
 _log = logging.getLogger(__name__)
 
@@ -84,11 +84,12 @@ class PreprocessWorkers:
         blob: Blob,
         mm_type: MMUrlType,
         options: PreprocessOptions,
-        shape: RowsShape | None = None,
+        layout: Layout | None = None,
         check: Check = no_check,
     ) -> ForwardInput:
-        """What the model's `prepare` gives. `shape` is what its rows are foreseen to be: no more than a hint. Where
-        they are not, `check` is told once a process knows, before it makes them; never where something else does.
+        """What the model's `prepare` gives. `layout` is how its rows are foreseen to lie; a process that gives others
+        is replaced. Where they are not foreseen, `check` is told their shape once a process knows, before it makes
+        them; never where something else does.
 
         Raises `MMError`; a third party's own exception becomes `ProcessError`. Cancelled, a process that still runs a
         second later is killed; a thread goes on to its end.
@@ -102,7 +103,7 @@ class PreprocessWorkers:
                 prepared = await self._in_thread(on_device, blob, mm_type, options)
                 if prepared.value is not None:
                     return prepared
-            patches = await self._processes.run(blob, mm_type, options, shape, check)
+            patches = await self._processes.run(blob, mm_type, options, layout, check)
             return ForwardInput(patches, self._mm_part.patches(patches))
 
     async def _in_thread(self, prepare: Callable[..., Any], *arguments: Any) -> ForwardInput:

@@ -12,7 +12,7 @@ from rtp_mm.media.audio import Sound, decode_audio, decoder
 from rtp_mm.media.sniff import sniff
 from rtp_mm.preprocess.log_mel import LOUDEST, MelRule, log_mel
 from rtp_mm.preprocess.patches import new_rows
-from rtp_mm.types import Blob, LogMel, MMUrlType, PreprocessOptions, RowAllocator
+from rtp_mm.types import Blob, Layout, LogMel, MMUrlType, PreprocessOptions, RowAllocator
 
 MIN_STEPS = 2  # make a token
 
@@ -53,6 +53,13 @@ class AudioPreprocessor:
         rows[1 : 1 + frames] = log_mel(samples, self.rule, frames)
         rows[1 + frames :] = 0
         return LogMel(rows, float(self.rule.seconds) if is_cut else None)
+
+    def can_give(self, layout: Layout, blob: Blob, mm_type: MMUrlType) -> bool:
+        """Whether a sound's rows may lie so."""
+        count, columns = layout.shape
+        steps, rest = divmod(count - 2, 2)
+        most = -(-self.rule.frames(self.rule.max_samples) // 2)
+        return layout.grid_thw is None and columns == 4 * self.rule.bins and not rest and MIN_STEPS <= steps <= most
 
     def _sound(self, blob: Blob, mm_type: MMUrlType) -> Sound:
         data = blob.data

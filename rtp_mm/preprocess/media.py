@@ -13,7 +13,7 @@ from rtp_mm.media.sniff import sniff
 from rtp_mm.preprocess.image_config import ImageProcessorConfig
 from rtp_mm.preprocess.patches import ImagePreprocessor, new_rows
 from rtp_mm.preprocess.video import VideoPreprocessor
-from rtp_mm.types import Blob, MMUrlType, Patches, PreprocessOptions, RowAllocator
+from rtp_mm.types import Blob, Layout, MMUrlType, Patches, PreprocessOptions, RowAllocator
 
 if TYPE_CHECKING:
     from rtp_mm.config import Settings
@@ -54,11 +54,15 @@ class MediaPreprocessor:
     def merge_size(self) -> int:
         return self.image.merge_size
 
-    def predict(self, blob: Blob, mm_type: MMUrlType, options: PreprocessOptions) -> tuple[int, int] | None:
-        """The shape of an item's rows, known before it is decoded; `None` where that takes a decoder's library. Raises
+    def predict(self, blob: Blob, mm_type: MMUrlType, options: PreprocessOptions) -> Layout | None:
+        """How an item's rows will lie, known before it is decoded; `None` where that takes a decoder's library. Raises
         `WrongFormatError` and `NotSupportedError`.
         """
         return self._own(blob, mm_type).predict(blob, mm_type, options)
+
+    def can_give(self, layout: Layout, blob: Blob, mm_type: MMUrlType) -> bool:
+        """Whether an item's rows may lie so. Raises `NotSupportedError`."""
+        return self._own(blob, mm_type).can_give(layout, blob, mm_type)
 
     def __call__(
         self, blob: Blob, mm_type: MMUrlType, options: PreprocessOptions, allocate: RowAllocator = new_rows

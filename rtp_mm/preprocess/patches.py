@@ -20,7 +20,7 @@ from rtp_mm.media.sniff import sniff
 from rtp_mm.preprocess.image_config import ImageProcessorConfig
 from rtp_mm.preprocess.resize_order import Order, ResizeRule, installed_rule, resize_order
 from rtp_mm.preprocess.sizes import crop_pixels, smart_resize
-from rtp_mm.types import Blob, MMUrlType, Patches, PreprocessOptions, RowAllocator
+from rtp_mm.types import Blob, Layout, MMUrlType, Patches, PreprocessOptions, RowAllocator
 
 if TYPE_CHECKING:
     from rtp_mm.config import Settings  # its pydantic would be half of a worker's memory
@@ -95,12 +95,21 @@ class ImagePreprocessor:
         """Of one patch of a still image."""
         return 3 * self.patch_size**2
 
-    def predict(self, blob: Blob, mm_type: MMUrlType, options: PreprocessOptions) -> tuple[int, int] | None:
-        """The shape of an image's rows, known before it is decoded; `None` where its header does not tell. Raises
+    def predict(self, blob: Blob, mm_type: MMUrlType, options: PreprocessOptions) -> Layout | None:
+        """How an image's rows will lie, known before it is decoded; `None` where its header does not tell. Raises
         `WrongFormatError` for a limit that it breaks.
         """
         size = self._size_told(blob, mm_type)
-        return None if size is None else self._rows_shape(self.grid(self.plan(*size, options)))
+        return None if size is None else self._layout(self.grid(self.plan(*size, options)))
+
+    def can_give(self, layout: Layout, blob: Blob, mm_type: MMUrlType) -> bool:
+        """Whether an image's rows may lie so."""
+        grid = layout.grid_thw
+        return grid is not None and grid[0] == 1 and self.merges(grid) and layout == self._layout(grid)
+
+    def merges(self, grid: tuple[int, int, int]) -> bool:
+        """Whether the patches of each frame make whole tokens."""
+        return not any(side % self.merge_size for side in grid[1:])
 
     def _size_told(self, blob: Blob, mm_type: MMUrlType) -> tuple[int, int] | None:
         """Height and width of an image as it will be decoded; `None` where its header does not tell."""
@@ -127,20 +136,26 @@ class ImagePreprocessor:
     ) -> Patches:
         """Rows [h * w, 3 * P * P] (one frame: T is 1), written to what `allocate` gives, and the grid (1, h, w).
 
-        Raises `WrongFormatError` for what cannot be decoded, breaks a limit or has bad options, `NotSupportedError`
-        for video and audio.
+        Raises `WrongFormatError` for what cannot be decoded, is not as its header tells, breaks a limit or has bad
+        options, `NotSupportedError` for video and audio.
         """
         image = self._image(blob, mm_type)
-        plan = self.plan(image.shape[0], image.shape[1], options)
+        height, width, _ = image.shape
+        told = self._size_told(blob, mm_type)
+        if told is not None and told != (height, width):
+            raise WrongFormatError(
+                f"broken image: its header tells {told[1]}x{told[0]}, a decoder finds {width}x{height}"
+            )
+        plan = self.plan(height, width, options)
         grid = self.grid(plan)
-        rows = allocate(self._rows_shape(grid))
+        rows = allocate(self._layout(grid).shape)
         _core.resize_patchify(
             plan.cut(image), plan.height, plan.width, self.patch_size, self.merge_size, order=plan.order, out=rows
         )
         return Patches(rows, grid)
 
-    def _rows_shape(self, grid: tuple[int, int, int]) -> tuple[int, int]:
-        return prod(grid), self.row_bytes
+    def _layout(self, grid: tuple[int, int, int]) -> Layout:
+        return Layout((prod(grid), self.row_bytes), grid)
 
     def _image(self, blob: Blob, mm_type: MMUrlType) -> NDArray[np.uint8]:
         """[H, W, 3] uint8."""

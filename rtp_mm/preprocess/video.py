@@ -22,7 +22,7 @@ from rtp_mm.preprocess.image_config import ImageProcessorConfig
 from rtp_mm.preprocess.patches import ImagePreprocessor, ResizePlan, new_rows, plan_resize
 from rtp_mm.preprocess.video_config import checkpoints_rule
 from rtp_mm.preprocess.video_rule import FPS, TOTAL_TOKENS, VideoRule
-from rtp_mm.types import Blob, MMUrlType, Patches, PreprocessOptions, RowAllocator
+from rtp_mm.types import Blob, Layout, MMUrlType, Patches, PreprocessOptions, RowAllocator
 
 if TYPE_CHECKING:
     from rtp_mm.config import Settings
@@ -73,8 +73,8 @@ class VideoPreprocessor:
         with open_clip(data, self.limits) as clip:
             return [index / float(clip.fps) for index in self.rule.choose_frames(clip.frames, clip.fps, options)]
 
-    def predict(self, blob: Blob, mm_type: MMUrlType, options: PreprocessOptions) -> tuple[int, int] | None:
-        """The shape of a clip's rows, known before it is decoded: of frames that are decoded already, and of an
+    def predict(self, blob: Blob, mm_type: MMUrlType, options: PreprocessOptions) -> Layout | None:
+        """How a clip's rows will lie, known before it is decoded: of frames that are decoded already, and of an
         animation; `None` for a container's, which takes FFmpeg to read. Raises `WrongFormatError` for a limit that it
         breaks, but for that of patches.
         """
@@ -87,7 +87,12 @@ class VideoPreprocessor:
         else:
             return None
         plan = self.plan(frames.height, frames.width, frames.number, options)
-        return self._rows_shape(self.grid(frames.number, plan))
+        return self._layout(self.grid(frames.number, plan))
+
+    def can_give(self, layout: Layout, blob: Blob, mm_type: MMUrlType) -> bool:
+        """Whether a clip's rows may lie so."""
+        grid = layout.grid_thw
+        return grid is not None and self.image.merges(grid) and layout == self._layout(grid)
 
     def plan(self, height: int, width: int, frames: int, options: PreprocessOptions) -> ResizePlan:
         """For each of so many frames of that size. Raises `WrongFormatError` for a limit that they break."""
@@ -146,8 +151,8 @@ class VideoPreprocessor:
         fps = len(chosen) / clip.frames * float(clip.fps)
         return chosen, _Frames(len(chosen), clip.height, clip.width, fps)
 
-    def _rows_shape(self, grid: tuple[int, int, int]) -> tuple[int, int]:
-        return prod(grid), self.image.row_bytes * self.rule.temporal_patch_size
+    def _layout(self, grid: tuple[int, int, int]) -> Layout:
+        return Layout((prod(grid), self.image.row_bytes * self.rule.temporal_patch_size), grid)
 
     def _patches(
         self, frames: Iterable[Frame], shape: _Frames, options: PreprocessOptions, allocate: RowAllocator
@@ -157,7 +162,7 @@ class VideoPreprocessor:
         count = shape.number
         plan = self.plan(shape.height, shape.width, count, options)
         grid = t, h, w = self.checked_grid(count, plan)
-        rows = allocate(self._rows_shape(grid))  # from here on frames are decoded
+        rows = allocate(self._layout(grid).shape)  # from here on frames are decoded
         done = 0
         for frame in frames:
             slots = [done] if done + 1 < count else range(done, t * step)
