@@ -86,6 +86,7 @@ def date(seconds: float = 0) -> str:
         ({"Cache-Control": 'no-cache="Set-Cookie", max-age=300'}, 0),
         ({"Cache-Control": "no-store, max-age=300"}, None),
         ({"Cache-Control": "max-age=300; no-store"}, None),  # malformed: nobody knows what was meant
+        ({"Cache-Control": "max-age=300\n"}, None),
         ({"Cache-Control": 'ext="no-store, max-age=5", max-age=300'}, 300),
         ({"Vary": "Accept, User-Agent"}, TTL_S),
         ({"Vary": "*"}, None),

@@ -21,7 +21,7 @@ _READ = ("Age", "Cache-Control", "Date", "ETag", "Expires", "Last-Modified", "Va
 _MOST_DIGITS = 10  # of a number of seconds: three centuries
 
 _TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
-_DIRECTIVES = re.compile(rf'[ \t]*(?:({_TOKEN})(?:=({_TOKEN}|"(?:[^"\\]|\\.)*"))?)?[ \t]*(?:,|$)')
+_DIRECTIVES = re.compile(rf'[ \t]*(?:({_TOKEN})(?:=({_TOKEN}|"(?:[^"\\]|\\.)*"))?)?[ \t]*(?:,|\Z)')
 
 
 @dataclass(frozen=True, slots=True)
