@@ -307,6 +307,17 @@ async def test_a_kept_download_meets_the_limit_of_who_asks(source: Source) -> No
             await c.fetch(url, MMUrlType.IMAGE)
 
 
+async def test_a_kept_download_that_does_not_say_what_it_is_meets_the_limit_of_what_it_is(source: Source) -> None:
+    image = source.answers_with("/image", body=b"GIF89a" + bytes(5000))
+    clip = source.answers_with("/clip", body=b"\x1a\x45\xdf\xa3" + bytes(5000))
+    async with client(source, mm_image_max_file_size_kb=4, mm_video_max_file_size_kb=8) as c:
+        for url in (image, clip):
+            await c.fetch(url, MMUrlType.VIDEO)
+        assert c.fetcher.at_hand(MultimodalInput(clip)) is not None
+        with pytest.raises(WrongFormatError, match="MM_IMAGE_MAX_FILE_SIZE_KB"):
+            c.fetcher.at_hand(MultimodalInput(image))
+
+
 async def test_urls_that_differ_in_a_byte_are_two(source: Source) -> None:
     url = source.answers_with("/x", body=BODY)
     async with client(source) as c:

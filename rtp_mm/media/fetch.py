@@ -85,8 +85,8 @@ class Fetcher:
         """
         if item.mm_type is MMUrlType.TENSOR or _scheme(item.url) in ("data", "file", ""):
             return None
-        if (blob := self._cache.fresh(item.url)) is not None:  # it may be kept from an item of another type
-            self.limit(item).check(blob.nbytes)
+        if (blob := self._cache.fresh(item.url)) is not None:
+            _check_kept(blob, self.limit(item))
         return blob
 
     def limit(self, item: MultimodalInput) -> SizeLimit:
@@ -135,8 +135,7 @@ class Fetcher:
                 self.fetched_bytes += len(body)
                 blob = await _file_blob(body, url)
                 self._cache.put(url, blob, download.answers, asked_at)
-        assert isinstance(blob.data, bytes)
-        limit.told(blob.data[:START_BYTES]).check(blob.nbytes)  # it may be kept from an item of another type
+        _check_kept(blob, limit)
         return blob
 
     async def _download(self, item: MultimodalInput, limit: SizeLimit, known: Answer | None) -> Download:
@@ -156,6 +155,12 @@ def _scheme(url: str) -> str:
 async def _run(nbytes: int, function: Callable[[], T]) -> T:
     """Calls a function whose time grows with `nbytes`: in a thread unless they are few."""
     return function() if nbytes <= _SMALL else await asyncio.to_thread(function)
+
+
+def _check_kept(blob: Blob, limit: SizeLimit) -> None:
+    """Of a download that may be kept from an item of another type. Raises `WrongFormatError`."""
+    assert isinstance(blob.data, bytes)
+    limit.told(blob.data[:START_BYTES]).check(blob.nbytes)
 
 
 async def _file_blob(data: bytes, url: str) -> Blob:
