@@ -68,7 +68,7 @@ def test_embed_saves_what_the_engine_gives(
 
 
 def test_embed_asks_a_server_for_absolute_paths(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The server has another working directory."""
+    """The server has another working directory. What has a scheme is the server's to judge."""
     asked: dict[str, Any] = {}
 
     def submit(urls: list[str], **options: Any) -> MMEmbeddingRes:
@@ -81,11 +81,13 @@ def test_embed_asks_a_server_for_absolute_paths(monkeypatch: pytest.MonkeyPatch,
 
     monkeypatch.setattr(rtp_mm, "create_engine", create_engine)
     monkeypatch.chdir(tmp_path)
-    urls = ["a.jpg", "http://host/b.jpg", "data:,c"]
+    others = ["http://host/b.jpg", "data:,c", "DATA:,c", "S3://bucket/b.jpg"]
+    files = ["file:a%20%C3%A4.jpg", "FILE:/b/c.jpg", "file://localhost/b/c.jpg"]
+    urls = ["a.jpg", *others, *files]
     assert main(["embed", *urls, "--server", "1.2.3.4:5"]) == 0
     assert asked == {
         "vit_separation": 2,
         "remote_vit_server_ip": "1.2.3.4:5",
-        "urls": [str(tmp_path / "a.jpg"), "http://host/b.jpg", "data:,c"],
+        "urls": [str(tmp_path / "a.jpg"), *others, f"{tmp_path.as_uri()}/a%20%C3%A4.jpg", *["file:///b/c.jpg"] * 2],
         "closed": True,
     }

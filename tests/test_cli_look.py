@@ -27,7 +27,7 @@ def test_look_shows_the_resized_photograph(
     tiny_qwen2_5_vl: Path, photo: bytes, photo_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "look.png"
-    assert main(["look", str(photo_path), "--checkpoint", str(tiny_qwen2_5_vl), "--out", str(out)]) == 0
+    assert main(["look", f"file:{photo_path}", "--checkpoint", str(tiny_qwen2_5_vl), "--out", str(out)]) == 0
     assert "448 x 308 pixels, 32 x 22 patches, 176 tokens" in capsys.readouterr().out
     seen = np.asarray(Image.open(out))[1::SCALE, 1::SCALE]  # beside the thin lines
     resized = np.asarray(Image.open(io.BytesIO(photo)).convert("RGB").resize((448, 308), Image.Resampling.BICUBIC))

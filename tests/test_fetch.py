@@ -19,9 +19,10 @@ from hypothesis import strategies as st
 from rtp_mm.config import load_settings
 from rtp_mm.errors import NotSupportedError, WrongFormatError
 from rtp_mm.media.data_url import DataUrl
-from rtp_mm.media.fetch import MAX_URL_CHARACTERS, Fetcher
+from rtp_mm.media.fetch import Fetcher
 from rtp_mm.media.limits import SizeLimit
 from rtp_mm.media.redact import MAX_CHARACTERS, redact
+from rtp_mm.media.urls import MAX_URL_CHARACTERS, scheme_of
 from rtp_mm.types import LIBRARY_CALLER, MMUrlType, MultimodalInput
 
 BODY = bytes(range(256)) * 5
@@ -108,6 +109,30 @@ async def test_another_scheme_is_refused_by_name(url: str) -> None:
     scheme = url.partition(":")[0].lower()
     with pytest.raises(NotSupportedError, match=f"scheme '{scheme}'; allowed are http, https, file, data, plain paths"):
         await fetch(url)
+
+
+@pytest.mark.parametrize(
+    ("url", "scheme"),
+    [
+        ("http://h/x", "http"),
+        ("HTTPS://h/x", "https"),
+        ("s3://b/k", "s3"),
+        ("Data:,x", "data"),
+        ("FILE:x", "file"),
+        ("file:///x", "file"),
+        ("http:/h/x", ""),
+        ("s3:b", ""),
+        ("x/http://h", ""),
+        (" data:,x", ""),
+        ("/x", ""),
+        ("", ""),
+        ("a" * 64 + "://x", "a" * 64),
+        ("a" * 65 + "://x", ""),  # so of megabytes no more is looked at
+    ],
+    ids=lambda text: text[:20],
+)
+def test_a_scheme_is_told_by_the_start_of_a_url(url: str, scheme: str) -> None:
+    assert scheme_of(url) == scheme
 
 
 @pytest.mark.parametrize("way", ["base64", "percent", "file", "memory"])
@@ -252,6 +277,8 @@ async def test_library_callers_get_what_remote_ones_get() -> None:
         ("blob:https://u:pw@host/x", "...@host/x"),
         ("data:,secret", "data:text/plain, 6 bytes"),
         ("data:secret", "data: URL without a comma, 11 characters"),
+        ("HTTP://u:pw@h/" + "a" * MAX_URL_CHARACTERS, "http, 16398 characters"),
+        ("a" * 10**7, "path, 10000000 characters"),
         ("http://h/\r\nX: y\x1b[31m\u202e", r"http://h/\r\nX: y\x1b[31m\u202e"),
         ("\ud800", r"\ud800"),
     ],
@@ -261,7 +288,16 @@ def test_a_redacted_url_shows_where_but_no_secret(url: str, shown: str) -> None:
     assert redact(url) == shown
 
 
-@pytest.mark.parametrize("url", ["http://h/" + "a" * 10**6 + "/cat.jpg", "/" + "\0" * 10**6, "http://" + "a@" * 10**6])
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("http://h/" + "a" * n + "/cat.jpg" for n in (10**4, 10**6)),
+        *("/" + "\0" * n for n in (10**4, 10**6)),
+        *("http://" + "a@" * n for n in (5000, 10**6)),
+        "data:" + "a" * 10**6 + ",x",
+    ],
+    ids=lambda url: f"{url[:10]!r} {len(url)}",
+)
 def test_a_redacted_url_is_short(url: str) -> None:
     assert len(redact(url)) <= MAX_CHARACTERS
 

@@ -13,6 +13,8 @@ import rtp_mm
 from rtp_mm.cli.outputs import check_output, writing
 from rtp_mm.cli.sounds import check_pixel_limits, family_of
 from rtp_mm.errors import StartError
+from rtp_mm.media.local import local_path
+from rtp_mm.media.urls import scheme_of
 from rtp_mm.types import MMEmbeddingRes, MMPreprocessConfig, MMUrlType, PreprocessOptions
 
 SUFFIXES = (".safetensors", ".npz")
@@ -73,8 +75,14 @@ def _family(checkpoint: Path | None, server: str | None) -> str | None:
 
 
 def absolute(url: str) -> str:
-    """A path as seen from here, so that a server with another working directory finds the same file."""
-    return url if url.startswith("data:") or "://" in url else os.path.abspath(url)
+    """A path as seen from here, so that a server with another working directory finds the same file.
+
+    Raises `MMError` for a `file:` URL that names none.
+    """
+    scheme = scheme_of(url)
+    if scheme == "file":
+        return Path(os.path.abspath(local_path(url))).as_uri()
+    return url if scheme else os.path.abspath(url)
 
 
 def _lines(urls: Sequence[str], result: MMEmbeddingRes) -> Iterator[str]:

@@ -8,6 +8,7 @@ from blake3 import blake3
 from cachetools import LRUCache
 
 from rtp_mm.media.sniff import sniff
+from rtp_mm.media.urls import scheme_of
 from rtp_mm.types import Blob, MMUrlType, MultimodalInput
 
 URLS_KEPT = 65536  # some 200 bytes each
@@ -44,7 +45,7 @@ class SeenDataUrls:
 
 
 def is_data_url(item: MultimodalInput) -> bool:
-    return item.mm_type is not MMUrlType.TENSOR and item.url[:5].lower() == "data:"
+    return item.mm_type is not MMUrlType.TENSOR and scheme_of(item.url) == "data"
 
 
 def _key(item: MultimodalInput) -> bytes:

@@ -6,7 +6,6 @@ Access comes first and costs no I/O beyond resolving a path, so that caches can 
 from __future__ import annotations
 
 import asyncio
-import re
 import time
 from collections.abc import Callable
 from http import HTTPStatus
@@ -26,12 +25,11 @@ from rtp_mm.media.http import Download, HttpSource
 from rtp_mm.media.limits import START_BYTES, PixelLimit, SizeLimit
 from rtp_mm.media.local import LocalFiles, local_path
 from rtp_mm.media.redact import redact
+from rtp_mm.media.urls import MAX_URL_CHARACTERS, scheme_of
 from rtp_mm.types import Blob, CacheStats, Caller, MMUrlType, MultimodalInput
 
 T = TypeVar("T")
 
-_SCHEME = re.compile(r"(data|file)(?=:)|([a-z][a-z0-9+.-]*)(?=://)", re.IGNORECASE)
-MAX_URL_CHARACTERS = 16384  # twice what web servers take; libraries below keep those that they parsed last
 _SMALL = 1 << 18  # bytes hashed or decoded in less time (0.1 ms) than a thread takes to answer under load
 
 
@@ -68,7 +66,7 @@ class Fetcher:
             raise NotSupportedError("IGRAPH items are not supported")
         if item.mm_type is MMUrlType.TENSOR:
             return
-        scheme = _scheme(item.url)
+        scheme = scheme_of(item.url)
         if scheme != "data" and len(item.url) > MAX_URL_CHARACTERS:
             raise WrongFormatError(f"a URL of {len(item.url)} characters, over the limit of {MAX_URL_CHARACTERS}")
         match scheme:
@@ -83,7 +81,7 @@ class Fetcher:
         """The bytes of a download that is still good, for a caller whose access was checked. Raises
         `WrongFormatError` for one over the limit of this item's type.
         """
-        if item.mm_type is MMUrlType.TENSOR or _scheme(item.url) in ("data", "file", ""):
+        if item.mm_type is MMUrlType.TENSOR or scheme_of(item.url) in ("data", "file", ""):
             return None
         if (blob := self._cache.fresh(item.url)) is not None:
             _check_kept(blob, self.limit(item))
@@ -103,7 +101,7 @@ class Fetcher:
         if item.mm_type is MMUrlType.TENSOR:
             return await asyncio.to_thread(_tensor_blob, item.tensor)
         url, limit = item.url, self.limit(item).metered(meter)
-        match _scheme(url):
+        match scheme_of(url):
             case "data":
                 data = await _run(len(url), lambda: DataUrl.parse(url).decode(limit))
             case "file" | "":
@@ -140,16 +138,10 @@ class Fetcher:
 
     async def _download(self, item: MultimodalInput, limit: SizeLimit, known: Answer | None) -> Download:
         url, pixels = item.url, PixelLimit.of(self._settings, item.mm_type)
-        if _scheme(url) in ("http", "https"):
+        if scheme_of(url) in ("http", "https"):
             return await self._http.download(url, limit, pixels, known)
         body = await self._filesystems.read(url, limit, pixels)
         return Download(body, (Answer(url, HTTPStatus.OK, {}),))  # says nothing of how long it is good
-
-
-def _scheme(url: str) -> str:
-    """Lower-case, empty for a plain path: only `data:`, `file:` and what has `://` counts as a scheme."""
-    match = _SCHEME.match(url)
-    return match[0].lower() if match else ""
 
 
 async def _run(nbytes: int, function: Callable[[], T]) -> T:

@@ -15,6 +15,7 @@ from urllib.parse import unquote_to_bytes
 from rtp_mm.config import Settings
 from rtp_mm.errors import DownloadFailedError, DownloadRefusedError, MMError, NotSupportedError, WrongFormatError
 from rtp_mm.media.limits import START_BYTES, SizeLimit
+from rtp_mm.media.urls import scheme_of
 from rtp_mm.types import Caller
 
 PATH_MAX = 4096  # Linux's, in bytes with the NUL behind it
@@ -29,8 +30,8 @@ def local_path(url: str) -> str:
     `DownloadRefusedError` for one that is too long.
     """
     path = url
-    if url[:5].lower() == "file:":
-        path = url[5:]
+    if scheme_of(url) == "file":
+        path = url[len("file:") :]
         if path.startswith("//"):
             host, slash, path = path[2:].partition("/")
             if host.lower() not in ("", "localhost"):

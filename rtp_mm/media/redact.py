@@ -6,6 +6,7 @@ import re
 
 from rtp_mm.errors import WrongFormatError
 from rtp_mm.media.data_url import DataUrl
+from rtp_mm.media.urls import MAX_URL_CHARACTERS, scheme_of
 
 MAX_CHARACTERS = 120
 
@@ -21,16 +22,19 @@ _URL = re.compile(
 def redact(url: str) -> str:
     """The URL without credentials, query, fragment or data, control characters escaped, at most 120 characters.
 
-    A data URL is told by type and size: `data:image/jpeg, 70568 bytes base64`.
+    A data URL is told by type and size: `data:image/jpeg, 70568 bytes base64`; any other that is too long by its size.
     """
     url = url.strip()
-    if url[:5].lower() == "data:":
+    scheme = scheme_of(url)
+    if scheme == "data":
         text = _describe_data(url)
+    elif len(url) > MAX_URL_CHARACTERS:  # nobody fetches it, and its parts would take long to find
+        text = f"{scheme or 'path'}, {len(url)} characters"
     elif match := _URL.fullmatch(url):
         text = "{scheme}://{host}{port}{path}".format(**match.groupdict()) + ("?..." if match["rest"] else "")
     else:
         text = _after_userinfo(url.partition("?")[0]) + ("?..." if "?" in url else "")
-    return _shorten(_escape(_shorten(text)))  # shortened first too: a hostile URL has megabytes
+    return _shorten(_escape(_shorten(text)))  # shortened first too: a hostile data URL's type may have megabytes
 
 
 def _after_userinfo(text: str) -> str:
