@@ -144,6 +144,11 @@ class Forward:
         return False
 
 
+def is_whole(mm_part: MultiModalEmbeddingInterface) -> bool:
+    """Whether the part has an `mm_embedding` of its own, and so opens by itself what it is asked for."""
+    return type(mm_part).mm_embedding is not MultiModalEmbeddingInterface.mm_embedding
+
+
 class WholeForward(Forward):
     """For a third party's part with an `mm_embedding` of its own, from URL to answer: `Work.value` is the input."""
 

@@ -1,6 +1,7 @@
 """Fetch: an item of a request goes in, its bytes (or its array) come out, with their content hash.
 
-Access comes first and costs no I/O beyond resolving a path, so that caches can stand between it and the fetch.
+Access comes first and costs no I/O, so that caches can stand between it and the fetch. Where a local file's path leads
+is looked at when it is read: no cache knows a file by its path.
 """
 
 from __future__ import annotations
@@ -73,9 +74,16 @@ class Fetcher:
             case "http" | "https" | "data":
                 return
             case "file" | "":
-                self._files.check(local_path(item.url), caller)
+                self._files.check(item.url, caller)
             case _:
                 self._filesystems.check(scheme, item.url)
+
+    async def check_path(self, item: MultimodalInput) -> None:
+        """Of a local file that something else than `fetch` will open: raises `NotSupportedError` if nobody may read it.
+        `check_access` comes first.
+        """
+        if item.mm_type is not MMUrlType.TENSOR and scheme_of(item.url) in ("file", ""):
+            await asyncio.to_thread(self._files.check_path, local_path(item.url))
 
     def at_hand(self, item: MultimodalInput) -> Blob | None:
         """The bytes of a download that is still good, for a caller whose access was checked. Raises

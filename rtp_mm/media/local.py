@@ -1,8 +1,10 @@
 """Local files: who may read which, and reading nothing but regular files.
 
-Access is decided twice. `check` resolves the path and so answers before any cache is asked. `read` then looks at the
-object that the path led to, through a descriptor that opens nothing (O_PATH): no link swapped in between, no `..` and
-no device or FIFO gets past it.
+Access is decided in three steps. `check` says at once who may name files at all. `check_path`, with which `read`
+begins, resolves the path, which takes as long as a disk or a network does: until then nothing tells whether the file is
+there. `read` then looks at the object that the path led to, through a descriptor that opens nothing (O_PATH): no link
+swapped in between, no `..` and no device or FIFO gets past it. The last two are the same for everybody who got past the
+first, so that whoever asks for the same path may share one read.
 """
 
 from __future__ import annotations
@@ -65,14 +67,18 @@ class LocalFiles:
         folder = settings.mm_allowed_local_media_path
         self._inside = os.path.join(os.path.realpath(folder), "") if folder is not None else ""
 
-    def check(self, path: str, caller: Caller) -> None:
-        """Raises `NotSupportedError` if this caller may not read this path, whether or not it is there."""
+    def check(self, url: str, caller: Caller) -> None:
+        """Raises `NotSupportedError` if this caller may read no file at all, and as `local_path`."""
+        local_path(url)
         if not self._is_allowed:
             raise NotSupportedError("local files are off (MM_LOCAL_MEDIA=0)")
+        if not (self._inside or caller.is_local):
+            raise NotSupportedError("local files are for callers on this machine only (MM_ALLOWED_LOCAL_MEDIA_PATH)")
+
+    def check_path(self, path: str) -> None:
+        """Blocks: for a thread. Raises `NotSupportedError` if nobody may read this path, whether or not it is there."""
         if self._inside:
             self._check_inside(os.path.realpath(path))
-        elif not caller.is_local:
-            raise NotSupportedError("local files are for callers on this machine only (MM_ALLOWED_LOCAL_MEDIA_PATH)")
 
     def read(self, path: str, limit: SizeLimit) -> bytes:
         """The whole file. Blocks: for a thread. `check` comes first.
@@ -81,6 +87,7 @@ class LocalFiles:
         not there or not readable, `WrongFormatError` over the limit, `DownloadFailedError` for the rest.
         """
         try:
+            self.check_path(path)
             handle = os.open(path, os.O_PATH | os.O_CLOEXEC)
             try:
                 return self._read(handle, limit)
