@@ -184,6 +184,21 @@ def test_a_still_of_a_format_without_animation_is_told_what_is_taken(frames: lis
         pass
 
 
+@pytest.mark.parametrize("bug", [ValueError, LookupError, RuntimeError, OSError, struct.error])
+def test_what_a_reader_does_wrong_is_no_broken_file(bug: type[Exception], frames: list[Pixels]) -> None:
+    data = animate(frames[:3], "GIF", 50)
+
+    def fail(_: Pixels) -> None:
+        raise bug("ours")
+
+    with pytest.raises(bug, match="ours"), open_animation(data, LIMITS):
+        raise bug("ours")
+    with pytest.raises(bug, match="ours"), open_animation(data, LIMITS) as clip:
+        list(map(fail, clip.read([0, 2])))
+    with pytest.raises(IndexError), open_animation(data, LIMITS) as clip:
+        next(clip.read([]))
+
+
 def apng(announced: Sequence[int], frames: int) -> bytes:
     """Of 1x1, without pixels."""
     header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", 1, 1, 8, 0, 0, 0, 0))

@@ -61,3 +61,11 @@ def test_want_of_memory_is_no_broken_file(number: int) -> None:
     """Nor is a decoder's thread that cannot start, where there is no memory for its stack."""
     with pytest.raises(MemoryError), opened(encode(sine(1), 16000), ("wav",), "sound"):
         raise av.error.FFmpegError(number, "a word of FFmpeg's")
+
+
+@pytest.mark.parametrize("bug", [ValueError, LookupError, OSError, EOFError, MemoryError])
+def test_what_a_reader_does_wrong_is_no_broken_file(bug: type[Exception]) -> None:
+    """PyAV's errors are such, too."""
+    with pytest.raises(bug, match="ours") as caught, opened(encode(sine(1), 16000), ("wav",), "sound"):
+        raise bug("ours")
+    assert caught.type is bug

@@ -303,6 +303,18 @@ def test_damage_gives_an_image_or_one_of_our_errors(chelsea: Image.Image, format
     assert refused
 
 
+@pytest.mark.parametrize("format", ["JPEG", "PNG"])
+def test_a_bug_of_a_faster_decoder_is_no_broken_file(
+    format: str, chelsea: Image.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def decoder(*_: Any) -> None:
+        raise ValueError("ours")
+
+    monkeypatch.setattr(f"rtp_mm.media.image.decode_{format.lower()}", decoder)
+    with pytest.raises(ValueError, match="ours"):
+        pixels(encode(chelsea, format))
+
+
 @pytest.mark.parametrize("call", ["rtp_mm.media.image", "rtp_mm.media.fetch", "rtp_mm.preprocess.patches"])
 def test_neither_torch_nor_heif_is_imported(call: str) -> None:
     code = f"import json, sys, {call}; print(json.dumps([m for m in ('torch', 'pillow_heif') if m in sys.modules]))"

@@ -5,7 +5,7 @@ is what a viewer shows: laid over those before it, transparent parts over white.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from fractions import Fraction
 from io import BytesIO
 
@@ -14,7 +14,7 @@ from PIL import Image, ImageFile
 
 from rtp_mm import _core
 from rtp_mm.errors import WrongFormatError
-from rtp_mm.media.clip import Clip, ClipLimits, Frame
+from rtp_mm.media.clip import ClipLimits, Frame, OpenClip
 from rtp_mm.media.image import named_errors, rgb_pixels
 from rtp_mm.media.limits import check_pixels
 from rtp_mm.media.probe import probe
@@ -25,13 +25,11 @@ _SHORTEST_MS = 20  # browsers show a frame of less for 100 ms
 _DEFAULT_MS = 100
 
 
-@contextmanager
-def open_animation(data: bytes, limits: ClipLimits) -> Iterator[Clip]:
+def open_animation(data: bytes, limits: ClipLimits) -> OpenClip:
     """Nothing is decoded until the clip is read. Raises `WrongFormatError` for what is broken, over a limit or no
     image that can be animated.
     """
-    with named_errors(data, FORMATS):
-        yield _Animation(data, limits)
+    return nullcontext(_Animation(data, limits))
 
 
 class _Animation:
@@ -43,7 +41,8 @@ class _Animation:
             raise WrongFormatError(f"a video is expected here, this image is no animation ({', '.join(FORMATS)})")
         self.width, self.height = header.width, header.height
         check_pixels(self.width, self.height, limits.max_pixels)
-        canvas_width, canvas_height, milliseconds = _core.animation(data)
+        with named_errors(data, FORMATS):
+            canvas_width, canvas_height, milliseconds = _core.animation(data)
         self.frames = len(milliseconds)
         limits.check_animation(self.frames, canvas_width, canvas_height)
         shown = float(np.where(milliseconds < _SHORTEST_MS, _DEFAULT_MS, milliseconds).sum())
@@ -61,7 +60,7 @@ class _Animation:
             first = int(getattr(image, "default_image", False))
             self._check(image, self.frames if image.format == "GIF" else getattr(image, "n_frames", 1) - first)
             for index in range(indices[-1] + 1):
-                with TRUNCATION.decoding(allow_truncated=False):
+                with self._decoding():
                     image.seek(first + index)
                     self.decoded += 1
                     frame = rgb_pixels(image)[: self.height, : self.width].copy() if index in wanted else None
@@ -69,8 +68,14 @@ class _Animation:
                     yield frame
 
     def _open(self) -> ImageFile.ImageFile:
-        with TRUNCATION.decoding(allow_truncated=False):
+        with self._decoding():
             return Image.open(BytesIO(self._data), formats=FORMATS)
+
+    @contextmanager
+    def _decoding(self) -> Iterator[None]:
+        """While Pillow is at work, and nobody else: what goes wrong is the file's fault."""
+        with named_errors(self._data, FORMATS), TRUNCATION.decoding(allow_truncated=False):
+            yield
 
     def _check(self, image: ImageFile.ImageFile, frames: int) -> None:
         """Pillow would count a GIF's frames by a pass over its blocks; one that is not there it does not find."""

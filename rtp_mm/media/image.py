@@ -66,16 +66,24 @@ def decode(data: bytes, *, max_pixels: int, allow_truncated: bool, exif_transpos
     """
     if (header := probe(data)) is not None:
         check_pixels(header.width, header.height, max_pixels)  # Pillow opens an icon by decoding it
-    with named_errors(data, FORMATS), TRUNCATION.decoding(allow_truncated), _open(data) as image:
-        check_pixels(*image.size, max_pixels)
-        pixels = None if exif_transpose else _decode_faster(data, image)
-        if pixels is None:
-            image.load()
-            if exif_transpose:
-                ImageOps.exif_transpose(image, in_place=True)
-            pixels = rgb_pixels(image)
-        pixels.flags.writeable = False
-        return pixels
+    with TRUNCATION.decoding(allow_truncated):
+        with named_errors(data, FORMATS):
+            image = _open(data)
+        with image:
+            check_pixels(*image.size, max_pixels)
+            pixels = None if exif_transpose else _decode_faster(data, image)
+            if pixels is None:
+                with named_errors(data, FORMATS):
+                    pixels = _decode(image, exif_transpose)
+            pixels.flags.writeable = False
+            return pixels
+
+
+def _decode(image: ImageFile.ImageFile, exif_transpose: bool) -> NDArray[np.uint8]:
+    image.load()
+    if exif_transpose:
+        ImageOps.exif_transpose(image, in_place=True)
+    return rgb_pixels(image)
 
 
 def _decode_faster(data: bytes, image: ImageFile.ImageFile) -> NDArray[np.uint8] | None:
