@@ -17,7 +17,7 @@ from PIL import Image
 from transformers import Qwen2VLImageProcessorPil
 
 from rtp_mm.config import load_settings
-from rtp_mm.errors import NotSupportedError, StartError, WrongFormatError
+from rtp_mm.errors import StartError, WrongFormatError
 from rtp_mm.media.probe import ImageHeader
 from rtp_mm.preprocess.image_config import ImageProcessorConfig
 from rtp_mm.preprocess.patches import ImagePreprocessor
@@ -191,24 +191,11 @@ def test_a_tensor_takes_the_way_of_an_image(photos: dict[str, NDArray[np.uint8]]
     assert_equal(patches, reference(Image.fromarray(pixels)))
 
 
-def test_default_is_told_from_the_bytes(photo: bytes) -> None:
-    assert_equal(PREPROCESS(blob(photo), MMUrlType.DEFAULT, NO_OPTIONS), rows_of(photo))
-    with pytest.raises(NotSupportedError, match="this model takes images only, not video"):
-        PREPROCESS(blob(b"\0\0\0\x18ftypisom" + b"\0" * 64), MMUrlType.DEFAULT, NO_OPTIONS)
-
-
-@pytest.mark.parametrize(
-    ("data", "mm_type", "what"),
-    [
-        (b"", MMUrlType.VIDEO, "not video"),
-        (b"", MMUrlType.AUDIO, "not audio"),
-        (np.zeros((2, 28, 28, 3), np.uint8), MMUrlType.TENSOR, r"a clip \[2, 28, 28, 3\]"),
-        (np.zeros(16000, np.float32), MMUrlType.TENSOR, r"sound \[16000\]"),
-    ],
-)
-def test_what_is_no_image_is_refused(data: bytes | NDArray[Any], mm_type: MMUrlType, what: str) -> None:
-    with pytest.raises(NotSupportedError, match=f"this model takes images only, .*{what}"):
-        PREPROCESS(blob(data), mm_type, NO_OPTIONS)
+def test_a_tensor_over_the_limit_is_refused() -> None:
+    with pytest.raises(WrongFormatError, match=r"20x10 is 200 pixels, over the limit of 199 \(MM_MAX_PIXELS\)"):
+        ImagePreprocessor.from_config(PUBLISHED, load_settings(mm_max_pixels=199))(
+            blob(np.zeros((1, 10, 20, 3), np.uint8)), MMUrlType.TENSOR, NO_OPTIONS
+        )
 
 
 def test_an_image_that_is_not_as_its_header_tells_is_refused(photo: bytes, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,14 +57,17 @@ def test_aspect_ratio_of_200_is_the_last_admitted() -> None:
 @pytest.mark.parametrize(
     ("crop", "expected"),
     [
+        (None, (0, 0, 487, 730)),
         (CropBox(0, 0, 1, 1), (0, 0, 487, 730)),
         (CropBox(0.25, 0.5, 0.75, 1), (243, 182, 487, 548)),  # 182.5 and 243.5 outwards
         (CropBox(0.5, 0.5, 0.5000001, 0.5000001), (243, 365, 244, 366)),
         (CropBox(0.9999999999999999, 0, 1, 1e-12), (0, 729, 1, 730)),
     ],
 )
-def test_crop_takes_every_pixel_that_it_touches(crop: CropBox, expected: tuple[int, int, int, int]) -> None:
-    assert crop_pixels(487, 730, crop) == expected
+def test_crop_takes_every_pixel_that_it_touches(crop: CropBox | None, expected: tuple[int, int, int, int]) -> None:
+    box = crop_pixels(487, 730, crop)
+    assert box == expected
+    assert box.size == (box.bottom - box.top, box.right - box.left)
 
 
 def test_no_crop_is_empty_or_outside() -> None:

@@ -45,7 +45,7 @@ def preprocessor(tmp_path: Path, **options: Any) -> MediaPreprocessor:
     return MediaPreprocessor.from_checkpoint(tmp_path, PUBLISHED_PROCESSOR, load_settings(None, **options))
 
 
-def blob(data: bytes | Pixels) -> Blob:
+def blob(data: bytes | NDArray[Any]) -> Blob:
     return Blob(data, b"", "test")
 
 
@@ -143,8 +143,34 @@ def test_limits_hold(clip: bytes, frames: list[Pixels], tmp_path: Path) -> None:
         preprocessor(tmp_path, mm_max_video_seconds=1)(blob(clip), VIDEO, ANY)
     with pytest.raises(WrongFormatError, match="no video"):
         preprocessor(tmp_path)(blob(sound_only()), VIDEO, ANY)
-    with pytest.raises(NotSupportedError, match="not audio"):
-        preprocessor(tmp_path)(blob(b"ID3" + bytes(100)), MMUrlType.DEFAULT, ANY)
+
+
+def test_default_is_told_from_the_bytes(photo: bytes, clip: bytes, tmp_path: Path) -> None:
+    preprocess = preprocessor(tmp_path)
+    for data, mm_type in ((photo, MMUrlType.IMAGE), (clip, VIDEO)):
+        told, asked = (preprocess(blob(data), each, ANY) for each in (MMUrlType.DEFAULT, mm_type))
+        assert told.grid_thw == asked.grid_thw
+        assert np.array_equal(told.rows, asked.rows)
+    with pytest.raises(WrongFormatError, match="no image in a supported format"):
+        preprocess(blob(b"neither"), MMUrlType.DEFAULT, ANY)
+
+
+@pytest.mark.parametrize(
+    ("data", "mm_type", "reason"),
+    [
+        (b"", MMUrlType.AUDIO, "this model takes images and videos, not audio"),
+        (b"ID3" + bytes(100), MMUrlType.DEFAULT, "this model takes images and videos, not audio"),
+        (b"ID3" + bytes(100), MMUrlType.IMAGE, "an image is expected here, these bytes are audio"),
+        (b"\0\0\0\x18ftypisom" + bytes(64), MMUrlType.IMAGE, "an image is expected here, these bytes are video"),
+        (b"ID3" + bytes(100), VIDEO, "a video is expected here, these bytes are audio"),
+        (np.zeros(16000, np.float32), MMUrlType.TENSOR, r"this model takes images and videos, the tensor is \[16000\]"),
+    ],
+)
+def test_what_is_neither_image_nor_video_is_refused_by_name(
+    data: bytes | NDArray[Any], mm_type: MMUrlType, reason: str, tmp_path: Path
+) -> None:
+    with pytest.raises(NotSupportedError, match=reason):
+        preprocessor(tmp_path)(blob(data), mm_type, ANY)
 
 
 # --- tower and positions

@@ -81,8 +81,8 @@ async def test_errors_keep_their_class_and_others_their_secrets(
     pid = await text(pool, "pid")
     with pytest.raises(WrongFormatError, match=r"^no picture$"):
         await run(pool, script("refuse"))
-    with pytest.raises(NotSupportedError, match="takes images only"):
-        await run(pool, Blob(np.zeros((2, 8, 8, 3), np.uint8), b"", "clip"))
+    with pytest.raises(NotSupportedError, match="these bytes are audio"):
+        await run(pool, Blob(b"ID3" + bytes(100), b"", "sound"))
     with pytest.raises(ProcessError, match=r"^preprocessing failed with KeyError$"):
         await run(pool, script("stumble"))
     with pytest.raises(ProcessError, match=r"^preprocessing failed with AttributeError$"):

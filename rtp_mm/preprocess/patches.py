@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import astuple, dataclass
 from math import prod
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
@@ -11,15 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rtp_mm import _core
-from rtp_mm.errors import NotSupportedError, WrongFormatError
+from rtp_mm.errors import WrongFormatError
 from rtp_mm.media.image import decode, decoders
 from rtp_mm.media.limits import check_pixels
 from rtp_mm.media.plain_pixels import may_have_exif
 from rtp_mm.media.probe import probe
-from rtp_mm.media.sniff import sniff
 from rtp_mm.preprocess.image_config import ImageProcessorConfig
 from rtp_mm.preprocess.resize_order import Order, ResizeRule, installed_rule, resize_order
-from rtp_mm.preprocess.sizes import crop_pixels, smart_resize
+from rtp_mm.preprocess.sizes import PixelBox, crop_pixels, smart_resize
 from rtp_mm.types import Blob, Layout, MMUrlType, Patches, PreprocessOptions, RowAllocator
 
 if TYPE_CHECKING:
@@ -45,6 +43,12 @@ class ResizePlan(NamedTuple):
     height: int
     width: int
     order: Order
+
+    @classmethod
+    def of(cls, box: PixelBox, height: int, width: int, rule: ResizeRule) -> ResizePlan:
+        """From the box to (height, width)."""
+        order = resize_order(*box.size, height, width, rule)
+        return cls(slice(box.top, box.bottom), slice(box.left, box.right), height, width, order)
 
     def cut(self, pixels: Pixels) -> Pixels:
         """A view of [..., H, W, 3]."""
@@ -125,7 +129,8 @@ class ImagePreprocessor:
     def plan(self, height: int, width: int, options: PreprocessOptions) -> ResizePlan:
         """For an image of that size. Raises `WrongFormatError` for a limit that it breaks."""
         check_pixels(width, height, self.max_image_pixels)
-        return plan_resize(height, width, options, self._target_size, self.resize_rule)
+        box = crop_pixels(height, width, options.crop)
+        return ResizePlan.of(box, *self._target_size(*box.size, options), self.resize_rule)
 
     def grid(self, plan: ResizePlan) -> tuple[int, int, int]:
         """(1, h, w) in patches."""
@@ -136,10 +141,10 @@ class ImagePreprocessor:
     ) -> Patches:
         """Rows [h * w, 3 * P * P] (one frame: T is 1), written to what `allocate` gives, and the grid (1, h, w).
 
-        Raises `WrongFormatError` for what cannot be decoded, is not as its header tells, breaks a limit or has bad
-        options, `NotSupportedError` for video and audio.
+        Of an image's file, or of [1, H, W, 3]. Raises `WrongFormatError` for what cannot be decoded, is not as its
+        header tells, breaks a limit or has bad options, `NotSupportedError` for a video's or a sound's file.
         """
-        image = self._image(blob, mm_type)
+        image = self._image(blob)
         height, width, _ = image.shape
         told = self._size_told(blob, mm_type)
         if told is not None and told != (height, width):
@@ -157,30 +162,17 @@ class ImagePreprocessor:
     def _layout(self, grid: tuple[int, int, int]) -> Layout:
         return Layout((prod(grid), self.row_bytes), grid)
 
-    def _image(self, blob: Blob, mm_type: MMUrlType) -> NDArray[np.uint8]:
+    def _image(self, blob: Blob) -> NDArray[np.uint8]:
         """[H, W, 3] uint8."""
-        data = blob.data
-        if isinstance(data, np.ndarray):
-            return self._image_of_tensor(data)
-        if mm_type is MMUrlType.DEFAULT:
-            mm_type = sniff(data) or MMUrlType.IMAGE
-        if mm_type is not MMUrlType.IMAGE:
-            raise NotSupportedError(f"this model takes images only, not {mm_type.name.lower()}")
+        if isinstance(blob.data, np.ndarray):
+            image: NDArray[np.uint8] = blob.data[0]
+            return image
         return decode(
-            data,
+            blob.data,
             max_pixels=self.max_image_pixels,
             allow_truncated=self.allow_truncated,
             exif_transpose=self.exif_transpose,
         )
-
-    def _image_of_tensor(self, frames: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        if frames.ndim != 4 or len(frames) != 1:
-            kind = "a clip" if frames.ndim == 4 else "sound"
-            raise NotSupportedError(f"this model takes images only, the tensor is {kind} {list(frames.shape)}")
-        _, height, width, _ = frames.shape
-        check_pixels(width, height, self.max_image_pixels)
-        image: NDArray[np.uint8] = frames[0]
-        return image
 
     def _target_size(self, height: int, width: int, options: PreprocessOptions) -> tuple[int, int]:
         min_pixels = options.min_pixels or self.min_pixels
@@ -198,19 +190,3 @@ def _may_be_turned(image_format: str, data: bytes) -> bool:
     through a short one finds; other formats have it in more places, compressed too.
     """
     return image_format != "JPEG" or len(data) > _SEARCHED_BYTES or may_have_exif(data) or _XMP in data
-
-
-def plan_resize(
-    height: int,
-    width: int,
-    options: PreprocessOptions,
-    target_size: Callable[[int, int, PreprocessOptions], tuple[int, int]],
-    rule: ResizeRule,
-) -> ResizePlan:
-    """`target_size`: (height, width) that pixels of a height and width get."""
-    top, left, bottom, right = 0, 0, height, width
-    if options.crop is not None:
-        top, left, bottom, right = crop_pixels(height, width, options.crop)
-    out_height, out_width = target_size(bottom - top, right - left, options)
-    order = resize_order(bottom - top, right - left, out_height, out_width, rule)
-    return ResizePlan(slice(top, bottom), slice(left, right), out_height, out_width, order)

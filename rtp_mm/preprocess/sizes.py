@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 from rtp_mm.errors import WrongFormatError
 from rtp_mm.types import CropBox
@@ -37,8 +38,24 @@ def smart_resize(
     return rows * factor, columns * factor
 
 
-def crop_pixels(height: int, width: int, crop: CropBox) -> tuple[int, int, int, int]:
-    """(top, left, bottom, right) of the smallest box of whole pixels around `crop`, never empty."""
+class PixelBox(NamedTuple):
+    """A part of an image: from `top` and `left` on, up to before `bottom` and `right`."""
+
+    top: int
+    left: int
+    bottom: int
+    right: int
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width)."""
+        return self.bottom - self.top, self.right - self.left
+
+
+def crop_pixels(height: int, width: int, crop: CropBox | None) -> PixelBox:
+    """The smallest box of whole pixels around `crop`, never empty; of everything without one."""
+    if crop is None:
+        return PixelBox(0, 0, height, width)
     top, left = min(math.floor(crop.y1 * height), height - 1), min(math.floor(crop.x1 * width), width - 1)
     bottom, right = math.ceil(crop.y2 * height), math.ceil(crop.x2 * width)
-    return top, left, max(bottom, top + 1), max(right, left + 1)
+    return PixelBox(top, left, max(bottom, top + 1), max(right, left + 1))

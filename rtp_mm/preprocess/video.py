@@ -19,7 +19,8 @@ from rtp_mm.media.limits import check_pixels
 from rtp_mm.media.sniff import sniff
 from rtp_mm.media.video import decoder, open_video
 from rtp_mm.preprocess.image_config import ImageProcessorConfig
-from rtp_mm.preprocess.patches import ImagePreprocessor, ResizePlan, new_rows, plan_resize
+from rtp_mm.preprocess.patches import ImagePreprocessor, ResizePlan, new_rows
+from rtp_mm.preprocess.sizes import crop_pixels
 from rtp_mm.preprocess.video_config import checkpoints_rule
 from rtp_mm.preprocess.video_rule import FPS, TOTAL_TOKENS, VideoRule
 from rtp_mm.types import Blob, Layout, MMUrlType, Patches, PreprocessOptions, RowAllocator
@@ -97,13 +98,10 @@ class VideoPreprocessor:
     def plan(self, height: int, width: int, frames: int, options: PreprocessOptions) -> ResizePlan:
         """For each of so many frames of that size. Raises `WrongFormatError` for a limit that they break."""
         check_pixels(width, height, self.image.max_image_pixels)
-
-        def target_size(height: int, width: int, options: PreprocessOptions) -> tuple[int, int]:
-            size = self.rule.frame_size(height, width, frames, options)
-            check_pixels(size[1], size[0], self.image.max_image_pixels)
-            return size
-
-        return plan_resize(height, width, options, target_size, self.image.resize_rule)
+        box = crop_pixels(height, width, options.crop)
+        out_height, out_width = self.rule.frame_size(*box.size, frames, options)
+        check_pixels(out_width, out_height, self.image.max_image_pixels)
+        return ResizePlan.of(box, out_height, out_width, self.image.resize_rule)
 
     def grid(self, frames: int, plan: ResizePlan) -> tuple[int, int, int]:
         """(t, h, w) in patches."""
@@ -188,8 +186,9 @@ class VideoPreprocessor:
 
     def _plan_frame(self, frame: Frame, plan: ResizePlan, options: PreprocessOptions) -> ResizePlan:
         """To the size of all, for a frame that may come in another than the clip's header says."""
-        size = plan.height, plan.width
-        return plan_resize(frame.shape[0], frame.shape[1], options, lambda *_: size, self.image.resize_rule)
+        height, width, _ = frame.shape
+        box = crop_pixels(height, width, options.crop)
+        return ResizePlan.of(box, plan.height, plan.width, self.image.resize_rule)
 
 
 def chosen_frames(data: bytes, limits: ClipLimits, rule: VideoRule, options: PreprocessOptions) -> Iterator[Frame]:
