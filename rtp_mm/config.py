@@ -24,6 +24,13 @@ Port = Annotated[int, Field(ge=1, le=65534)]  # gRPC listens on the next one
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 PILLOW_MAX_PIXELS = 178956970  # beyond this Pillow itself takes an image for a bomb
+# Readers of Pillow's that know a file by its first bytes, and tell from its header how many pixels they will decode, so
+# that a bomb is seen before it costs memory. Never the others: EPS and WMF run programs; BLP, CUR, DCX, ICNS and IPTC
+# hold files of other formats, of sizes that they need not tell (IPTC of any, of EPS too); IM, IMT, PCD and SPIDER try
+# whatever comes; FITS and MCIDAS hold measurements; BUFR, GRIB, HDF5 and MPEG are for libraries that are not there.
+EXTRA_IMAGE_FORMATS = (
+    "DDS", "DIB", "FLI", "FTEX", "GBR", "MSP", "PCX", "PIXAR", "PSD", "SGI", "SUN", "XBM", "XPM", "XVTHUMB",
+)  # fmt: skip
 _FLAG = re.compile(r"(?<=^--)[a-z0-9-]+(?==|$)")
 # All that RTP-LLM calls a dtype, bp16 included; it takes them in any case.
 _DTYPE_NAMES = (("bf16", "bfloat16", "bp16"), ("fp16", "float16"), ("fp32", "float32"))
@@ -82,6 +89,12 @@ def _as_scheme(scheme: str) -> str:
     if scheme.lower() in {"http", "https", "file", "local", "data"}:
         raise ValueError(f"{scheme!r} has options of its own")
     return scheme.lower()
+
+
+def _as_extra_format(name: str) -> str:
+    if name.upper() not in EXTRA_IMAGE_FORMATS:
+        raise ValueError(f"{name!r} is none that can be added: {', '.join(EXTRA_IMAGE_FORMATS)}")
+    return name.upper()
 
 
 def _as_proxy(url: str) -> str:
@@ -176,6 +189,9 @@ class Settings(BaseSettings):
         PILLOW_MAX_PIXELS, description="largest decoded image, pixels"
     )
     mm_allow_truncated_images: bool = Field(False, description="1: a truncated image is decoded as far as it goes")
+    mm_extra_image_formats: Annotated[
+        tuple[Annotated[str, AfterValidator(_as_extra_format)], ...], NoDecode, BeforeValidator(_split)
+    ] = Field((), description=f"further image formats, separated by commas: {', '.join(EXTRA_IMAGE_FORMATS)}")
     mm_exif_transpose: bool = Field(False, description="1: turn images as their EXIF orientation says")
     mm_video_rule: Literal["qwen", "hf"] = Field(
         "qwen", description="whose rule chooses a video's frames and their size: qwen-vl-utils' or transformers'"

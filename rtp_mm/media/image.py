@@ -24,7 +24,7 @@ from rtp_mm.media.sniff import sniff
 from rtp_mm.media.truncation import TRUNCATION
 from rtp_mm.types import MMUrlType
 
-# TGA comes last: it has no signature, so its reader tries whatever the others leave.
+# TGA comes last, behind MM_EXTRA_IMAGE_FORMATS too: it has no signature, so its reader tries whatever the others leave.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "ICO", "PPM", "QOI", "TGA")
 KEPT_BYTES = 48 << 20  # an image of 12 megapixels, in Pillow's four bytes each
 _MODES = {1: "L", 2: "LA", 4: "RGBA"}  # Pillow's, by channels
@@ -54,11 +54,19 @@ def keep_decode_buffers() -> None:
     memory.set_blocks_max(1)
 
 
-def decode(data: bytes, *, max_pixels: int, allow_truncated: bool, exif_transpose: bool) -> NDArray[np.uint8]:
+def decode(
+    data: bytes,
+    *,
+    max_pixels: int,
+    allow_truncated: bool,
+    exif_transpose: bool,
+    extra_formats: Sequence[str] = (),
+) -> NDArray[np.uint8]:
     """The first frame as [H, W, 3] uint8 RGB, read-only, with 3 or 4 bytes from pixel to pixel.
 
     allow_truncated: a file that ends early is decoded as far as it goes.
     exif_transpose:  the image is turned as its EXIF orientation says.
+    extra_formats:   that are taken besides `FORMATS`, by Pillow's names.
 
     Transparent pixels are laid over white, as in transformers' `convertto_rgb` (5.23); other modes become RGB by
     Pillow's `convert("RGB")`. Raises `WrongFormatError` for a broken image or one of more than `max_pixels` (before it
@@ -66,14 +74,15 @@ def decode(data: bytes, *, max_pixels: int, allow_truncated: bool, exif_transpos
     """
     if (header := probe(data)) is not None:
         check_pixels(header.width, header.height, max_pixels)  # Pillow opens an icon by decoding it
+    formats = (*FORMATS[:-1], *extra_formats, FORMATS[-1])
     with TRUNCATION.decoding(allow_truncated):
-        with named_errors(data, FORMATS):
-            image = _open(data)
+        with named_errors(data, formats):
+            image = Image.open(BytesIO(data), formats=(*formats, *_heif_format(data)))
         with image:
             check_pixels(*image.size, max_pixels)
             pixels = None if exif_transpose else _decode_faster(data, image)
             if pixels is None:
-                with named_errors(data, FORMATS):
+                with named_errors(data, formats):
                     pixels = _decode(image, exif_transpose)
             pixels.flags.writeable = False
             return pixels
@@ -94,10 +103,6 @@ def _decode_faster(data: bytes, image: ImageFile.ImageFile) -> NDArray[np.uint8]
         return None
     channels = pixels.shape[2]
     return pixels if channels == 3 else rgb_pixels(Image.frombuffer(_MODES[channels], image.size, pixels))
-
-
-def _open(data: bytes) -> ImageFile.ImageFile:
-    return Image.open(BytesIO(data), formats=(*FORMATS, *_heif_format(data)))
 
 
 def _heif_format(data: bytes) -> tuple[str, ...]:

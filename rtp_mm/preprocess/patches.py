@@ -71,6 +71,7 @@ class ImagePreprocessor:
     max_image_pixels: int  # of an image as it comes, and of one as a request asks for it
     allow_truncated: bool
     exif_transpose: bool
+    extra_formats: tuple[str, ...]
     resize_rule: ResizeRule
 
     @classmethod
@@ -86,6 +87,7 @@ class ImagePreprocessor:
             max_image_pixels=settings.mm_max_pixels,
             allow_truncated=settings.mm_allow_truncated_images,
             exif_transpose=settings.mm_exif_transpose,
+            extra_formats=settings.mm_extra_image_formats,
             resize_rule=installed_rule() if rule == "auto" else rule,
         )
 
@@ -172,6 +174,7 @@ class ImagePreprocessor:
             max_pixels=self.max_image_pixels,
             allow_truncated=self.allow_truncated,
             exif_transpose=self.exif_transpose,
+            extra_formats=self.extra_formats,
         )
 
     def _target_size(self, height: int, width: int, options: PreprocessOptions) -> tuple[int, int]:
