@@ -34,7 +34,7 @@ EXTRA_IMAGE_FORMATS = (
 _FLAG = re.compile(r"(?<=^--)[a-z0-9-]+(?==|$)")
 # All that RTP-LLM calls a dtype, bp16 included; it takes them in any case.
 _DTYPE_NAMES = (("bf16", "bfloat16", "bp16"), ("fp16", "float16"), ("fp32", "float32"))
-_ACT_TYPES = {name: names[0] for names in _DTYPE_NAMES for name in names}
+ACT_TYPES = {name: names[0] for names in _DTYPE_NAMES for name in names}
 SECRETS = {"download_headers", "mm_fetch_proxy", "mm_auth_token"}  # options whose values no message repeats
 
 
@@ -45,7 +45,7 @@ def _digit(value: Any) -> Any:
 
 def _act_type(value: Any) -> Any:
     """One name for each dtype."""
-    return _ACT_TYPES.get(value.lower(), value) if isinstance(value, str) else value
+    return ACT_TYPES.get(value.lower(), value) if isinstance(value, str) else value
 
 
 def _parsed(value: Any) -> Any:

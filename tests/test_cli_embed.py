@@ -91,3 +91,17 @@ def test_embed_asks_a_server_for_absolute_paths(monkeypatch: pytest.MonkeyPatch,
         "urls": [str(tmp_path / "a.jpg"), *others, f"{tmp_path.as_uri()}/a%20%C3%A4.jpg", *["file:///b/c.jpg"] * 2],
         "closed": True,
     }
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("BF16", "bf16"), ("float16", "fp16"), ("int8", None)])
+def test_a_dtype_has_the_names_that_a_server_takes(
+    name: str, dtype: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: dict[str, Any] = {}
+    result = MMEmbeddingRes([torch.zeros(4, 8)], None, None, {"forward": 1.0})
+    engine = SimpleNamespace(submit=lambda urls, **options: result, close=lambda: None)
+    monkeypatch.setattr(rtp_mm, "create_engine", lambda **options: (asked.update(options), engine)[1])
+    monkeypatch.setenv("ACT_TYPE", name)
+    status = main(["embed", "a.jpg", "--checkpoint", str(tmp_path)])
+    assert (asked.get("act_type"), status == 0) == (dtype, dtype is not None)
+    assert ("a long name" in capsys.readouterr().err) == (dtype is None)

@@ -45,17 +45,30 @@ class Size(StrEnum):
     b7 = "7b"
 
 
-class ActType(StrEnum):
-    bf16 = "bf16"
-    fp16 = "fp16"
-    fp32 = "fp32"
+def _dtype(name: str) -> str:
+    """ACT_TYPE as a server reads it."""
+    from rtp_mm.config import ACT_TYPES
+
+    if (dtype := ACT_TYPES.get(name.lower())) is None:
+        raise typer.BadParameter(f"must be bf16, fp16, fp32, or a long name (bfloat16, ...), got {name!r}")
+    return dtype
 
 
 Url = Annotated[str, typer.Argument(help="http(s), file or data URL, or a path")]
 Checkpoint = Annotated[
     Path, typer.Option(envvar="CHECKPOINT_PATH", help="folder of the model in Hugging Face format", show_default=False)
 ]
-Dtype = Annotated[ActType, typer.Option("--act-type", "--dtype", envvar="ACT_TYPE", help="dtype of the tower")]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        "--act-type",
+        "--dtype",
+        envvar="ACT_TYPE",
+        callback=_dtype,
+        metavar="[bf16|fp16|fp32]",
+        help="dtype of the tower",
+    ),
+]
 Device = Annotated[str, typer.Option(envvar="DEVICE", help="auto, cpu, cuda or cuda:N")]
 MinPixels = Annotated[
     int | None, typer.Option(min=1, help="fewest pixels of an image or frame, resized", show_default=False)
@@ -123,7 +136,7 @@ def embed(
     media: Annotated[Media, typer.Option("--type", help="default: told from the bytes")] = Media.default,
     min_pixels: MinPixels = None,
     max_pixels: MaxPixels = None,
-    act_type: Dtype = ActType.bf16,
+    act_type: Dtype = "bf16",
     device: Device = "auto",
 ) -> None:
     """Print, or save, the embeddings and position ids of images, videos and sounds, by a checkpoint or a server."""
@@ -132,7 +145,7 @@ def embed(
 
     mm_type = MMUrlType[media.name.upper()]
     options = PreprocessOptions(min_pixels=min_pixels, max_pixels=max_pixels)
-    run(urls, checkpoint, server, save, mm_type, options, act_type.value, device)
+    run(urls, checkpoint, server, save, mm_type, options, act_type, device)
 
 
 @app.command()
@@ -150,7 +163,7 @@ def compare(
     min_pixels: MinPixels = None,
     max_pixels: MaxPixels = None,
     repeat: Annotated[int, typer.Option(min=1, help="timed runs of each; the median counts")] = 1,
-    act_type: Dtype = ActType.bf16,
+    act_type: Dtype = "bf16",
     device: Device = "auto",
 ) -> None:
     """Ours against Hugging Face on the same checkpoint and image, video or sound: agreement, error, times.
@@ -161,7 +174,7 @@ def compare(
     from rtp_mm.types import PreprocessOptions
 
     options = PreprocessOptions(min_pixels=min_pixels, max_pixels=max_pixels)
-    run(Task(url, checkpoint, options, repeat, act_type.value, device))
+    run(Task(url, checkpoint, options, repeat, act_type, device))
 
 
 @app.command()

@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import prod
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple
 
 from rtp_mm.engine.response import Stages
 from rtp_mm.errors import QueueFullError, WrongFormatError
-from rtp_mm.types import Blob, MMUrlType, PreprocessOptions, RowsShape
+from rtp_mm.types import Blob, RowsShape
 
 FIRST_GUESS_SHARE = 1 / 32  # of the patches that may wait: what a download comes to, before any has shown it
 AVERAGED_ITEMS = 16  # that this is learnt from, about: an exponential average
@@ -32,13 +32,6 @@ class Cost(NamedTuple):
     def of(cls, blob: Blob, rows: RowsShape | None) -> Cost:
         """`rows`, where they are foreseen."""
         return cls(0, blob.nbytes) if rows is None else cls(rows[0], blob.nbytes + prod(rows))
-
-
-@runtime_checkable
-class Predicts(Protocol):
-    """A preprocessor that tells the shape of an item's rows before it is decoded, `None` where it cannot."""
-
-    def predict(self, blob: Blob, mm_type: MMUrlType, options: PreprocessOptions) -> RowsShape | None: ...
 
 
 @dataclass(slots=True, eq=False)

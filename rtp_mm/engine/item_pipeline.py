@@ -13,7 +13,7 @@ from rtp_mm.engine.batcher import Batcher
 from rtp_mm.engine.caches import ByteCache, Embedded, EmbeddingKey, PatchKey
 from rtp_mm.engine.contents import is_data_url
 from rtp_mm.engine.flights import Flight, Flights
-from rtp_mm.engine.forward import Forward, WholeForward
+from rtp_mm.engine.forward import Forward, WholeForward, is_whole
 from rtp_mm.engine.job_line import Check, Foresees, no_check
 from rtp_mm.engine.limits import bound_clips, device_limits
 from rtp_mm.engine.response import Answer, Begun, Stages
@@ -21,7 +21,7 @@ from rtp_mm.engine.workers import ForwardInput, PreprocessWorkers
 from rtp_mm.errors import MMError
 from rtp_mm.media.fetch import Fetcher
 from rtp_mm.media.limits import SizeLimit
-from rtp_mm.models.multimodal_common import ACT_DTYPES, MultiModalEmbeddingInterface
+from rtp_mm.models.multimodal_common import ACT_DTYPES
 from rtp_mm.models.multimodal_mixin import MultimodalMixin
 from rtp_mm.types import (
     Blob,
@@ -55,7 +55,7 @@ class ItemPipeline:
         self._mm_part = mm_part = model.mm_part
         self._clock = clock
         self._on_device = mm_part.device_preprocessor
-        self._is_whole = type(mm_part).mm_embedding is not MultiModalEmbeddingInterface.mm_embedding
+        self._is_whole = is_whole(mm_part)
         forward = (WholeForward if self._is_whole else Forward)(mm_part, ACT_DTYPES[model.config.data_type])
         self.limits = device_limits(mm_part, settings)
         bound_clips(mm_part, self.limits)

@@ -171,6 +171,7 @@ class ImageEmbeddingInterface(MultiModalEmbeddingInterface):
                 max_pixels=settings.mm_max_pixels,
                 allow_truncated=settings.mm_allow_truncated_images,
                 exif_transpose=settings.mm_exif_transpose,
+                extra_formats=settings.mm_extra_image_formats,
             )
         options = _options(kwargs)
         return sized(Image.fromarray(cropped(pixels, options)), options, settings.mm_max_pixels)
