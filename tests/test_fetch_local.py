@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 import stat
@@ -250,3 +251,20 @@ def test_no_descriptor_is_left_open(folder: Path) -> None:
         with pytest.raises(MMError):
             files.read(str(path), SizeLimit(limit, "LIMIT"))
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+async def test_a_mount_that_hangs_holds_up_nobody_who_reads_no_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More reads than any pool has threads; a large data URL takes one, too."""
+    may_read = threading.Event()
+    monkeypatch.setattr(LocalFiles, "read", lambda *args: may_read.wait(60) and b"late")
+    data_url = "data:;base64," + "AAAA" * (1 << 18)
+    async with Fetcher(load_settings()) as fetcher:
+        hanging = [asyncio.create_task(fetcher.fetch(MultimodalInput(str(tmp_path / "x")), LOCAL)) for _ in range(64)]
+        await asyncio.sleep(0)
+        blob = await asyncio.wait_for(fetcher.fetch(MultimodalInput(data_url), LOCAL), 30)
+        assert blob.nbytes == 3 << 18
+        assert not any(task.done() for task in hanging)
+        may_read.set()
+        assert {(await task).data for task in hanging} == {b"late"}

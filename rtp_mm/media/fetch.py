@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
 from typing import Any, Self, TypeVar
 
@@ -30,6 +31,9 @@ from rtp_mm.media.urls import MAX_URL_CHARACTERS, scheme_of
 from rtp_mm.types import Blob, CacheStats, Caller, MMUrlType, MultimodalInput
 
 T = TypeVar("T")
+FILES_AT_ONCE = (
+    16  # local ones, in threads apart from all others: those that a mount leaves hanging are lost for a while
+)
 
 _SMALL = 1 << 18  # bytes hashed or decoded in less time (0.1 ms) than a thread takes to answer under load
 
@@ -46,6 +50,7 @@ class Fetcher:
         self._http = HttpSource(settings, clock)
         self._filesystems = Filesystems(settings)
         self._files = LocalFiles(settings)
+        self._file_threads = ThreadPoolExecutor(FILES_AT_ONCE, "rtp_mm-files")
         self.fetched_bytes = 0  # of downloads and local files
 
     async def __aenter__(self) -> Self:
@@ -57,6 +62,7 @@ class Fetcher:
     async def close(self) -> None:
         """Closes all connections; idempotent."""
         self._filesystems.close()
+        self._file_threads.shutdown(wait=False, cancel_futures=True)
         await self._http.close()
 
     def check_access(self, item: MultimodalInput, caller: Caller) -> None:
@@ -83,7 +89,7 @@ class Fetcher:
         `check_access` comes first.
         """
         if item.mm_type is not MMUrlType.TENSOR and scheme_of(item.url) in ("file", ""):
-            await asyncio.to_thread(self._files.check_path, local_path(item.url))
+            await self._from_disk(self._files.check_path, local_path(item.url))
 
     def at_hand(self, item: MultimodalInput) -> Blob | None:
         """The bytes of a download that is still good, for a caller whose access was checked. Raises
@@ -113,11 +119,14 @@ class Fetcher:
             case "data":
                 data = await _run(len(url), lambda: DataUrl.parse(url).decode(limit))
             case "file" | "":
-                data = await asyncio.to_thread(self._files.read, local_path(url), limit)
+                data = await self._from_disk(self._files.read, local_path(url), limit)
                 self.fetched_bytes += len(data)
             case _:
                 return await self._downloaded(item, limit)
         return await _file_blob(data, url)
+
+    async def _from_disk(self, look: Callable[..., T], *arguments: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._file_threads, look, *arguments)
 
     def bytes_cache_stats(self) -> CacheStats:
         """Of the downloads that are kept."""
