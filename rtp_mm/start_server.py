@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 _SPINS = "2000"  # some 100 us, which is about what waking a thread takes
-_M_ARENA_MAX, _ARENAS = -8, 2  # glibc's name for it, from malloc.h; as many as there are forwards at a time
+_M_ARENA_MAX = -8  # of glibc's malloc.h
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -86,11 +86,12 @@ def share_cores() -> None:
 
 def share_heap() -> None:
     """Before threads begin. By default glibc gives up to eight heaps a core to threads, and none has the use of what is
-    free in another: what requests in flight need is then kept several times over. No other C library is asked.
+    free in another: what requests in flight need is then kept several times over. Small blocks that it uses often each
+    thread keeps for itself even so. No other C library is asked.
     """
     if "MALLOC_ARENA_MAX" not in os.environ:
         with contextlib.suppress(AttributeError, OSError):
-            ctypes.CDLL(None).mallopt(_M_ARENA_MAX, _ARENAS)
+            ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
 
 
 def _failed(error: StartError) -> int:

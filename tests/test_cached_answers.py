@@ -158,17 +158,22 @@ def test_an_answer_without_rows_stays_as_it_is() -> None:
     assert seal(nothing) is nothing
 
 
-async def test_a_server_s_engine_keeps_sealed_answers(tiny_qwen2_5_vl: Path, urls: list[str]) -> None:
+@pytest.mark.parametrize("is_large", [True, False])
+async def test_a_server_s_engine_keeps_sealed_answers(
+    is_large: bool, tiny_qwen2_5_vl: Path, urls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if is_large:
+        monkeypatch.setattr("rtp_mm.engine.item_pipeline.SEALED_ON_LOOP", 0)
     async with watched(tiny_qwen2_5_vl) as w:
         engine: MMProcessEngine = w.engine
         sealed_by: list[threading.Thread] = []
-        engine._items.batcher._seal = lambda embedded: (sealed_by.append(threading.current_thread()), seal(embedded))[1]
+        engine._items._seal = lambda embedded: (sealed_by.append(threading.current_thread()), seal(embedded))[1]
         result = await engine.embed(inputs(urls[0]), caller=STRANGER)
         again = at_once(engine.embed(inputs(urls[0]), caller=STRANGER))
         assert result.messages is not None
         assert again.messages is not None
         assert again.messages[0] is result.messages[0]
-        assert [thread is threading.main_thread() for thread in sealed_by] == [False]  # off the event loop: it copies
+        assert [thread is threading.main_thread() for thread in sealed_by] == [not is_large]  # it copies
         assert wire.write_result(again, "items") == wire.write_result(
             MMEmbeddingRes(again.embeddings, again.position_ids), "items"
         )

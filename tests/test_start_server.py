@@ -234,8 +234,8 @@ libc.fflush(stdout)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="heaps are glibc's")
-@pytest.mark.parametrize(("chosen", "heaps"), [(None, 2), ("4", 4)])
-def test_threads_share_heaps_unless_the_environment_says_how_many(
+@pytest.mark.parametrize(("chosen", "heaps"), [(None, 1), ("4", 4)])
+def test_threads_share_a_heap_unless_the_environment_says_how_many(
     chosen: str | None, heaps: int, tmp_path: Path
 ) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "MALLOC_ARENA_MAX"}

@@ -69,12 +69,9 @@ class Batcher:
         self,
         forward: Forward,
         max_patches: int,
-        seal: Callable[[Embedded], Embedded] = lambda embedded: embedded,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """seal: puts an answer into the form that it is kept in; called off the event loop, as it copies."""
         self._forward = forward
-        self._seal = seal
         self._clock = clock
         self._lock = threading.Lock()  # over all below
         self._lanes = [_Lane(forward) for _ in range(forward.lanes)]
@@ -171,7 +168,7 @@ class Batcher:
                 lane.launched.append(launched.clock_s)
                 lane.patches += self._cost(batch)
                 launch = lane.device_thread.submit(self._launch, lane, batch)
-                step = lane.answer_thread.submit(_collected, launch, self._seal)
+                step = lane.answer_thread.submit(_collected, launch)
                 lane.answer_thread.submit(self._finish, lane, batch, launched, step)  # one thread: after it
 
     def _next_lane(self) -> _Lane | None:
@@ -263,12 +260,11 @@ def _nothing() -> None:
     pass
 
 
-def _collected(launch: Future[Launched], seal: Callable[[Embedded], Embedded]) -> list[Outcome]:
+def _collected(launch: Future[Launched]) -> list[Outcome]:
     try:
-        outcomes = launch.result().collect()
+        return launch.result().collect()
     finally:
         del launch  # else an error's stack would hold it, and it the error, with all that a failed forward held
-    return [seal(outcome) if isinstance(outcome, Embedded) else outcome for outcome in outcomes]
 
 
 def _suspects(batch: list[Work], outcomes: Sequence[Outcome], *, has_failed: bool) -> set[Work]:

@@ -38,6 +38,7 @@ from rtp_mm.types import (
 )
 
 LARGEST_HEADERS = 1 << 18  # bytes of a clip whose headers are read on the event loop; at worst it takes a millisecond
+SEALED_ON_LOOP = 4 << 20  # bytes of an answer: copied in a millisecond; more would hold up all other calls
 LARGEST_PATCHES_SHARE = 1 / 8  # of the patch cache, for one item: more is copied in a millisecond or more
 
 
@@ -60,7 +61,8 @@ class ItemPipeline:
         self.limits = device_limits(mm_part, settings)
         bound_clips(mm_part, self.limits)
         self._predictor = mm_part.preprocessor if isinstance(mm_part.preprocessor, Foresees) else None
-        self.batcher = Batcher(forward, self.limits.batch, seal)
+        self._seal = seal
+        self.batcher = Batcher(forward, self.limits.batch)
         self.admission = Admission(
             settings.mm_max_queue_size,
             self.limits.queue,
@@ -194,6 +196,10 @@ class ItemPipeline:
             embedded = embedded._replace(seconds_per_grid=prepared.value.seconds_per_grid)
         elif isinstance(prepared.value, LogMel):
             embedded = embedded._replace(cut_s=prepared.value.cut_s)
+        if embedded.nbytes <= SEALED_ON_LOOP:
+            embedded = self._seal(embedded)
+        else:
+            embedded = await asyncio.to_thread(self._seal, embedded)
         self.answers.put(key, embedded)
         return Answer(embedded, stages.so_far() | on_device)
 
