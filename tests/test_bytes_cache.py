@@ -17,7 +17,7 @@ from web_source import Source
 from rtp_mm.config import load_settings
 from rtp_mm.errors import DownloadFailedError, DownloadRefusedError, WrongFormatError
 from rtp_mm.media.fetch import Fetcher
-from rtp_mm.media.freshness import Answer, lifetime_s
+from rtp_mm.media.freshness import ResponseHead, lifetime_s
 from rtp_mm.types import Blob, MMUrlType, MultimodalInput
 
 BODY = bytes(range(256)) * 100
@@ -103,12 +103,12 @@ def date(seconds: float = 0) -> str:
     ids=str,
 )
 def test_a_download_is_good_for_as_long_as_its_source_says(headers: dict[str, str], lifetime: float | None) -> None:
-    assert lifetime_s([Answer("http://h/x", 200, headers)], TTL_S) == lifetime
+    assert lifetime_s([ResponseHead("http://h/x", 200, headers)], TTL_S) == lifetime
 
 
 def test_the_shortest_lived_answer_on_the_way_counts() -> None:
-    def hop(status: int, cache_control: str) -> Answer:
-        return Answer("http://h/x", status, {"Cache-Control": cache_control} if cache_control else {})
+    def hop(status: int, cache_control: str) -> ResponseHead:
+        return ResponseHead("http://h/x", status, {"Cache-Control": cache_control} if cache_control else {})
 
     assert lifetime_s([hop(301, "max-age=9000"), hop(200, "max-age=300")], TTL_S) == 300
     assert lifetime_s([hop(302, "max-age=10"), hop(200, "max-age=300")], TTL_S) == 10

@@ -26,6 +26,7 @@ from rtp_mm.media.video import open_video_header
 from rtp_mm.models.registry import load_model
 from tests.clips import encode, moving
 from tests.stand_in_decoder import decoders
+from tests.turned_images import TURNED
 
 LIMITS = ClipLimits(1 << 24, 3600, 1 << 32)
 ON_DEVICE, ON_CPU = Choice(True), Choice(False)
@@ -152,11 +153,19 @@ def test_images_are_on_the_cpu_unless_it_is_said(small: Image.Image) -> None:
     assert choose_for_image(probe(data), data, "gpu", None, exif_transpose=False) == ON_CPU
 
 
-def test_images_that_may_be_turned_are_pillows_where_turning_is_on(small: Image.Image) -> None:
-    for image_format in ("JPEG", "PNG", "WEBP"):
-        data = saved(small, image_format, exif=turned())
-        assert chosen(data, exif_transpose=True) == Choice(False, "exif")
-        assert chosen(saved(small, image_format), exif_transpose=True) == ON_DEVICE
+@pytest.mark.parametrize("kind", TURNED)
+def test_images_that_may_be_turned_are_pillows_where_turning_is_on(kind: str, small: Image.Image) -> None:
+    data = TURNED[kind](np.asarray(small))
+    assert chosen(data, exif_transpose=True) in (
+        Choice(False, "exif"),
+        Choice(False, "format"),
+        Choice(False, "pixels"),
+    )
+
+
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP", "TIFF", "JPEG2000"])
+def test_others_go_to_the_device_then_too(image_format: str, small: Image.Image) -> None:
+    assert chosen(saved(small, image_format), exif_transpose=True) == ON_DEVICE
 
 
 @pytest.mark.parametrize("kind", PLAIN)

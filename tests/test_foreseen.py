@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 import threading
 from collections.abc import Callable
 from math import prod
@@ -15,9 +14,7 @@ import pytest
 from animations import RANDOM, animate
 from clips import encode, moving
 from mutations import mutated
-from numpy.typing import NDArray
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
+from turned_images import TURNED, Pixels, saved
 from waiting import until
 from watched_engine import watched
 
@@ -38,7 +35,6 @@ OPTIONS = [
     PreprocessOptions(crop=CropBox(0.1, 0.2, 0.7, 0.9), max_pixels=200_704),
 ]
 FOUR = MMPreprocessConfig(width=56, height=56, min_frames=4, max_frames=4)  # of 4 x 4 patches: two pairs, 32 patches
-Pixels = NDArray[np.uint8]
 
 
 @pytest.fixture(scope="module")
@@ -107,10 +103,8 @@ def test_any_animation_is_foreseen_or_refused_as_it_will_be(kind: str, tmp_path:
 
 def test_all_that_needs_no_decoder_is_foreseen(frames: list[Pixels], tmp_path: Path) -> None:
     preprocess, options = preprocessor(tmp_path), PreprocessOptions()
-    file = io.BytesIO()
-    Image.fromarray(frames[0]).save(file, "JPEG")
     for data, mm_type in [
-        (file.getvalue(), MMUrlType.DEFAULT),
+        (saved(frames[0], "JPEG"), MMUrlType.DEFAULT),
         (animate(frames, "GIF", 50), MMUrlType.IMAGE),
         (np.stack(frames[:1]), MMUrlType.TENSOR),
         (np.stack(frames[:3]), MMUrlType.TENSOR),
@@ -121,40 +115,6 @@ def test_all_that_needs_no_decoder_is_foreseen(frames: list[Pixels], tmp_path: P
     assert preprocess.predict(blob(b"what is this"), MMUrlType.DEFAULT, options) is None
 
 
-def saved(pixels: Pixels, format: str, **options: Any) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, format, **options)
-    return file.getvalue()
-
-
-def exif() -> bytes:
-    """A quarter turn."""
-    tags = Image.Exif()
-    tags[0x0112] = 6
-    return tags.tobytes()
-
-
-XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
-
-
-def text(name: str, value: str) -> PngInfo:
-    info = PngInfo()
-    info.add_text(name, value, zip=True)
-    return info
-
-
-PROFILE = f"\nexif\n{len(exif()):8}\n{exif().hex()}\n"
-TURNED: dict[str, Callable[[Pixels], bytes]] = {
-    "jpeg": lambda p: saved(p, "JPEG", exif=exif()),
-    "jpeg, xmp": lambda p: saved(p, "JPEG", xmp=XMP),
-    "png": lambda p: saved(p, "PNG", exif=exif()),
-    "png, profile": lambda p: saved(p, "PNG", pnginfo=text("Raw profile type exif", PROFILE)),
-    "png, xmp": lambda p: saved(p, "PNG", pnginfo=text("XML:com.adobe.xmp", XMP.decode())),
-    "webp": lambda p: saved(p, "WEBP", exif=exif()),
-    "webp, xmp": lambda p: saved(p, "WEBP", xmp=XMP),
-    "avif": lambda p: saved(p, "AVIF", exif=exif()),
-    "tiff": lambda p: saved(p, "TIFF", exif=exif()),
-}
 STRIP = CropBox(0, 0, 1, 0.005)  # of a quarter turn of 4000 x 3000 pixels 107 tokens, of these too narrow for any
 
 
@@ -171,15 +131,25 @@ def test_what_its_orientation_turns_is_not_foreseen_as_it_lies(
     assert preprocess.predict(item, MMUrlType.IMAGE, options) in (None, layout(patches))
 
 
-@pytest.mark.parametrize("is_short", [True, False])
-def test_a_jpeg_without_an_orientation_is_foreseen_where_a_look_through_it_is_cheap(
-    is_short: bool, tmp_path: Path
+QUIET: dict[str, Callable[[Pixels], bytes]] = {  # of noise, some 40 and 400 KB each
+    "jpeg, short": lambda p: saved(p, "JPEG", quality=20),
+    "jpeg, long": lambda p: saved(p, "JPEG", quality=95),
+    "png, short": lambda p: saved(p // 128 * 255, "PNG"),
+    "png, long": lambda p: saved(p, "PNG"),
+    "webp, short": lambda p: saved(p, "WEBP", quality=20),
+    "webp, long": lambda p: saved(p, "WEBP", lossless=True),
+}
+
+
+@pytest.mark.parametrize("kind", QUIET)
+def test_an_image_without_an_orientation_is_foreseen_where_a_look_through_it_is_cheap(
+    kind: str, tmp_path: Path
 ) -> None:
     preprocess = preprocessor(tmp_path, mm_exif_transpose=True)
     pixels = np.random.default_rng(1).integers(0, 256, (400, 600, 3), np.uint8)
-    item = blob(saved(pixels, "JPEG", quality=20 if is_short else 95))
+    item = blob(QUIET[kind](pixels))
     expected = layout(preprocess(item, MMUrlType.IMAGE, PreprocessOptions()))
-    assert preprocess.predict(item, MMUrlType.IMAGE, PreprocessOptions()) == (expected if is_short else None)
+    assert preprocess.predict(item, MMUrlType.IMAGE, PreprocessOptions()) == (expected if "short" in kind else None)
     array = blob(pixels[None])
     assert preprocess.predict(array, MMUrlType.TENSOR, PreprocessOptions()) == expected
 

@@ -176,6 +176,18 @@ def test_a_video_model_gets_the_part_that_is_asked_for(clip: bytes, photo: Pixel
         assert np.array_equal(frame, photo[60:, 40:80])
 
 
+def test_a_video_model_gets_no_more_frames_than_the_limit(photo: Pixels) -> None:
+    part = VideoEmbeddingInterface()
+    part.settings = load_settings(None, mm_max_frames=3)
+    for frames, is_refused in ((2, False), (3, False), (4, True)):
+        tensor = torch.from_numpy(np.stack([photo] * frames))
+        if is_refused:
+            with pytest.raises(WrongFormatError, match=r"4 frames, over the limit of 3 \(MM_MAX_FRAMES\)"):
+                part._mm_preprocess(tensor, mm_type=TENSOR)
+        else:
+            assert len(part._mm_preprocess(tensor, mm_type=TENSOR)) == frames
+
+
 @pytest.mark.parametrize("sizes", [{"width": 8, "height": 8}, {"min_pixels": 64}, {"max_pixels": 64}])
 def test_a_video_model_refuses_sizes_by_name(sizes: dict[str, int], clip: bytes) -> None:
     with pytest.raises(WrongFormatError, match=f"sizes a video's frames itself: no {', '.join(sizes)}$"):

@@ -1,6 +1,6 @@
-"""The protocol with a preprocess worker: what it is told, and what of its answers is believed: only what was checked.
+"""The protocol with a preprocess worker: what it is told, and what of its replies is believed: only what was checked.
 
-Functions that read an answer raise `WorkerDiedError` for one that makes no sense: a worker that says such things is
+Functions that read a reply raise `WorkerDiedError` for one that makes no sense: a worker that says such things is
 treated as dead.
 """
 
@@ -20,7 +20,7 @@ from rtp_mm.logs import log_event
 from rtp_mm.preprocess.worker import Place, Task
 from rtp_mm.types import Blob, Layout, LogMel, MMUrlType, Patches, Prepared, PreprocessOptions, RowsShape
 
-Answer = Mapping[str, Any]
+Reply = Mapping[str, Any]
 
 _log = logging.getLogger(__name__)
 
@@ -45,9 +45,9 @@ def task(blob: Blob, mm_type: MMUrlType, options: PreprocessOptions, place: Plac
     return Task(mm_type, options, blob.content_hash, blob.source, blob.nbytes, dtype, shape, place, threads)
 
 
-def checked(answer: Answer, source: str) -> Answer:
-    """The answer about the item from `source`; raises the `MMError` that it may be instead."""
-    match answer:
+def checked(reply: Reply, source: str) -> Reply:
+    """The reply about the item from `source`; raises the `MMError` that it may be instead."""
+    match reply:
         case {"bug": str(bug), "stack": str(stack)}:
             log_event(_log, "preprocessing failed", logging.ERROR, source=source, stack=stack)
             raise ProcessError(f"preprocessing failed with {bug}")
@@ -57,42 +57,42 @@ def checked(answer: Answer, source: str) -> Answer:
             raise OutOfMemoryError(text)
         case {"bug": _} | {"error": _} | {"out_of_memory": _}:
             raise WorkerDiedError
-    return answer
+    return reply
 
 
-def rows_shape(answer: Answer) -> RowsShape:
+def rows_shape(reply: Reply) -> RowsShape:
     """Of the rows that the worker asks room for."""
-    match answer.get("shape"):
+    match reply.get("shape"):
         case [int(count), int(columns)] if count > 0 and columns > 0 and count * columns < _MOST:
             return count, columns
     raise WorkerDiedError
 
 
-def layout(answer: Answer, shape: RowsShape) -> Layout:
+def layout(reply: Reply, shape: RowsShape) -> Layout:
     """Of the rows of that shape that the worker made."""
-    return Layout(shape, None if "cut_s" in answer else _grid(answer, shape))
+    return Layout(shape, None if "cut_s" in reply else _grid(reply, shape))
 
 
-def prepared_by(answer: Answer, layout: Layout) -> Callable[[NDArray[np.uint8]], Prepared]:
+def prepared_by(reply: Reply, layout: Layout) -> Callable[[NDArray[np.uint8]], Prepared]:
     """What to make of the rows that lie so."""
     if (grid := layout.grid_thw) is not None:
-        seconds, decoded = _seconds(answer), _count(answer, "decoded_frames")
+        seconds, decoded = _seconds(reply), _count(reply, "decoded_frames")
         return lambda rows: Patches(rows, grid, seconds, decoded)
-    cut_s = answer["cut_s"]
+    cut_s = reply["cut_s"]
     if layout.shape[1] % 4 or not (cut_s is None or (isinstance(cut_s, float) and 0 < cut_s < math.inf)):
         raise WorkerDiedError
     return lambda rows: LogMel(rows.view(np.float32), cut_s)
 
 
-def _grid(answer: Answer, shape: RowsShape) -> tuple[int, int, int]:
-    match answer.get("grid"):
+def _grid(reply: Reply, shape: RowsShape) -> tuple[int, int, int]:
+    match reply.get("grid"):
         case [int(t), int(h), int(w)] if min(t, h, w) > 0 and t * h * w == shape[0]:
             return t, h, w
     raise WorkerDiedError
 
 
-def _seconds(answer: Answer) -> float | None:
-    match answer.get("seconds_per_grid"):
+def _seconds(reply: Reply) -> float | None:
+    match reply.get("seconds_per_grid"):
         case None:
             return None
         case float(seconds) if 0 < seconds < math.inf:
@@ -100,8 +100,8 @@ def _seconds(answer: Answer) -> float | None:
     raise WorkerDiedError
 
 
-def _count(answer: Answer, name: str) -> int:
-    match answer.get(name):
+def _count(reply: Reply, name: str) -> int:
+    match reply.get(name):
         case int(count) if 0 <= count < _MOST:
             return count
     raise WorkerDiedError

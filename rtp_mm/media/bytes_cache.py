@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from rtp_mm.lru import ByteLRU
-from rtp_mm.media.freshness import Answer, lifetime_s
+from rtp_mm.media.freshness import ResponseHead, lifetime_s
 from rtp_mm.types import Blob, CacheStats
 
 ENTRY_BYTES = 2048  # of an entry besides its file and its URL: headers, hash, Python objects; roughly
@@ -19,12 +19,12 @@ ENTRY_BYTES = 2048  # of an entry besides its file and its URL: headers, hash, P
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A download and the answer that brought it; from `fresh_until` on (seconds of the cache's clock) its source is
-    asked whether it has changed.
+    """A download and the head of the response that brought it; from `fresh_until` on (seconds of the cache's clock) its
+    source is asked whether it has changed.
     """
 
     blob: Blob
-    answer: Answer
+    head: ResponseHead
     fresh_until: float
     nbytes: int
 
@@ -53,18 +53,18 @@ class BytesCache:
     def stale(self, url: str) -> Stored | None:
         """The download, if its source can tell whether it has changed."""
         stored = self._entries.get(url)
-        return stored if stored is not None and stored.answer.conditions else None
+        return stored if stored is not None and stored.head.conditions else None
 
-    def confirm(self, url: str, stored: Stored, answers: Sequence[Answer], asked_at: float) -> Blob:
+    def confirm(self, url: str, stored: Stored, heads: Sequence[ResponseHead], asked_at: float) -> Blob:
         """The source says that it has not changed."""
         self._hits += 1
-        self._keep(url, stored.blob, answers, asked_at)
+        self._keep(url, stored.blob, heads, asked_at)
         return stored.blob
 
-    def put(self, url: str, blob: Blob, answers: Sequence[Answer], asked_at: float) -> None:
+    def put(self, url: str, blob: Blob, heads: Sequence[ResponseHead], asked_at: float) -> None:
         """A download that came whole, by way of these answers, asked for at `asked_at` on the cache's clock."""
         self._misses += 1
-        self._keep(url, blob, answers, asked_at)
+        self._keep(url, blob, heads, asked_at)
 
     def discard(self, url: str) -> None:
         self._entries.pop(url, None)
@@ -72,11 +72,11 @@ class BytesCache:
     def stats(self) -> CacheStats:
         return self._entries.stats(self._hits, self._misses)
 
-    def _keep(self, url: str, blob: Blob, answers: Sequence[Answer], asked_at: float) -> None:
+    def _keep(self, url: str, blob: Blob, heads: Sequence[ResponseHead], asked_at: float) -> None:
         self.discard(url)
-        lifetime = lifetime_s(answers, self._ttl_s)
-        if lifetime is None or (lifetime == 0 and not answers[-1].conditions):
+        lifetime = lifetime_s(heads, self._ttl_s)
+        if lifetime is None or (lifetime == 0 and not heads[-1].conditions):
             return
-        stored = Stored(blob, answers[-1], asked_at + lifetime, blob.nbytes + len(url) + ENTRY_BYTES)
+        stored = Stored(blob, heads[-1], asked_at + lifetime, blob.nbytes + len(url) + ENTRY_BYTES)
         if stored.nbytes <= self._entries.maxsize:
             self._entries[url] = stored

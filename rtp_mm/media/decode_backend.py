@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
 from rtp_mm.media.clip import ClipHeader
-from rtp_mm.media.plain_pixels import is_plain, may_have_exif
+from rtp_mm.media.plain_pixels import is_plain, may_be_turned
 from rtp_mm.media.probe import ImageHeader
 
 Setting = Literal["auto", "cpu", "gpu"]
@@ -84,7 +84,7 @@ def choose_for_image(
         return ON_CPU
     if header is None or header.format not in decoders.formats:
         return Choice(False, "format")
-    if exif_transpose and may_have_exif(data):
+    if exif_transpose and may_be_turned(data):
         return Choice(False, "exif")
     return ON_DEVICE if is_plain(data, header.format) else Choice(False, "pixels")
 

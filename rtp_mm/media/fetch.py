@@ -22,7 +22,7 @@ from rtp_mm.media.array import as_array
 from rtp_mm.media.bytes_cache import BytesCache
 from rtp_mm.media.data_url import DataUrl
 from rtp_mm.media.filesystems import Filesystems
-from rtp_mm.media.freshness import Answer
+from rtp_mm.media.freshness import ResponseHead
 from rtp_mm.media.http import Download, HttpSource
 from rtp_mm.media.limits import START_BYTES, PixelLimit, SizeLimit
 from rtp_mm.media.local import LocalFiles, local_path
@@ -139,26 +139,26 @@ class Fetcher:
             stored = self._cache.stale(url)
             asked_at = self._clock()
             try:
-                download = await self._download(item, limit, None if stored is None else stored.answer)
+                download = await self._download(item, limit, None if stored is None else stored.head)
             except DownloadRefusedError:
                 self._cache.discard(url)
                 raise
             if download.body is None and stored is not None:
-                blob = self._cache.confirm(url, stored, download.answers, asked_at)
+                blob = self._cache.confirm(url, stored, download.heads, asked_at)
             else:
                 body = download.body or b""
                 self.fetched_bytes += len(body)
                 blob = await _file_blob(body, url)
-                self._cache.put(url, blob, download.answers, asked_at)
+                self._cache.put(url, blob, download.heads, asked_at)
         _check_kept(blob, limit)
         return blob
 
-    async def _download(self, item: MultimodalInput, limit: SizeLimit, known: Answer | None) -> Download:
+    async def _download(self, item: MultimodalInput, limit: SizeLimit, known: ResponseHead | None) -> Download:
         url, pixels = item.url, PixelLimit.of(self._settings, item.mm_type)
         if scheme_of(url) in ("http", "https"):
             return await self._http.download(url, limit, pixels, known)
         body = await self._filesystems.read(url, limit, pixels)
-        return Download(body, (Answer(url, HTTPStatus.OK, {}),))  # says nothing of how long it is good
+        return Download(body, (ResponseHead(url, HTTPStatus.OK, {}),))  # says nothing of how long it is good
 
 
 async def _run(nbytes: int, function: Callable[[], T]) -> T:

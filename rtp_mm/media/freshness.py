@@ -25,7 +25,7 @@ _DIRECTIVES = re.compile(rf'[ \t]*(?:({_TOKEN})(?:=({_TOKEN}|"(?:[^"\\]|\\.)*"))
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class ResponseHead:
     """A source's answer, without its body, and of its headers those that tell how long it is good."""
 
     url: str
@@ -33,7 +33,7 @@ class Answer:
     headers: Mapping[str, str]
 
     @classmethod
-    def of(cls, url: str, status: int, headers: MultiMapping[str]) -> Answer:
+    def of(cls, url: str, status: int, headers: MultiMapping[str]) -> ResponseHead:
         return cls(url, status, {name: ", ".join(headers.getall(name)) for name in _READ if name in headers})
 
     @property
@@ -44,18 +44,18 @@ class Answer:
         pairs = {"If-None-Match": self.headers.get("ETag"), "If-Modified-Since": self.headers.get("Last-Modified")}
         return {name: value for name, value in pairs.items() if value and value.isprintable()}
 
-    def confirmed_by(self, not_modified: Answer) -> Answer:
-        """This answer with what a 304 says anew."""
+    def confirmed_by(self, not_modified: ResponseHead) -> ResponseHead:
+        """This head with what a 304 says anew."""
         headers = {name: value for name, value in self.headers.items() if name != "Age"}
-        return Answer(self.url, self.status, headers | dict(not_modified.headers))
+        return ResponseHead(self.url, self.status, headers | dict(not_modified.headers))
 
 
-def lifetime_s(answers: Sequence[Answer], default_s: float) -> float | None:
+def lifetime_s(heads: Sequence[ResponseHead], default_s: float) -> float | None:
     """Seconds from asking for which a download may be used unasked: the shortest among the answers that led to it,
     redirects first. `default_s` for an answer that does not say. 0: only after asking again. `None`: it is not kept.
     """
-    lifetimes = [s for answer in answers if (s := _lifetime_s(answer.headers, default_s)) is not None]
-    return min(lifetimes) if len(lifetimes) == len(answers) and answers[-1].status == HTTPStatus.OK else None
+    lifetimes = [s for head in heads if (s := _lifetime_s(head.headers, default_s)) is not None]
+    return min(lifetimes) if len(lifetimes) == len(heads) and heads[-1].status == HTTPStatus.OK else None
 
 
 def _lifetime_s(headers: Mapping[str, str], default_s: float) -> float | None:

@@ -31,7 +31,7 @@ from rtp_mm.errors import (
     WrongFormatError,
 )
 from rtp_mm.media.addresses import CheckedResolver, Destinations, SystemResolver
-from rtp_mm.media.freshness import Answer
+from rtp_mm.media.freshness import ResponseHead
 from rtp_mm.media.http_body import read_body
 from rtp_mm.media.limits import PixelLimit, SizeLimit
 from rtp_mm.media.redact import redact
@@ -67,11 +67,11 @@ class _UnavailableError(Exception):
 class Download:
     """What a URL led to. `body` is `None` where the source says that it has not changed.
 
-    answers: of the sources on the way, redirects first.
+    heads: of the sources on the way, redirects first.
     """
 
     body: bytes | None
-    answers: tuple[Answer, ...]
+    heads: tuple[ResponseHead, ...]
 
 
 class HttpSource:
@@ -110,7 +110,7 @@ class HttpSource:
             await self._resolver.close()
 
     async def download(
-        self, url: str, limit: SizeLimit, pixels: PixelLimit | None = None, known: Answer | None = None
+        self, url: str, limit: SizeLimit, pixels: PixelLimit | None = None, known: ResponseHead | None = None
     ) -> Download:
         """The body behind `url`, as far as `limit` and, if given, `pixels` let it come; no body if it has not changed
         since the source answered `known`.
@@ -138,18 +138,20 @@ class HttpSource:
             await self._sleep(pause_s)
             tries += 1
 
-    async def _follow(self, url: URL, limit: SizeLimit, pixels: PixelLimit | None, known: Answer | None) -> Download:
+    async def _follow(
+        self, url: URL, limit: SizeLimit, pixels: PixelLimit | None, known: ResponseHead | None
+    ) -> Download:
         headers = self._headers
-        answers: list[Answer] = []
+        heads: list[ResponseHead] = []
         for _ in range(self._max_redirects + 1):
             conditions = known.conditions if known is not None and known.url == str(url) else {}
             async with self._get(url, headers, conditions) as response:
-                answers.append(Answer.of(str(url), response.status, response.headers))
+                heads.append(ResponseHead.of(str(url), response.status, response.headers))
                 if known is not None and conditions and response.status == HTTPStatus.NOT_MODIFIED:
-                    return Download(None, (*answers[:-1], known.confirmed_by(answers[-1])))
+                    return Download(None, (*heads[:-1], known.confirmed_by(heads[-1])))
                 if response.status not in REDIRECTS or "Location" not in response.headers:
                     _check_status(response)
-                    return Download(await read_body(response, limit, pixels), tuple(answers))
+                    return Download(await read_body(response, limit, pixels), tuple(heads))
                 target = _redirect_target(url, response.headers["Location"])
             if target.origin() != url.origin():
                 headers = {}  # they may hold secrets, and were meant for the first origin only: not even back to it

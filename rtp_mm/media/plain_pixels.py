@@ -20,6 +20,7 @@ _TIFF_BITS, _TIFF_COLOURS, _TIFF_ORIENTATION, _TIFF_SAMPLES, _TIFF_PLANES = 258,
 _TIFF_EXTRA, _TIFF_SAMPLE_FORMAT = 338, 339
 _JP2_START = b"\0\0\0\x0cjP  \r\n\x87\n"
 _J2K_START = b"\xff\x4f\xff\x51"
+_ORIENTATIONS = (b"Exif\0\0", b"eXIf", b"EXIF", b"Raw profile type exif", b"XML:com.adobe.xmp", b"tiff:Orientation")
 _JP2_COLOURS = {1: 17, 3: 16}  # enumerated grey and sRGB, by components
 
 
@@ -37,9 +38,11 @@ def plain_formats() -> frozenset[str]:
     return frozenset(_JUDGES)
 
 
-def may_have_exif(data: bytes) -> bool:
-    """Whether an EXIF orientation may stand in these bytes, by the names that it stands under."""
-    return any(name in data for name in (b"Exif\0\0", b"eXIf", b"EXIF"))
+def may_be_turned(data: bytes) -> bool:
+    """Whether Pillow may find an orientation in a JPEG, PNG or WebP, by the names that it stands under, which are never
+    compressed; a TIFF's own tag is not among them.
+    """
+    return any(name in data for name in _ORIENTATIONS)
 
 
 def _is_plain_jpeg(data: bytes) -> bool:

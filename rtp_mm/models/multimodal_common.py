@@ -198,17 +198,18 @@ class VideoEmbeddingInterface(MultiModalEmbeddingInterface):
         options = _options(kwargs)
         if asked := sizes_asked(options):
             raise WrongFormatError(f"this model sizes a video's frames itself: no {', '.join(asked)}")
+        settings = self.settings or load_settings()
+        rule = VideoRule.published(settings.mm_video_rule, factor=1, temporal_patch_size=2)
+        rule = replace(rule, server_max_frames=settings.mm_max_frames)
         frames: Iterable[NDArray[np.uint8]]
         if isinstance(data, Tensor):
             if data.ndim != 4:
                 raise NotSupportedError(f"this model takes videos, the tensor is sound {list(data.shape)}")
+            rule.check_given(len(data))
             frames = data.numpy()
         else:
             file = data.read()
             _expect(file, kwargs.get("mm_type"), MMUrlType.VIDEO)
-            settings = self.settings or load_settings()
-            rule = VideoRule.published(settings.mm_video_rule, factor=1, temporal_patch_size=2)
-            rule = replace(rule, server_max_frames=settings.mm_max_frames)
             frames = chosen_frames(file, ClipLimits.of(settings), rule, options)
         return [Image.fromarray(cropped(frame, options)) for frame in frames]
 

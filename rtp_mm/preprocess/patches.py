@@ -13,7 +13,7 @@ from rtp_mm import _core
 from rtp_mm.errors import WrongFormatError
 from rtp_mm.media.image import decode, decoders
 from rtp_mm.media.limits import check_pixels
-from rtp_mm.media.plain_pixels import may_have_exif
+from rtp_mm.media.plain_pixels import may_be_turned
 from rtp_mm.media.probe import probe
 from rtp_mm.preprocess.image_config import ImageProcessorConfig
 from rtp_mm.preprocess.resize_order import Order, ResizeRule, installed_rule, resize_order
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from rtp_mm.config import Settings  # its pydantic would be half of a worker's memory
 
 _SEARCHED_BYTES = 1 << 18  # takes up to a millisecond, on the event loop
-_XMP = b"http://ns.adobe.com/xap/"  # in which Pillow reads an orientation where EXIF has none
 
 
 def new_rows(shape: tuple[int, int]) -> NDArray[np.uint8]:
@@ -189,7 +188,6 @@ class ImagePreprocessor:
 
 
 def _may_be_turned(image_format: str, data: bytes) -> bool:
-    """Whether Pillow may find an orientation in the file. In a JPEG it stands under one of few names, which a look
-    through a short one finds; other formats have it in more places, compressed too.
-    """
-    return image_format != "JPEG" or len(data) > _SEARCHED_BYTES or may_have_exif(data) or _XMP in data
+    """Whether Pillow may find an orientation in the file: a look through a short one tells it, of most formats."""
+    is_told = image_format in ("JPEG", "PNG", "WEBP") and len(data) <= _SEARCHED_BYTES
+    return not is_told or may_be_turned(data)

@@ -139,8 +139,7 @@ class VideoPreprocessor:
     def _frames_of(self, pixels: NDArray[np.uint8], options: PreprocessOptions) -> _Frames:
         """[T, H, W, 3], of which all are taken."""
         number, height, width, _ = pixels.shape
-        if number > self.rule.server_max_frames:
-            raise WrongFormatError(f"{number} frames, over the limit of {self.rule.server_max_frames} (MM_MAX_FRAMES)")
+        self.rule.check_given(number)
         return _Frames(number, height, width, options.fps or FPS)
 
     def _choose(self, clip: Clip, options: PreprocessOptions) -> tuple[list[int], _Frames]:

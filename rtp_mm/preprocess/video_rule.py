@@ -63,6 +63,11 @@ class VideoRule:
         token = factor * factor
         return cls(name, factor, temporal_patch_size, MIN_TOKENS * token, MAX_TOKENS * token)
 
+    def check_given(self, frames: int) -> None:
+        """For a clip that is sent as its frames. Raises `WrongFormatError` for more than are taken."""
+        if frames > self.server_max_frames:
+            raise WrongFormatError(f"{frames} frames, over the limit of {self.server_max_frames} (MM_MAX_FRAMES)")
+
     def choose_frames(self, total: int, fps: Fraction | float, options: PreprocessOptions) -> list[int]:
         """Indices of the frames to take of `total` that come at `fps` a second, ascending.
 
