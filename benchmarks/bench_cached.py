@@ -34,7 +34,7 @@ from rtp_mm.models.random_checkpoint import write_checkpoint
 from rtp_mm.server.proto import MESSAGE_SIZE_OPTIONS, method_path
 
 WIDTHS = (128, 2048)  # a tiny model's, where a call's own costs show most, and Qwen2.5-VL-3B's
-ROUNDS = 40
+ROUNDS = 120
 CALLS = 10  # a turn
 
 

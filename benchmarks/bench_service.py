@@ -110,10 +110,12 @@ def contenders(options: argparse.Namespace, checkpoint: Path) -> Iterator[tuple[
         servers = [
             Contender("ours", f"127.0.0.1:{own + 1}", stack.enter_context(started(command, lambda: is_healthy(own))))
         ]
-        if not SCENARIOS[options.scenario].is_overload:
-            command = hugging_face(checkpoint, peer, options.dtype)
-            process = stack.enter_context(started(command, lambda: is_listening(peer)))
-            servers.append(Contender("Hugging Face", f"127.0.0.1:{peer}", process))
+        if SCENARIOS[options.scenario].is_overload:
+            name, command = "bare", ["benchmarks.peers.echo_server", "--port", str(peer), "--refuse"]
+        else:
+            name, command = "Hugging Face", hugging_face(checkpoint, peer, options.dtype)
+        process = stack.enter_context(started(command, lambda: is_listening(peer)))
+        servers.append(Contender(name, f"127.0.0.1:{peer}", process))
         yield servers, f"http://127.0.0.1:{photos}"
 
 
@@ -127,7 +129,7 @@ async def measure(options: argparse.Namespace, servers: list[Contender], photos:
         requests(number)
     clients = {server.name: Client(server.address, requests) for server in servers}
     for client in clients.values():  # warm
-        await client.closed_loop(2, 2)
+        await client.closed_loop(2, 2 if client is not clients.get("bare") else 0.1)
     result = await (overload if scenario.is_overload else side_by_side)(options, servers, clients)
     for client in clients.values():
         await client.close()
@@ -159,22 +161,35 @@ async def side_by_side(options: argparse.Namespace, servers: list[Contender], cl
 
 
 async def overload(options: argparse.Namespace, servers: list[Contender], clients: Clients) -> dict[str, Any]:
-    """Arrivals over our capacity, which is taken before and after every minute of them: the machine's speed changes."""
-    [server] = servers
+    """Arrivals over our capacity, which is taken before and after every minute of them: the machine's speed changes.
+    And the capacity while as many calls are refused by a bare gRPC server: more nobody could answer here, where the
+    calls, and the refusals, are made on the same cores.
+    """
+    server, _ = servers
 
     async def arrivals(per_second: float, seconds: float) -> Outcome:
         return await watched(server.process, clients[server.name].open_loop(per_second, seconds))
 
-    rates, costs = await capacities(options, servers, clients, 1)
+    async def beside_bare(per_second: float) -> float:
+        outcome, _ = await asyncio.gather(
+            clients[server.name].closed_loop(options.callers, options.seconds),
+            clients["bare"].open_loop(per_second, options.seconds),
+        )
+        return outcome.per_second
+
+    rates, costs = await capacities(options, [server], clients, 1)
     half = (await arrivals(0.5 * rates["ours"][0], options.seconds)).summary()
-    minutes, halves_again, shares = [], [], []
+    minutes, halves_again, shares, bare_shares = [], [], [], []
     for _ in track(range(options.rounds), "overload"):
         before = rates["ours"][-1]
         minutes.append(await arrivals(OVERLOAD * before, options.overload_seconds))
         halves_again.append(await arrivals(0.5 * before, options.seconds))
-        [after] = (await capacities(options, servers, clients, 1))[0]["ours"]
+        bare = await beside_bare(minutes[-1].errors["RESOURCE_EXHAUSTED"] / minutes[-1].seconds)
+        [after] = (await capacities(options, [server], clients, 1))[0]["ours"]
         rates["ours"].append(after)
-        shares.append(minutes[-1].per_second / statistics.mean([before, after]))
+        capacity = statistics.mean([before, after])
+        shares.append(minutes[-1].per_second / capacity)
+        bare_shares.append(bare / capacity)
     return {
         "capacity_per_second": {"ours": statistics.median(rates["ours"])},
         "rounds": rates,
@@ -186,6 +201,8 @@ async def overload(options: argparse.Namespace, servers: list[Contender], client
         },
         "goodput_shares": shares,
         "goodput_share": statistics.median(shares),
+        "bare_shares": bare_shares,
+        "bare_share": statistics.median(bare_shares),
     }
 
 
@@ -272,7 +289,10 @@ def show(result: dict[str, Any]) -> None:
         )
     console.print(table)
     if "goodput_share" in result:
-        console.print(f"at three times the capacity {result['goodput_share']:.0%} of it are answers")
+        console.print(
+            f"at three times the capacity {result['goodput_share']:.0%} of it are answers; "
+            f"{result['bare_share']:.0%} while a bare gRPC server refuses as many"
+        )
 
 
 def plot(path: Path, result: dict[str, Any]) -> None:

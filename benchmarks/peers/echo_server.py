@@ -1,6 +1,8 @@
-"""The least that a gRPC server can do: the same bytes to every call. What a cached answer is measured against.
+"""The least that a gRPC server can do: the same bytes to every call, or the same refusal. What a cached answer and a
+full server are measured against.
 
 python -m benchmarks.peers.echo_server --port 9002 --reply-bytes 720000
+python -m benchmarks.peers.echo_server --port 9002 --refuse
 """
 
 from __future__ import annotations
@@ -15,8 +17,12 @@ import grpc
 from rtp_mm.server.proto import MESSAGE_SIZE_OPTIONS, SERVICE
 
 
-async def serve(port: int, reply: bytes) -> None:
-    async def answer(request: bytes, context: Any) -> bytes:
+async def serve(port: int, reply: bytes | None) -> None:
+    """`None` refuses."""
+
+    async def answer(request: bytes, context: Any) -> Any:
+        if reply is None:
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "full", (("retry-after-ms", "100"),))
         return reply
 
     server = grpc.aio.server(options=MESSAGE_SIZE_OPTIONS)
@@ -30,9 +36,11 @@ async def serve(port: int, reply: bytes) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--port", type=int, required=True)
-    parser.add_argument("--reply-bytes", type=int, required=True)
+    answer = parser.add_mutually_exclusive_group(required=True)
+    answer.add_argument("--reply-bytes", type=int)
+    answer.add_argument("--refuse", action="store_true")
     options = parser.parse_args()
-    asyncio.run(serve(options.port, os.urandom(options.reply_bytes)))
+    asyncio.run(serve(options.port, None if options.refuse else os.urandom(options.reply_bytes)))
 
 
 if __name__ == "__main__":
