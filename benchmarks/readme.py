@@ -167,9 +167,11 @@ def overload() -> str:
             refused = figures["errors"].get("RESOURCE_EXHAUSTED", 0) / (figures["answers"] / figures["per_second"])
             refusal = f"{figures['refused_p99_ms']:.0f}" if refused else ""
             share = result["goodput_share"] if level == "3x" else figures["per_second"] / capacity
-            answers = [f"{figures['per_second']:.1f}", f"{share:.0%}", f"{figures['p99_ms']:,.0f}"]
+            bare = f"{result['bare_share']:.0%}" if level == "3x" else ""
+            answers = [f"{figures['per_second']:.1f}", f"{share:.0%}", bare, f"{figures['p99_ms']:,.0f}"]
             rows.append([result["scenario"], level, *answers, f"{refused:.0f}", refusal])
-    header = ["", "arrivals", "answers/s", "of the capacity", "p99, ms", "refused/s", "p99 of a refusal, ms"]
+    shares = ["of the capacity", "refused by a bare server"]
+    header = ["", "arrivals", "answers/s", *shares, "p99, ms", "refused/s", "p99 of a refusal, ms"]
     return markdown(header, rows)
 
 
@@ -258,6 +260,18 @@ def media(name: str, what: str, peer: str) -> str:
     return markdown([what, "KB", f"{peer}, ms", "ours, ms", "", *(["DALI, ms"] if has_dali else [])], rows)
 
 
+def start() -> str:
+    rows = []
+    for name, result in results("start_*"):
+        answers = result["first_answer_s"]
+        for side, seconds in result["ready_s"].items():
+            rows.append([f"`{name}`", side, f"{seconds:.2f}", f"{answers[side]:.2f}" if side in answers else ""])
+        is_met = "met" if result["is_target_met"] else "not met"
+        beyond = f"ours beyond reading; target {result['target_s']:.0f} s: {is_met}"
+        rows.append([f"`{name}`", beyond, f"{result['beyond_reading_s']:.2f}", ""])
+    return markdown(["model", "", "ready, s", "first answer, s"], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "accuracy": accuracy,
     "bf16_products": bf16_products,
@@ -269,6 +283,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "service": service,
     "latency": latency,
     "overload": overload,
+    "start": start,
     "memory": memory,
     "cached": cached,
     "kernels": kernels,

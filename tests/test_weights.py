@@ -52,6 +52,22 @@ def rewrite(tiny_qwen2_5_vl: Path, tmp_path: Path) -> Rewrite:
     return write
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    "options",
+    [{"act_type": "fp32"}, {"act_type": "bf16"}, {"act_type": "fp16"}, {"act_type": "bf16", "mm_compute_type": "bf16"}],
+    ids=["fp32", "bf16", "fp16", "bf16 products"],
+)
+def test_a_model_outlives_its_checkpoint(options: dict[str, Any], dtype: torch.dtype, rewrite: Rewrite) -> None:
+    """Weights that are packed are read from the mapped file, which somebody may then write anew."""
+    folder = rewrite(lambda tensors: {name: t.to(dtype) for name, t in tensors.items()})
+    model = load(folder, **options)
+    before = embedding_of(model).clone()
+    with (folder / "model.safetensors").open("r+b") as file:
+        file.write(bytes((folder / "model.safetensors").stat().st_size))
+    assert torch.equal(embedding_of(model), before)
+
+
 @pytest.mark.parametrize("prefix", ["model.visual.", "thinker.visual."])
 def test_every_published_prefix_loads(prefix: str, rewrite: Rewrite, tiny_qwen2_5_vl: Path) -> None:
     renamed = rewrite(lambda tensors: {name.replace("visual.", prefix, 1): t for name, t in tensors.items()})

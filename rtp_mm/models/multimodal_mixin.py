@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from rtp_mm.models.gpt_init_model_parameters import GptInitModelParameters
 from rtp_mm.models.multimodal_common import ACT_DTYPES, MultiModalEmbeddingInterface
 from rtp_mm.vit.checkpoint import Checkpoint
 from rtp_mm.vit.tower_base import Tower
-from rtp_mm.vit.weights import WeightPlan, load_weights
+from rtp_mm.vit.weights import WeightPlan, load_weights, weights_fingerprint
 
 
 class BaseVitWeights:
@@ -114,11 +115,19 @@ class MultimodalMixin:
             torch.set_default_dtype(default_dtype)
 
     def load_mm_weight(self, folder: Path, device: torch.device | str) -> None:
-        """Loads what `vit_weights` names, if anything, and only that. Raises `StartError`."""
+        """Loads what `vit_weights` names, if anything, and only that, while a thread makes the fingerprint of the same
+        bytes. Raises `StartError`.
+        """
         weights = self.config.mm_related_params.vit_weights
-        if weights is not None:
-            self.weights_fingerprint = load_weights(self, weights.plan(), Checkpoint(folder), torch.device(device))
-        self.on_weights_loaded()
+        if weights is None:
+            self.on_weights_loaded()
+            return
+        plan, checkpoint = weights.plan(), Checkpoint(folder)
+        with ThreadPoolExecutor(1) as thread:
+            fingerprint = thread.submit(weights_fingerprint, plan, checkpoint)
+            load_weights(self, plan, checkpoint, torch.device(device))
+            self.on_weights_loaded()
+            self.weights_fingerprint = fingerprint.result()
 
     def on_weights_loaded(self) -> None:
         """For what depends on the weights: folding, packing."""

@@ -18,6 +18,7 @@ from rtp_mm.errors import StartError
 
 class Gemm(Protocol):
     """One layer's activation(x @ weight.T + bias), made from weight [N, K] in the tower's dtype and bias [N] float32.
+    On a CPU the weight may be the checkpoint's own file, mapped: it is read, and not kept.
 
     x is [M, K] in the compute dtype, contiguous. A layer with an activation may give more columns than N, zeros, which
     the layer that it feeds takes.
@@ -240,6 +241,8 @@ class Linear(nn.Module):
 
     Holds the published weight in `dtype` and the bias in float32, until `prepare` gives both to the GEMM.
     """
+
+    READ_ONCE = ("weight",)  # by `prepare`: see `load_weights`
 
     def __init__(
         self, in_features: int, out_features: int, dtype: torch.dtype, gemm: type[Gemm], activation: str = "none"

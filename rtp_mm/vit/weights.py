@@ -55,22 +55,24 @@ def find_prefix(names: frozenset[str], plan: WeightPlan) -> str:
     return best
 
 
-def load_weights(model: object, plan: WeightPlan, checkpoint: Checkpoint, device: torch.device) -> str:
-    """Gives every parameter and buffer in `plan` its tensor, in its own dtype, on `device`, one at a time.
-
-    Returns a fingerprint (hex) of the bytes as they stand in the checkpoint. Raises `StartError` that names missing,
-    extra and misshapen tensors.
+def load_weights(model: object, plan: WeightPlan, checkpoint: Checkpoint, device: torch.device) -> None:
+    """Gives every parameter and buffer in `plan` its tensor, in its own dtype, on `device`, one at a time. Raises
+    `StartError` that names missing, extra and misshapen tensors.
     """
     prefix = find_prefix(checkpoint.names, plan)
     _refuse_extra(checkpoint.names, prefix, plan)
-    fingerprint = blake3(max_threads=blake3.AUTO)
     for path, sources in plan.sources.items():
         owner, leaf = _resolve(model, path)
-        tensors = {prefix + source: checkpoint.tensor(prefix + source) for source in sources}
-        for source, tensor in zip(sources, tensors.values(), strict=True):
-            fingerprint.update(source.encode())
-            fingerprint.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        _fill(owner, leaf, tensors, device)
+        _fill(owner, leaf, {prefix + source: checkpoint.tensor(prefix + source) for source in sources}, device)
+
+
+def weights_fingerprint(plan: WeightPlan, checkpoint: Checkpoint) -> str:
+    """Hex, of the names and bytes that `plan` takes from the checkpoint. Raises `StartError` for what it lacks."""
+    prefix = find_prefix(checkpoint.names, plan)
+    fingerprint = blake3(max_threads=blake3.AUTO)
+    for source in plan.names:
+        fingerprint.update(source.encode())
+        fingerprint.update(checkpoint.tensor(prefix + source).contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return str(fingerprint.hexdigest())
 
 
@@ -86,14 +88,21 @@ def _resolve(model: object, path: str) -> tuple[object, str]:
 def _fill(owner: object, leaf: str, tensors: Mapping[str, Tensor], device: torch.device) -> None:
     """Writes the tensors, one after another, into what stands at `owner.leaf`, in its dtype and shape.
 
-    In place, so that whatever shares the parameter sees it; one on the meta device is replaced by a real one.
+    In place, so that whatever shares the parameter sees it; one on the meta device is replaced by a real one, or, where
+    its owner reads it but once, by the checkpoint's own, which is copied by nobody then.
     """
     target: Tensor = getattr(owner, leaf)
     _check(target, tensors)
-    value = torch.empty_like(target, device=device) if target.is_meta else target.data
-    rows = [part.shape[0] if part.ndim else 1 for part in tensors.values()]
-    for part, place in zip(tensors.values(), value.split(rows) if value.ndim else [value], strict=True):
-        place.copy_(part)
+    [first, *others] = tensors.values()
+    is_lent = target.is_meta and leaf in getattr(owner, "READ_ONCE", ()) and device.type == "cpu"
+    if is_lent and not others and first.dtype == target.dtype and first.is_contiguous():
+        value = first
+    else:
+        # Not `empty_like`: of a meta tensor it takes torch's Python decompositions, and half a second to import them.
+        value = torch.empty(target.shape, dtype=target.dtype, device=device) if target.is_meta else target.data
+        rows = [part.shape[0] if part.ndim else 1 for part in tensors.values()]
+        for part, place in zip(tensors.values(), value.split(rows) if value.ndim else [value], strict=True):
+            place.copy_(part)
     if target.dtype == torch.float16 and not torch.isfinite(value).all():
         raise StartError(f"{', '.join(tensors)}: too large for fp16; use ACT_TYPE=bf16 or fp32")
     if target.is_meta:
