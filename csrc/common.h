@@ -70,7 +70,7 @@ inline std::string describe(const Tensor& tensor) {
 
 // `name` is the operator's, and the argument's.
 inline void check_is(const char* name, const Tensor& tensor, IntArrayRef shape, ScalarType dtype) {
-  check(tensor.sizes() == shape && tensor.scalar_type() == dtype && tensor.is_contiguous(), name,
+  check(tensor.sizes().equals(shape) && tensor.scalar_type() == dtype && tensor.is_contiguous(), name,
         " must be contiguous ", list(shape), " ", dtype_name(dtype), ", got ", describe(tensor));
 }
 
