@@ -171,3 +171,11 @@ def test_a_missing_library_is_one_line_that_names_the_remedy(tmp_path: Path) -> 
     )
     last_line = result.stderr.strip().splitlines()[-1]
     assert last_line == f"ImportError: {tmp_path}/rtp_mm/_C.so is not built: run `pip install -e .`"
+
+
+def test_the_sources_compare_shapes_as_torch_2_11_can() -> None:
+    """Its array references have `equals` and no `==`, which came later: seen with its headers, which CI has not."""
+    sources = [path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".cpp", ".cu")]
+    assert sources
+    compared = re.compile(r"\b(sizes|strides)\(\)\s*[!=]=|[!=]=\s*[\w.>-]+(sizes|strides)\(\)")
+    assert not [path.name for path in sources if compared.search(path.read_text())]
