@@ -29,7 +29,9 @@ def create_engine(**options: Any) -> Engine:
 
 
 def load_engine(settings: Settings, loop: asyncio.AbstractEventLoop | None = None) -> Loaded:
-    """The checkpoint's model and the engine around it, on `loop` or a loop of its own. Blocks; raises `StartError`."""
+    """The checkpoint's model and the engine around it, on `loop`, a server's, or a loop of its own. Blocks; raises
+    `StartError`.
+    """
     from rtp_mm.engine.process_engine import MMProcessEngine
     from rtp_mm.models.registry import choose_device, load_model
     from rtp_mm.server.wire import seal
@@ -39,7 +41,7 @@ def load_engine(settings: Settings, loop: asyncio.AbstractEventLoop | None = Non
     model = load_model(settings)
     options = getattr(getattr(model.mm_part, "tower", None), "options", None)
     return Loaded(
-        MMProcessEngine(model, settings, loop, **({} if loop is None else {"seal": seal})),
+        MMProcessEngine(model, settings, loop, seal if loop is not None else None),
         model=model.config.model_type,
         dtype=model.config.data_type,
         device=str(choose_device(settings.device)),

@@ -50,9 +50,11 @@ class ItemPipeline:
         model: MultimodalMixin,
         settings: Settings,
         clock: Callable[[], float],
-        seal: Callable[[Embedded], Embedded],
+        seal: Callable[[Embedded], Embedded] | None,
     ) -> None:
-        """clock: the loop's, by which deadlines are. seal: puts an answer into the form that it is kept in."""
+        """clock: the loop's, by which deadlines are. seal: puts an answer into the form that it is kept in, if that is
+        another.
+        """
         self._mm_part = mm_part = model.mm_part
         self._clock = clock
         self._on_device = mm_part.device_preprocessor
@@ -196,12 +198,16 @@ class ItemPipeline:
             embedded = embedded._replace(seconds_per_grid=prepared.value.seconds_per_grid)
         elif isinstance(prepared.value, LogMel):
             embedded = embedded._replace(cut_s=prepared.value.cut_s)
-        if embedded.nbytes <= SEALED_ON_LOOP:
-            embedded = self._seal(embedded)
-        else:
-            embedded = await asyncio.to_thread(self._seal, embedded)
+        embedded = await self._sealed(embedded)
         self.answers.put(key, embedded)
         return Answer(embedded, stages.so_far() | on_device)
+
+    async def _sealed(self, embedded: Embedded) -> Embedded:
+        if self._seal is None:
+            return embedded
+        if embedded.nbytes <= SEALED_ON_LOOP:
+            return self._seal(embedded)
+        return await asyncio.to_thread(self._seal, embedded)
 
     async def _prepare(self, key: PatchKey, blob: Blob, layout: Layout | None, check: Check) -> ForwardInput:
         if (kept := self.patches.get(key)) is not None:

@@ -42,9 +42,9 @@ class MMProcessEngine:
         model: MultimodalMixin,
         settings: Settings | None = None,
         loop: asyncio.AbstractEventLoop | None = None,
-        seal: Callable[[Embedded], Embedded] = lambda embedded: embedded,
+        seal: Callable[[Embedded], Embedded] | None = None,
     ) -> None:
-        """`seal` puts an answer into the form that it is kept in."""
+        """seal: puts an answer into the form that it is kept in, if that is another than it is in."""
         self._settings = settings = settings or model.config.settings or load_settings()
         self._data_type = model.config.data_type
         self._is_whole = is_whole(model.mm_part)
