@@ -74,10 +74,13 @@ def test_cuda_operators_hold_code_for_every_architecture(cuda_operators: Path) -
         return set(re.findall(r"\.(sm_\w+)\.", output))
 
     wanted = os.environ.get("RTP_MM_CUDA_ARCHS") or load_setup().DEFAULT_CUDA_ARCHS
+    named = listed("--list-elf")
+    if "V12." in subprocess.run([cuobjdump, "--version"], capture_output=True, text=True, check=True).stdout:
+        named |= {f"{name}a" for name in named}  # this one leaves the a of sm_90a out
     for arch in wanted.split(";"):
         number, _, kind = arch.partition("-")
         if kind != "virtual":
-            assert f"sm_{number}" in listed("--list-elf")
+            assert f"sm_{number}" in named
         if kind != "real":
             assert f"sm_{number}" in listed("--list-ptx")
 
