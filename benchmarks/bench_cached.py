@@ -95,7 +95,7 @@ def measured(size: str, width: int, jpeg: bytes, photos: int) -> dict[str, Any]:
         stack.enter_context(started(command, lambda: is_healthy(own)))
         address = f"127.0.0.1:{own + 1}"
         nbytes = asyncio.run(reply_bytes(address, requests["http"]))
-        peer = ["benchmarks.peers.echo_server", "--port", str(echo), "--reply-bytes", str(nbytes)]
+        peer = ["benchmarks.peers.bare_server", "--port", str(echo), "--reply-bytes", str(nbytes)]
         stack.enter_context(started(peer, lambda: is_listening(echo)))
         echo_address = f"127.0.0.1:{echo}"
         addresses = {"ours, http": address, "echo, http": echo_address, "ours, data URL": address}

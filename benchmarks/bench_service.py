@@ -111,7 +111,7 @@ def contenders(options: argparse.Namespace, checkpoint: Path) -> Iterator[tuple[
             Contender("ours", f"127.0.0.1:{own + 1}", stack.enter_context(started(command, lambda: is_healthy(own))))
         ]
         if SCENARIOS[options.scenario].is_overload:
-            name, command = "bare", ["benchmarks.peers.echo_server", "--port", str(peer), "--refuse"]
+            name, command = "bare", ["benchmarks.peers.bare_server", "--port", str(peer), "--refuse"]
         else:
             name, command = "Hugging Face", hugging_face(checkpoint, peer, options.dtype)
         process = stack.enter_context(started(command, lambda: is_listening(peer)))
@@ -129,7 +129,7 @@ async def measure(options: argparse.Namespace, servers: list[Contender], photos:
         requests(number)
     clients = {server.name: Client(server.address, requests) for server in servers}
     for client in clients.values():  # warm
-        await client.closed_loop(2, 2 if client is not clients.get("bare") else 0.1)
+        await client.closed_loop(2, 2)
     result = await (overload if scenario.is_overload else side_by_side)(options, servers, clients)
     for client in clients.values():
         await client.close()

@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,6 @@ from rich.progress import track
 from rich.table import Table
 
 from benchmarks.load import (
-    START_LIMIT_S,
     Client,
     Outcome,
     free_ports,
@@ -36,6 +36,7 @@ from benchmarks.load import (
     is_healthy,
     is_listening,
     ours,
+    started,
 )
 from benchmarks.photo_source import photograph
 from benchmarks.report import write_result
@@ -55,8 +56,10 @@ def read_tower(checkpoint: Path) -> float:
             header = json.loads(file.read(header_bytes))
             places = [t["data_offsets"] for name, t in header.items() if "visual." in name]
             begun = time.perf_counter()
-            for start, end in places:
-                os.preadv(file.fileno(), [bytearray(end - start)], 8 + header_bytes + start)
+            for first, end in places:
+                read = os.preadv(file.fileno(), [bytearray(end - first)], 8 + header_bytes + first)
+                if read != end - first:
+                    raise SystemExit(f"{path}: {read} of {end - first} bytes came")
             seconds += time.perf_counter() - begun
     return seconds
 
@@ -64,18 +67,10 @@ def read_tower(checkpoint: Path) -> float:
 def start(command: list[str], is_ready: Callable[[], bool], address: str, request: bytes) -> tuple[float, float]:
     """Seconds to be ready, and then to the first answer."""
     begun = time.perf_counter()
-    process = subprocess.Popen([sys.executable, "-m", *command], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    try:
-        while not is_ready():
-            if process.poll() is not None or time.perf_counter() - begun > START_LIMIT_S:
-                raise SystemExit(f"{' '.join(command)} did not start")
-            time.sleep(POLL_S)
+    with started(command, is_ready, POLL_S):
         ready = time.perf_counter()
         asyncio.run(first_answer(address, request))
         return ready - begun, time.perf_counter() - ready
-    finally:
-        process.terminate()
-        process.wait(60)
 
 
 async def first_answer(address: str, request: bytes) -> None:
@@ -97,12 +92,11 @@ def measure(checkpoint: Path, dtype: str, rounds: int) -> dict[str, list[list[fl
             read = [sys.executable, "-m", "benchmarks.bench_start", "--read", str(checkpoint)]
             times[READ].append([float(subprocess.run(read, check=True, capture_output=True, text=True).stdout)])
             own, peer = free_ports(2)
-            command = ours(checkpoint, own, dtype)
-            times["ours"].append([*start(command, lambda: is_healthy(own), f"127.0.0.1:{own + 1}", request)])  # noqa: B023
-            command = hugging_face(checkpoint, peer, dtype)
-            times["Hugging Face"].append(
-                [*start(command, lambda: is_listening(peer), f"127.0.0.1:{peer}", request)]  # noqa: B023
-            )
+            for name, command, is_ready, port in (
+                ("ours", ours(checkpoint, own, dtype), partial(is_healthy, own), own + 1),
+                ("Hugging Face", hugging_face(checkpoint, peer, dtype), partial(is_listening, peer), peer),
+            ):
+                times[name].append([*start(command, is_ready, f"127.0.0.1:{port}", request)])
     return times
 
 

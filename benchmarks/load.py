@@ -190,7 +190,9 @@ def pss(root: psutil.Process) -> int:
 
 
 @contextmanager
-def started(command: Sequence[str], is_ready: Callable[[], bool]) -> Iterator[subprocess.Popen[str]]:
+def started(
+    command: Sequence[str], is_ready: Callable[[], bool], poll_s: float = 0.1
+) -> Iterator[subprocess.Popen[str]]:
     """A module run as a process of its own, ready when it comes back, gone afterwards."""
     process = subprocess.Popen([sys.executable, "-m", *command], text=True, stderr=subprocess.DEVNULL)
     try:
@@ -198,7 +200,7 @@ def started(command: Sequence[str], is_ready: Callable[[], bool]) -> Iterator[su
         while not is_ready():
             if process.poll() is not None or time.monotonic() > give_up:
                 raise SystemExit(f"{' '.join(command)} did not start")
-            time.sleep(0.1)
+            time.sleep(poll_s)
         yield process
     finally:
         process.terminate()

@@ -1,8 +1,8 @@
 """The least that a gRPC server can do: the same bytes to every call, or the same refusal. What a cached answer and a
 full server are measured against.
 
-python -m benchmarks.peers.echo_server --port 9002 --reply-bytes 720000
-python -m benchmarks.peers.echo_server --port 9002 --refuse
+python -m benchmarks.peers.bare_server --port 9002 --reply-bytes 720000
+python -m benchmarks.peers.bare_server --port 9002 --refuse
 """
 
 from __future__ import annotations
