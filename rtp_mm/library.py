@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+from contextlib import ExitStack
 from typing import Any
 
 from rtp_mm import compat
 from rtp_mm.config import Settings, load_settings
 from rtp_mm.engine.interface import Engine
+from rtp_mm.engine.worker_pool import WorkerPool
 from rtp_mm.errors import StartError
 from rtp_mm.server.state import Loaded
+from rtp_mm.vit.read_ahead import read_ahead
 
 
 def create_engine(**options: Any) -> Engine:
@@ -32,6 +36,20 @@ def load_engine(settings: Settings, loop: asyncio.AbstractEventLoop | None = Non
     """The checkpoint's model and the engine around it, on `loop`, a server's, or a loop of its own. Blocks; raises
     `StartError`.
     """
+    # While torch is imported, which takes a second or two of one core:
+    if settings.checkpoint_path is not None:
+        folder = settings.checkpoint_path.expanduser()
+        threading.Thread(target=read_ahead, args=(folder,), name="read-ahead", daemon=True).start()
+    with ExitStack() as undo:
+        pool = None
+        if settings.mm_model_module is None and not settings.use_local_preprocess:
+            undo.callback((pool := WorkerPool.of(settings)).close)
+        loaded = _load(settings, loop, pool)
+        undo.pop_all()
+    return loaded
+
+
+def _load(settings: Settings, loop: asyncio.AbstractEventLoop | None, pool: WorkerPool | None) -> Loaded:
     from rtp_mm.engine.process_engine import MMProcessEngine
     from rtp_mm.models.registry import choose_device, load_model
     from rtp_mm.server.wire import seal
@@ -41,7 +59,7 @@ def load_engine(settings: Settings, loop: asyncio.AbstractEventLoop | None = Non
     model = load_model(settings)
     options = getattr(getattr(model.mm_part, "tower", None), "options", None)
     return Loaded(
-        MMProcessEngine(model, settings, loop, seal if loop is not None else None),
+        MMProcessEngine(model, settings, loop, seal if loop is not None else None, pool),
         model=model.config.model_type,
         dtype=model.config.data_type,
         device=str(choose_device(settings.device)),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import gc
 import importlib.util
 import logging
 import os
@@ -33,6 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
         return _failed(error)
     share_cores()
     share_heap()
+    gc.disable()  # of all that is imported and loaded little is garbage; until `serve` has collected that
     from rtp_mm.library import load_engine
 
     return run(settings, load_engine)

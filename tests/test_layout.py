@@ -32,7 +32,10 @@ LAYERS = [
 ]
 # What every line may name: values and protocols, without behaviour.
 VOCABULARY = {"rtp_mm.engine.interface", "rtp_mm.__version__"}
-TORCH_FREE = ["rtp_mm", "rtp_mm.types", "rtp_mm.errors", "rtp_mm.config", "rtp_mm.media", "rtp_mm.preprocess"]
+TORCH_FREE = [
+    *("rtp_mm", "rtp_mm.types", "rtp_mm.errors", "rtp_mm.config", "rtp_mm.media", "rtp_mm.preprocess"),
+    *("rtp_mm.engine.worker_pool", "rtp_mm.vit.read_ahead", "rtp_mm.server.app", "rtp_mm.library"),  # read before it
+]
 
 
 def layer(module: str) -> int:

@@ -38,9 +38,8 @@ def media(tmp_path: Path) -> MediaPreprocessor:
 
 @pytest.fixture
 async def liar(media: MediaPreprocessor) -> AsyncIterator[WorkerPool]:
-    pool = WorkerPool(
-        LyingPreprocessor(media), count=1, memory_mb=MEMORY_MB, slab_mb=64, inbox_bytes=1 << 20, cores=ONE_CORE
-    )
+    pool = WorkerPool(count=1, memory_mb=MEMORY_MB, slab_mb=64, inbox_bytes=1 << 20, cores=ONE_CORE)
+    pool.open(LyingPreprocessor(media))
     yield pool
     pool.close()
 

@@ -101,7 +101,8 @@ def one_worker(tmp_path: Path) -> Iterator[WorkerPool]:
     """As a server of four cores has them, for small pictures: it is with threads that decoders fail worst."""
     settings = load_settings(None, mm_max_pixels=MAX_PIXELS)
     preprocess = MediaPreprocessor.from_checkpoint(tmp_path, PUBLISHED_PROCESSOR, settings)
-    pool = WorkerPool(preprocess, count=1, memory_mb=512, slab_mb=64, inbox_bytes=1 << 20, cores=CoreShare(4))
+    pool = WorkerPool(count=1, memory_mb=512, slab_mb=64, inbox_bytes=1 << 20, cores=CoreShare(4))
+    pool.open(preprocess)
     yield pool
     pool.close()
 

@@ -10,12 +10,11 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import psutil
 import pytest
-from scripted_worker import ScriptedPreprocessor, script
+from scripted_worker import HeavyPreprocessor, ScriptedPreprocessor, script
 from waiting import until
 from worker_pools import IMAGE, ONE_CORE, is_gone, kill, new_pool, run, text, until_slab_is_free
 
@@ -171,13 +170,23 @@ def test_a_worker_that_cannot_be_spawned_leaves_no_descriptor(monkeypatch: pytes
 
 def test_workers_that_cannot_start_end_the_start(tmp_path: Path) -> None:
     (tmp_path / "obstacle").touch()
-    before = set(psutil.Process().children())
-    limits: dict[str, Any] = {"count": 2, "memory_mb": 64, "slab_mb": 1, "inbox_bytes": 1, "cores": ONE_CORE}
-    with pytest.raises(StartError, match="a preprocess worker did not start: it"):
-        WorkerPool(ScriptedPreprocessor(IMAGE, tmp_path / "obstacle"), **limits)
-    with pytest.raises(StartError, match="USE_LOCAL_PREPROCESS=1"):
-        WorkerPool(lambda *_: Patches(np.zeros((1, 1), np.uint8), (1, 1, 1)), **limits)
-    assert set(psutil.Process().children()) <= before
+    before = set(psutil.Process().children()), len(os.listdir("/proc/self/fd"))
+    for preprocess, message in (
+        (ScriptedPreprocessor(IMAGE, tmp_path / "obstacle"), "a preprocess worker did not start: it"),
+        (lambda *_: Patches(np.zeros((1, 1), np.uint8), (1, 1, 1)), "cannot get .* USE_LOCAL_PREPROCESS=1"),
+        (HeavyPreprocessor(bytes(1 << 20)), "of .* bytes, over .* USE_LOCAL_PREPROCESS=1"),
+    ):
+        pool = WorkerPool(count=2, memory_mb=64, slab_mb=1, inbox_bytes=1 << 20, cores=ONE_CORE)
+        with pytest.raises(StartError, match=message):
+            pool.open(preprocess)
+    assert (set(psutil.Process().children()), len(os.listdir("/proc/self/fd"))) == before
+
+
+def test_workers_that_nobody_needs_end(tmp_path: Path) -> None:
+    """As where the model does not load: they have begun, and were not told what for."""
+    before = set(psutil.Process().children()), len(os.listdir("/proc/self/fd"))
+    WorkerPool(count=2, memory_mb=64, slab_mb=1, inbox_bytes=1, cores=ONE_CORE).close()
+    assert (set(psutil.Process().children()), len(os.listdir("/proc/self/fd"))) == before
 
 
 async def test_closing_ends_what_runs_and_what_waits(tmp_path: Path) -> None:
@@ -212,16 +221,14 @@ async def test_closing_does_not_wait_for_workers_that_start(pair: WorkerPool, mo
 PARENT = """
 import asyncio, sys
 from pathlib import Path
-from scripted_worker import ScriptedPreprocessor, script
+from scripted_worker import HeavyPreprocessor, ScriptedPreprocessor, script
 from rtp_mm.cores import CoreShare
 from rtp_mm.engine.worker_pool import WorkerPool
 from rtp_mm.types import MMUrlType, PreprocessOptions
 
 folder = Path(sys.argv[1])
-pool = WorkerPool(
-    ScriptedPreprocessor(None, folder / "obstacle"),
-    count=2, memory_mb=512, slab_mb=1, inbox_bytes=1 << 20, cores=CoreShare(1),
-)
+pool = WorkerPool(count=2, memory_mb=512, slab_mb=1, inbox_bytes=1 << 20, cores=CoreShare(1))
+pool.open(ScriptedPreprocessor(None, folder / "obstacle"))
 asyncio.run(pool.run(script("stall", note=str(folder / "busy")), MMUrlType.IMAGE, PreprocessOptions()))
 """
 

@@ -62,11 +62,12 @@ async def test_workers_import_neither_torch_nor_pydantic_and_are_small(pool: Wor
 
 
 @pytest.mark.parametrize("nbytes", [1 << 16, 5 << 20])
-async def test_a_preprocessor_of_any_size_reaches_its_workers_and_leaves_no_memory(nbytes: int) -> None:
-    """Over what a message holds, and over the largest blob."""
+async def test_a_large_preprocessor_reaches_its_workers_and_leaves_no_memory(nbytes: int) -> None:
+    """Over what a message holds, and over what an inbox keeps."""
     preprocess = HeavyPreprocessor(os.urandom(nbytes))
-    pool = WorkerPool(preprocess, count=1, memory_mb=MEMORY_MB, slab_mb=1, inbox_bytes=1, cores=ONE_CORE)
+    pool = WorkerPool(count=1, memory_mb=MEMORY_MB, slab_mb=1, inbox_bytes=8 << 20, cores=ONE_CORE)
     try:
+        pool.open(preprocess)
         expected = preprocess(script(), MMUrlType.IMAGE, NO_OPTIONS).rows
         np.testing.assert_array_equal((await run(pool, script())).rows, expected)
         [worker] = pool._workers

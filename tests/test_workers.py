@@ -8,14 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from scripted_worker import ScriptedPreprocessor, script
 from worker_pools import IMAGE, NO_OPTIONS, is_gone
 
 from rtp_mm.config import load_settings
 from rtp_mm.engine import worker_pool
+from rtp_mm.engine.worker_pool import WorkerPool
 from rtp_mm.engine.workers import PreprocessWorkers, _as_mm_error
-from rtp_mm.errors import NotSupportedError, ProcessError, WrongFormatError
+from rtp_mm.errors import NotSupportedError, ProcessError, StartError, WrongFormatError
+from rtp_mm.library import create_engine
 from rtp_mm.models.multimodal_common import MultiModalEmbeddingInterface
 from rtp_mm.types import Blob, MMUrlType
 
@@ -47,6 +50,22 @@ async def test_processes_and_threads_prepare_the_same(local: int, tmp_path: Path
 
 class _ImagePart(MultiModalEmbeddingInterface):
     preprocessor = IMAGE
+
+
+def test_workers_that_have_begun_are_taken_or_ended(tmp_path: Path) -> None:
+    """They end where a model has no use for them, and where none loads."""
+    before = psutil.Process().children()
+    settings = load_settings(mm_preprocess_max_workers=1)
+    pool = WorkerPool.of(settings)
+    taking = PreprocessWorkers(_ImagePart(), settings, pool)
+    assert pool.ready == 1
+    assert taking.stats() == (1, 0, {})
+    taking.close()
+    leaving = PreprocessWorkers(MultiModalEmbeddingInterface(), settings, WorkerPool.of(settings))
+    leaving.close()
+    with pytest.raises(StartError, match="is no folder"):
+        create_engine(checkpoint_path=tmp_path / "absent")
+    assert psutil.Process().children() == before
 
 
 async def test_what_hangs_ends_with_its_caller_and_so_does_its_worker(

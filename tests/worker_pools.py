@@ -30,14 +30,8 @@ ONE_CORE = CoreShare(1)
 async def new_pool(
     folder: Path, count: int = 1, slab_mb: int = 64, inbox_mb: int = 64, cores: CoreShare = ONE_CORE
 ) -> AsyncIterator[WorkerPool]:
-    pool = WorkerPool(
-        ScriptedPreprocessor(IMAGE, folder / "obstacle"),
-        count=count,
-        memory_mb=MEMORY_MB,
-        slab_mb=slab_mb,
-        inbox_bytes=inbox_mb << 20,
-        cores=cores,
-    )
+    pool = WorkerPool(count=count, memory_mb=MEMORY_MB, slab_mb=slab_mb, inbox_bytes=inbox_mb << 20, cores=cores)
+    pool.open(ScriptedPreprocessor(IMAGE, folder / "obstacle"))
     try:
         yield pool
     finally:

@@ -17,6 +17,7 @@ from rtp_mm.engine.forward import Forward, WholeForward, is_whole
 from rtp_mm.engine.job_line import Check, Foresees, no_check
 from rtp_mm.engine.limits import bound_clips, device_limits
 from rtp_mm.engine.response import Answer, Begun, Stages
+from rtp_mm.engine.worker_pool import WorkerPool
 from rtp_mm.engine.workers import ForwardInput, PreprocessWorkers
 from rtp_mm.errors import MMError
 from rtp_mm.media.fetch import Fetcher
@@ -51,9 +52,10 @@ class ItemPipeline:
         settings: Settings,
         clock: Callable[[], float],
         seal: Callable[[Embedded], Embedded] | None,
+        pool: WorkerPool | None,
     ) -> None:
         """clock: the loop's, by which deadlines are. seal: puts an answer into the form that it is kept in, if that is
-        another.
+        another. pool: workers that have begun already.
         """
         self._mm_part = mm_part = model.mm_part
         self._clock = clock
@@ -76,7 +78,7 @@ class ItemPipeline:
             settings.mm_patch_cache_mb << 20, largest_share=LARGEST_PATCHES_SHARE
         )
         self.fetcher = Fetcher(settings)
-        self.workers = PreprocessWorkers(mm_part, settings)
+        self.workers = PreprocessWorkers(mm_part, settings, pool)
         self._fetches = Flights[Blob]()
         self._computations = Flights[Answer]()
         self._decoded_frames = 0

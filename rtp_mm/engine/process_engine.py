@@ -14,6 +14,7 @@ from rtp_mm.engine.home import Home, closed
 from rtp_mm.engine.interface import TimeLimit, as_inputs, time_limit
 from rtp_mm.engine.item_pipeline import ItemPipeline
 from rtp_mm.engine.response import Answer, Begun, Stages, Timings, as_response, slowest
+from rtp_mm.engine.worker_pool import WorkerPool
 from rtp_mm.errors import DeadlineError, MMError, QueueFullError
 from rtp_mm.models.multimodal_mixin import MultimodalMixin
 from rtp_mm.types import (
@@ -43,12 +44,15 @@ class MMProcessEngine:
         settings: Settings | None = None,
         loop: asyncio.AbstractEventLoop | None = None,
         seal: Callable[[Embedded], Embedded] | None = None,
+        pool: WorkerPool | None = None,
     ) -> None:
-        """seal: puts an answer into the form that it is kept in, if that is another than it is in."""
+        """seal: puts an answer into the form that it is kept in, if that is another than it is in.
+        pool: workers that have begun already, for a model with a `preprocessor`; by default it starts its own.
+        """
         self._settings = settings = settings or model.config.settings or load_settings()
         self._data_type = model.config.data_type
         self._is_whole = is_whole(model.mm_part)
-        self._items = ItemPipeline(model, settings, lambda: self._home.loop.time(), seal)
+        self._items = ItemPipeline(model, settings, lambda: self._home.loop.time(), seal, pool)
         self._home = Home(loop)  # after what may fail: it starts a thread
         self._home.close_at_exit(self.close)
         self._requests: dict[asyncio.Task[Any], asyncio.Future[None]] = {}  # those that wait, and the end of each

@@ -16,7 +16,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, TypeVar
 
-from rtp_mm.cores import CoreShare
+from rtp_mm.config import Settings
+from rtp_mm.cores import CoreShare, available_cores
 from rtp_mm.engine import worker_protocol
 from rtp_mm.engine.job_line import Check, Job, JobLine, Judges, no_check
 from rtp_mm.engine.slab import Slab, Slot
@@ -33,35 +34,25 @@ T = TypeVar("T")
 _GRACE_S = 1.0  # for work that nobody waits for any more: about what a new worker costs
 _AHEAD_BYTES = 8 << 20  # more rows wait for their room until they are needed; their images may yet be given up
 _INLINE_BYTES = 1 << 20  # a longer copy, of 0.3 ms and more, leaves the event loop
+_LARGEST_MESSAGE = 1 << 30  # bytes that a gRPC call may bring
 _FIRST_RETRY_S, _LAST_RETRY_S = 0.1, 1.0  # between starts of workers that do not start
 
 
 class WorkerPool:
-    """`count` processes; used on one event loop, that of the first `run`."""
+    """`count` processes, that begin at once and wait to be told what they are for. Used on one event loop, that of the
+    first `run`.
+    """
 
-    def __init__(
-        self,
-        preprocess: Callable[..., Prepared],
-        *,
-        count: int,
-        memory_mb: int,
-        slab_mb: int,
-        inbox_bytes: int,
-        cores: CoreShare,
-    ) -> None:
-        """Blocks until all are ready. Raises `StartError`.
+    def __init__(self, *, count: int, memory_mb: int, slab_mb: int, inbox_bytes: int, cores: CoreShare) -> None:
+        """Waits for nothing: while processes begin, their engine may load its model.
 
         memory_mb:   data of one worker, MiB.
         slab_mb:     patch rows that are written, wait or are read, MiB.
-        inbox_bytes: the largest blob; more where the preprocessor itself takes more.
+        inbox_bytes: the largest blob, and the largest preprocessor.
         cores:       for the threads of decoders, among those that run.
         """
-        try:
-            self._setup = pickle.dumps(Setup(preprocess, memory_mb << 20))
-        except (pickle.PicklingError, AttributeError, TypeError) as error:
-            raise StartError(f"a preprocessor that workers cannot get ({error}) needs USE_LOCAL_PREPROCESS=1") from None
-        self._judge = preprocess if isinstance(preprocess, Judges) else None
-        self._inbox_bytes = max(inbox_bytes, len(self._setup))
+        self._memory_bytes = memory_mb << 20
+        self._inbox_bytes = inbox_bytes
         self._cores = cores
         self.slab = Slab(slab_mb << 20)
         self._jobs = JobLine(count)
@@ -71,18 +62,35 @@ class WorkerPool:
         self._space_freed = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._starting: set[WorkerProcess] = set()
+        self._workers: set[WorkerProcess] = set()
         self._is_closed = False
         self.restarts: Counter[str] = Counter()  # by cause
         self._threads = ThreadPoolExecutor(count, thread_name_prefix="rtp_mm-workers")  # they outlive the workers
-        starts = [self._threads.submit(self._start) for _ in range(count)]
+        self._begun = [self._threads.submit(self._begin) for _ in range(count)]
+
+    @classmethod
+    def of(cls, settings: Settings) -> WorkerPool:
+        return cls(
+            count=settings.mm_preprocess_max_workers,
+            memory_mb=settings.mm_worker_memory_mb,
+            slab_mb=settings.mm_slab_mb,
+            inbox_bytes=max(_LARGEST_MESSAGE, settings.mm_video_max_file_size_kb * 1024),
+            cores=CoreShare(available_cores(), settings.mm_decode_threads),
+        )
+
+    def open(self, preprocess: Callable[..., Prepared]) -> None:
+        """Before the first `run`: what all are for. Blocks until they are ready. Raises `StartError`; it is closed
+        then.
+        """
         try:
-            self._workers = {start.result() for start in starts}
+            self._setup = _setup(preprocess, self._memory_bytes, self._inbox_bytes)
+            self._judge = preprocess if isinstance(preprocess, Judges) else None
+            begun = [start.result() for start in self._begun]
+            self._begun = [self._threads.submit(self._greet, worker) for worker in begun]
+            self._workers = {start.result() for start in self._begun}
+            self._begun = []
         except StartError:
-            self._stop_starts()
-            for start in starts:
-                start.add_done_callback(_discard)
-            self._threads.shutdown()
-            self.slab.close()
+            self.close()
             raise
 
     @property
@@ -310,9 +318,15 @@ class WorkerPool:
             delay_s = min(2 * delay_s, _LAST_RETRY_S)
 
     def _start(self) -> WorkerProcess:
-        """On a thread of ours. Raises `StartError`."""
+        """On a thread of ours, as its two halves. Raises `StartError`."""
+        return self._greet(self._begin())
+
+    def _begin(self) -> WorkerProcess:
         worker = WorkerProcess(self.slab.fd, self._inbox_bytes)
         self._starting.add(worker)
+        return worker
+
+    def _greet(self, worker: WorkerProcess) -> WorkerProcess:
         try:
             if self._is_closed:
                 worker.kill()
@@ -344,8 +358,21 @@ class WorkerPool:
             worker.kill()
         for worker in self._workers:
             worker.end()
-        self._threads.shutdown(wait=False)
+        for start in self._begun:
+            start.add_done_callback(_discard)
+        self._threads.shutdown(wait=bool(self._begun))  # for those that are killed as they start
         self.slab.close()
+
+
+def _setup(preprocess: Callable[..., Prepared], memory_bytes: int, most: int) -> bytes:
+    """As a worker gets it. Raises `StartError` for what cannot be sent, or is more than `most` bytes."""
+    try:
+        setup = pickle.dumps(Setup(preprocess, memory_bytes))
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise StartError(f"a preprocessor that workers cannot get ({error}) needs USE_LOCAL_PREPROCESS=1") from None
+    if len(setup) > most:
+        raise StartError(f"a preprocessor of {len(setup)} bytes, over {most}, needs USE_LOCAL_PREPROCESS=1")
+    return setup
 
 
 def _discard(start: Future[WorkerProcess]) -> None:

@@ -24,7 +24,6 @@ from rtp_mm.types import Blob, Layout, MMPreprocessConfig, MMUrlType, Preprocess
 _log = logging.getLogger(__name__)
 
 DEVICE_DECODES = 4  # at once: each has a thread, a stream and a decoder's memory
-_LARGEST_MESSAGE = 1 << 30  # bytes that a gRPC call may bring
 
 
 class ForwardInput(NamedTuple):
@@ -54,8 +53,12 @@ class PreprocessWorkers:
     memory: `vit.packing.packed_rows` copies these too.
     """
 
-    def __init__(self, mm_part: MultiModalEmbeddingInterface, settings: Settings) -> None:
-        """Blocks until the workers are ready. Raises `StartError`."""
+    def __init__(
+        self, mm_part: MultiModalEmbeddingInterface, settings: Settings, pool: WorkerPool | None = None
+    ) -> None:
+        """Blocks until the workers are ready: those of `pool`, which it owns, where they have begun already. Raises
+        `StartError`.
+        """
         self._mm_part = mm_part
         self._count = settings.mm_preprocess_max_workers
         self._cores = CoreShare(available_cores(), settings.mm_decode_threads)
@@ -65,18 +68,14 @@ class PreprocessWorkers:
         threads = self._count
         if mm_part.preprocessor is not None and not settings.use_local_preprocess:
             threads = DEVICE_DECODES
-            self._processes = WorkerPool(
-                mm_part.preprocessor,
-                count=self._count,
-                memory_mb=settings.mm_worker_memory_mb,
-                slab_mb=settings.mm_slab_mb,
-                inbox_bytes=max(_LARGEST_MESSAGE, settings.mm_video_max_file_size_kb * 1024),
-                cores=self._cores,
-            )
+            self._processes = pool or WorkerPool.of(settings)
+            self._processes.open(mm_part.preprocessor)
             if mm_part._device.type == "cuda":
                 slab = self._processes.slab
                 with thread_on(mm_part._device):
                     self._pinned = PinnedBytes(slab.bytes[: slab.kept_bytes])
+        elif pool is not None:
+            pool.close()
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="rtp_mm-preprocess")
 
     async def prepare(

@@ -150,11 +150,12 @@ async def _close_engine(state: ServerState) -> None:
 
 
 def _freeze_heap() -> None:
-    """What is there by now stays to the end: modules, the model. Python's garbage collector would stop all threads
-    each time it looks through all of it again.
+    """What is there by now stays to the end: modules, the model. Python's garbage collector, off until now, would stop
+    all threads each time it looks through all of it again.
     """
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 def _log_ready(loaded: Loaded, settings: Settings, seconds: float) -> None:

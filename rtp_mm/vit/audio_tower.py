@@ -65,9 +65,8 @@ class Convolution(Linear):
         super().__init__(KERNEL * channels, out, dtype, gemm, activation="gelu")
         self.weight = nn.Parameter(self.weight.view(out, channels, KERNEL), requires_grad=False)
 
-    def prepare(self) -> None:
-        self.weight = nn.Parameter(self.weight.transpose(1, 2).flatten(1), requires_grad=False)
-        super().prepare()
+    def _published(self) -> Tensor:
+        return super()._published().transpose(1, 2).flatten(1)
 
 
 class QkvLinear(Linear):

@@ -5,7 +5,7 @@ By default a row's bits are the same whatever else is in the batch; that is a pr
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import ClassVar, Protocol
 
 import torch
@@ -242,8 +242,6 @@ class Linear(nn.Module):
     Holds the published weight in `dtype` and the bias in float32, until `prepare` gives both to the GEMM.
     """
 
-    READ_ONCE = ("weight",)  # by `prepare`: see `load_weights`
-
     def __init__(
         self, in_features: int, out_features: int, dtype: torch.dtype, gemm: type[Gemm], activation: str = "none"
     ) -> None:
@@ -254,11 +252,25 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.empty(out_features, dtype=torch.float32), requires_grad=False)
         self._make_gemm: Callable[[Tensor, Tensor, str], Gemm] = gemm
         self._activation = activation
+        self._lent: Sequence[Tensor] = ()
+
+    def lend(self, parts: Sequence[Tensor]) -> None:
+        """The published weight, for `prepare` alone: contiguous tensors that stand above one another. They are joined
+        there, one layer after another in the same memory.
+        """
+        self._lent = parts
 
     def prepare(self) -> None:
         """Packs the weight; once, after loading. The original is freed."""
-        self._gemm = self._make_gemm(self.weight.data, self.bias.data, self._activation)
+        self._gemm = self._make_gemm(self._published(), self.bias.data, self._activation)
+        self._lent = ()
         del self.weight, self.bias
+
+    def _published(self) -> Tensor:
+        """The weight [out, in]."""
+        if not self._lent:
+            return self.weight.data
+        return self._lent[0] if len(self._lent) == 1 else torch.cat(list(self._lent))
 
     def forward(self, x: Tensor) -> Tensor:
         return self._gemm(x)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from rtp_mm.errors import StartError
 from rtp_mm.vit.checkpoint import Checkpoint
+from rtp_mm.vit.linear import Linear
 
 # Buffers that some versions saved; a tower computes them.
 IGNORED_SUFFIXES = (".inv_freq", ".position_ids")
@@ -88,21 +89,21 @@ def _resolve(model: object, path: str) -> tuple[object, str]:
 def _fill(owner: object, leaf: str, tensors: Mapping[str, Tensor], device: torch.device) -> None:
     """Writes the tensors, one after another, into what stands at `owner.leaf`, in its dtype and shape.
 
-    In place, so that whatever shares the parameter sees it; one on the meta device is replaced by a real one, or, where
-    its owner reads it but once, by the checkpoint's own, which is copied by nobody then.
+    In place, so that whatever shares the parameter sees it; one on the meta device is replaced by a real one. A linear
+    layer reads its weight but once: where it can, it is lent the checkpoint's own, which nobody copies then.
     """
     target: Tensor = getattr(owner, leaf)
     _check(target, tensors)
-    [first, *others] = tensors.values()
-    is_lent = target.is_meta and leaf in getattr(owner, "READ_ONCE", ()) and device.type == "cpu"
-    if is_lent and not others and first.dtype == target.dtype and first.is_contiguous():
-        value = first
-    else:
-        # Not `empty_like`: of a meta tensor it takes torch's Python decompositions, and half a second to import them.
-        value = torch.empty(target.shape, dtype=target.dtype, device=device) if target.is_meta else target.data
-        rows = [part.shape[0] if part.ndim else 1 for part in tensors.values()]
-        for part, place in zip(tensors.values(), value.split(rows) if value.ndim else [value], strict=True):
-            place.copy_(part)
+    parts = list(tensors.values())
+    is_ready = all(part.dtype == target.dtype and part.is_contiguous() for part in parts)
+    if is_ready and target.is_meta and device.type == "cpu" and isinstance(owner, Linear) and leaf == "weight":
+        owner.lend(parts)
+        return
+    # Not `empty_like`: of a meta tensor it takes torch's Python decompositions, and half a second to import them.
+    value = torch.empty(target.shape, dtype=target.dtype, device=device) if target.is_meta else target.data
+    rows = [part.shape[0] if part.ndim else 1 for part in parts]
+    for part, place in zip(parts, value.split(rows) if value.ndim else [value], strict=True):
+        place.copy_(part)
     if target.dtype == torch.float16 and not torch.isfinite(value).all():
         raise StartError(f"{', '.join(tensors)}: too large for fp16; use ACT_TYPE=bf16 or fp32")
     if target.is_meta:
