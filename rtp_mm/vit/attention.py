@@ -36,9 +36,9 @@ TRIAL_ROUNDS = 5
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)  # and not frozen: torch 2.11 looks into frozen ones, and compiles a block anew for other lengths
 class Segments:
-    """Which rows attend to each other: segment i is rows cu[i] to cu[i + 1].
+    """Which rows attend to each other: segment i is rows cu[i] to cu[i + 1]. Nobody changes it.
 
     cu:         [S + 1] int32 on the device, ascending from 0. Segments may be empty.
     max_length: of the longest segment, or more.
