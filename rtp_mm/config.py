@@ -159,7 +159,7 @@ class Settings(BaseSettings):
     )
     mm_bytes_cache_mb: NonNegative = Field(256, description="downloads kept, MiB of host memory; 0: none")
     mm_bytes_cache_ttl_s: NonNegative = Field(
-        60, description="how long a download is good whose source does not say (Cache-Control, Expires), seconds"
+        60, description="how long a download stays fresh whose source sends no Cache-Control or Expires, seconds"
     )
     mm_allow_private_network: bool = Field(False, description="1: downloads may reach addresses that are not public")
     mm_allowed_media_domains: Annotated[
@@ -203,7 +203,9 @@ class Settings(BaseSettings):
         description="all frames of an animation (GIF, WebP, APNG, AVIF) together, pixels; 2071 frames of 1080p fit",
     )
     mm_pos_t: Literal["index", "scaled"] = Field(
-        "index", description="t of a video's position ids: the temporal patch, or its time in the model's own steps"
+        "index",
+        description="t of a video's position ids; index: the number of the temporal patch; scaled: its time, in units "
+        "of 1 / tokens_per_second",
     )
     mm_max_audio_seconds: Positive = Field(
         600, description="longest sound that a third party's model is given, seconds; our own cut it where they end"
@@ -213,15 +215,16 @@ class Settings(BaseSettings):
     )
     mm_preprocess_max_workers: Positive = Field(
         default_factory=available_cores,
-        description="preprocess workers; default: one a core, or of a container's quota",
+        description="preprocess workers; default: one per core, at most the container's CPU quota",
     )
     mm_decode_threads: Positive = Field(
         MOST_DECODE_THREADS,
-        description="most threads that decode one video, AVIF or HEIC image; of several at once each has "
-        "its share of the cores, one at least",
+        description="most threads that decode one video, AVIF or HEIC image; items decoded at once share the cores, at "
+        "least one thread each",
     )
     mm_torch_threads: Positive | None = Field(
-        None, description="threads of a tower on the CPU; default: one a core; a server's: or of its container's quota"
+        None,
+        description="CPU threads of the tower; default: one per core; of a server at most its container's CPU quota",
     )
     use_local_preprocess: bool = Field(
         False, description="1: preprocess in threads of this process instead of worker processes"
@@ -246,7 +249,8 @@ class Settings(BaseSettings):
         1024,
         ge=1,
         le=1024,
-        description="MiB of one request's message: held while it arrives, which nothing else limits; a URL is small",
+        description="largest request message, MiB: held while it arrives, outside all other limits; for URLs 16 is "
+        "plenty",
     )
     mm_max_patches_per_item: Positive | None = Field(
         None,
@@ -272,10 +276,10 @@ class Settings(BaseSettings):
     mm_quantization: Literal["none", "fp8", "int8"] = Field(
         "none",
         description="fp8: linear layers in e4m3 on GPUs that can, less exact; int8: most of them on CPUs with AVX-512 "
-        "VNNI, 1.5 to 2 times as fast, with 0.85 of the error of Hugging Face's bf16 (random weights)",
+        "VNNI or ARM's i8mm, 1.5 to 2 times as fast, with 0.85 of the error of Hugging Face's bf16 (random weights)",
     )
     mm_cuda_graphs: Literal["auto", "0", "1"] = Field(
-        "auto", description="small batches on CUDA by graphs; auto: where the attention backend can"
+        "auto", description="1: replay small batches on CUDA as graphs; auto: where the attention backend allows it"
     )
     mm_cuda_graphs_mb: Positive = Field(1024, description="device memory for CUDA graphs, MiB")
     mm_torch_compile: bool = Field(
@@ -295,7 +299,9 @@ class Settings(BaseSettings):
         None, description="CA, PEM, whose certificates clients must show (mutual TLS)"
     )
     mm_auth_token: SecretStr | None = Field(
-        None, description="bearer token that callers must show, or that a client shows; a flag would be seen in ps"
+        None,
+        description="bearer token that callers must show, or that a client shows; set it in the environment: ps shows "
+        "flags",
     )
     mm_auth_token_file: Path | None = Field(None, description="file that holds the token, read again when it changes")
     mm_remote_tls_ca: Path | None = Field(
@@ -304,7 +310,7 @@ class Settings(BaseSettings):
 
     # Operation.
     mm_otel: bool | None = Field(
-        None, description="1: OpenTelemetry spans; default: where OTEL_EXPORTER_OTLP_ENDPOINT is set"
+        None, description="1: OpenTelemetry spans; default: where OTEL_EXPORTER_OTLP_(TRACES_)ENDPOINT is set"
     )
     mm_profile_dir: DirectoryPath | None = Field(
         None, description="folder for traces of POST /debug/profile; unset: off"

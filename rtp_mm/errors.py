@@ -1,6 +1,7 @@
 """Every way a request can fail, with the name RTP-LLM's client parses and the gRPC status that goes with it.
 
-Raise the most precise class from anywhere in the pipeline; only `server/servicer.py` turns one into a reply.
+Raise the most precise class from anywhere in the pipeline; only `server/servicer.py` turns one into a reply, and
+`server/security.py` that of a call without its token.
 """
 
 from __future__ import annotations
@@ -75,7 +76,9 @@ class DeadlineError(MMError):
 
 
 class QueueFullError(MMError):
-    """More work is waiting than `MM_MAX_QUEUE_SIZE` admits. `retry_after_ms` goes into the trailing metadata."""
+    """Requests, patches or bytes in progress are at their limit, or the deadline cannot be met any more.
+    `retry_after_ms` goes into the trailing metadata.
+    """
 
     status = "RESOURCE_EXHAUSTED"
 

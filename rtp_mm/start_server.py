@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
         _check(settings)
     except StartError as error:
         return _failed(error)
-    share_cores()
+    limit_openmp()
     share_heap()
     gc.disable()  # of all that is imported and loaded little is garbage; until `serve` has collected that
     from rtp_mm.library import load_engine
@@ -75,10 +75,10 @@ def _check(settings: Settings) -> None:
         raise StartError(f"CHECKPOINT_PATH={settings.checkpoint_path} is no folder")
 
 
-def share_cores() -> None:
-    """Before torch is imported. It knows of no quota: were its threads more, all of them would stand still for the rest
-    of each period. OpenMP's wait for each other without giving up their core, libgomp's by default for 300,000 rounds,
-    milliseconds of a core that the preprocess workers want just then.
+def limit_openmp() -> None:
+    """Before torch is imported, which counts the CPUs of its affinity, not of its container's quota: with more threads
+    than the quota pays for the kernel stops all of them for the rest of each period. And libgomp's threads spin while
+    they wait for each other, by default for milliseconds, on cores that preprocess workers want.
     """
     if (cores := available_cores()) < affine_cores():
         os.environ.setdefault("OMP_NUM_THREADS", str(cores))
@@ -87,9 +87,9 @@ def share_cores() -> None:
 
 
 def share_heap() -> None:
-    """Before threads begin. By default glibc gives up to eight heaps a core to threads, and none has the use of what is
-    free in another: what requests in flight need is then kept several times over. Small blocks that it uses often each
-    thread keeps for itself even so. No other C library is asked.
+    """Before threads begin. By default glibc gives threads up to eight heaps per core, and what is free in one is of no
+    use to the others: buffers of requests in flight are then held several times over. Each thread keeps its cache of
+    small blocks even so. Other C libraries are left as they are.
     """
     if "MALLOC_ARENA_MAX" not in os.environ:
         with contextlib.suppress(AttributeError, OSError):

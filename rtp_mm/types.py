@@ -182,8 +182,8 @@ class DevicePatches:
 class LogMel:
     """What an audio tower eats: log-mel frames, one row each.
 
-    rows:  [2 * steps + 2, bins] float32: zeros, as the tower's convolutions see them before a sound's beginning, then
-           frames 0 to 2 * steps; the sound's own, and of the silence behind it what the last step sees.
+    rows:  [2 * steps + 2, bins] float32: a row of zeros, the convolutions' padding, then frames 0 to 2 * steps; those
+           past the sound's end are silence, as much of it as the last step sees.
     cut_s: where a longer sound was cut off, seconds, or `None`.
     """
 

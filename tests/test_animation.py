@@ -178,7 +178,9 @@ def test_a_still_of_a_format_without_animation_is_told_what_is_taken(frames: lis
     file = io.BytesIO()
     Image.fromarray(frames[0]).save(file, "JPEG")
     with (
-        pytest.raises(WrongFormatError, match=r"this image is no animation \(GIF, WEBP, PNG, AVIF\)"),
+        pytest.raises(
+            WrongFormatError, match=r"expected a video, got a still image \(animations: GIF, WEBP, PNG, AVIF\)"
+        ),
         open_animation(file.getvalue(), LIMITS),
     ):
         pass

@@ -10,7 +10,7 @@ import pytest
 from rtp_mm import cores
 from rtp_mm.config import load_settings
 from rtp_mm.cores import available_cores
-from rtp_mm.start_server import share_cores
+from rtp_mm.start_server import limit_openmp
 
 V1, V2 = "4:cpu,cpuacct:{}\n3:memory:/elsewhere\n", "0::{}\n"
 
@@ -85,5 +85,5 @@ def test_torch_keeps_to_it(
 ) -> None:
     write(groups, V2.format("/"), {"cpu.max": f"{limit} 100000\n"})
     monkeypatch.setattr(os, "environ", before)
-    share_cores()
+    limit_openmp()
     assert before.get("OMP_NUM_THREADS") == after

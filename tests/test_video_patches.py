@@ -160,9 +160,9 @@ def test_default_is_told_from_the_bytes(photo: bytes, clip: bytes, tmp_path: Pat
     [
         (b"", MMUrlType.AUDIO, "this model takes images and videos, not audio"),
         (b"ID3" + bytes(100), MMUrlType.DEFAULT, "this model takes images and videos, not audio"),
-        (b"ID3" + bytes(100), MMUrlType.IMAGE, "an image is expected here, these bytes are audio"),
-        (b"\0\0\0\x18ftypisom" + bytes(64), MMUrlType.IMAGE, "an image is expected here, these bytes are video"),
-        (b"ID3" + bytes(100), VIDEO, "a video is expected here, these bytes are audio"),
+        (b"ID3" + bytes(100), MMUrlType.IMAGE, "expected an image, got audio"),
+        (b"\0\0\0\x18ftypisom" + bytes(64), MMUrlType.IMAGE, "expected an image, got video"),
+        (b"ID3" + bytes(100), VIDEO, "expected a video, got audio"),
         (np.zeros(16000, np.float32), MMUrlType.TENSOR, r"this model takes images and videos, the tensor is \[16000\]"),
     ],
 )

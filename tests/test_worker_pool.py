@@ -82,7 +82,7 @@ async def test_errors_keep_their_class_and_others_their_secrets(
     pid = await text(pool, "pid")
     with pytest.raises(WrongFormatError, match=r"^no picture$"):
         await run(pool, script("refuse"))
-    with pytest.raises(NotSupportedError, match="these bytes are audio"):
+    with pytest.raises(NotSupportedError, match="expected an image, got audio"):
         await run(pool, Blob(b"ID3" + bytes(100), b"", "sound"))
     with pytest.raises(ProcessError, match=r"^preprocessing failed with KeyError$"):
         await run(pool, script("stumble"))

@@ -37,6 +37,6 @@ def _rows() -> Iterator[tuple[str, str, str]]:
 
 def _default(field: FieldInfo) -> str:
     """As one would write it in the environment; empty where unset, or where the description says how it is chosen."""
-    if field.default is None or field.default is PydanticUndefined:
+    if field.default in (None, PydanticUndefined, ()):
         return ""
     return str(int(field.default)) if isinstance(field.default, bool) else str(field.default)

@@ -146,9 +146,8 @@ class Admission:
             self._usual_patches += (cost.patches - self._usual_patches) / AVERAGED_ITEMS
 
     def check_room(self, visit: Visit, downloads: int) -> None:
-        """Before a download for `visit`, of whose others none has begun yet, beside so many that have. Raises
-        `QueueFullError` where there is no room for what they usually come to: it would be thrown away, and the work
-        with it.
+        """Before a download for `visit`, beside the `downloads` under way for anyone. Raises `QueueFullError` where
+        there is no room for what all of them usually come to: it would be thrown away, and the work with it.
         """
         downloads += visit.downloads
         coming = min((downloads + 1) * self._usual_patches, DOWNLOADS_SHARE * self._max_patches)

@@ -26,7 +26,7 @@ class EmbeddingKey(NamedTuple):
     """Everything that changes an embedding's bits: the same key, the same bits."""
 
     patches: PatchKey
-    tower: tuple[str, ...]  # weights' fingerprint, dtype, device, attention backend and options
+    tower: tuple[str, ...]  # weights' fingerprint, dtype, device, attention backend, options and the family's own
 
 
 class Embedded(NamedTuple):

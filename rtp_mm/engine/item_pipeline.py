@@ -54,7 +54,7 @@ class ItemPipeline:
         seal: Callable[[Embedded], Embedded] | None,
         pool: WorkerPool | None,
     ) -> None:
-        """clock: the loop's, by which deadlines are. seal: puts an answer into the form that it is kept in, if that is
+        """clock: the loop's, which `Visit.ends_at` is on. seal: puts an answer into the form that is kept, if that is
         another. pool: workers that have begun already.
         """
         self._mm_part = mm_part = model.mm_part

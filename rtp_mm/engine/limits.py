@@ -14,7 +14,7 @@ from rtp_mm.preprocess.media import MediaPreprocessor
 from rtp_mm.types import MMPreprocessConfig, MMUrlType, Patches
 
 CPU_BATCH_PATCHES = 4096  # a CPU's throughput is flat from some 1000 on: more in a batch only makes others wait
-CUDA_BATCH_PATCHES = 32768  # the same for the largest GPUs
+CUDA_BATCH_PATCHES = 32768  # a guess, until it is measured on one
 # 16384 tokens of 2 x 2: the most that a published checkpoint of these families asks for one image. On CUDA also the
 # 115200 tokens of a video by the published rule; they would keep a CPU from everybody else for minutes or an hour, so
 # there it takes the operator's word.

@@ -32,7 +32,7 @@ _log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _GRACE_S = 1.0  # for work that nobody waits for any more: about what a new worker costs
-_AHEAD_BYTES = 8 << 20  # more rows wait for their room until they are needed; their images may yet be given up
+_AHEAD_BYTES = 8 << 20  # larger rows get their slot only as the worker asks: the item may be cancelled before
 _INLINE_BYTES = 1 << 20  # a longer copy, of 0.3 ms and more, leaves the event loop
 _LARGEST_MESSAGE = 1 << 30  # bytes that a gRPC call may bring
 _FIRST_RETRY_S, _LAST_RETRY_S = 0.1, 1.0  # between starts of workers that do not start
@@ -130,7 +130,7 @@ class WorkerPool:
             raise
 
     def _match(self) -> None:
-        """The next job to the worker that is idle since a moment, so is warm."""
+        """The next job to the worker that became idle last, whose caches are warm."""
         while self._idle and not self._is_closed and (job := self._jobs.take()) is not None:
             self._idle.pop().set_result(job)
 

@@ -86,7 +86,7 @@ class WorkerProcess:
     def fill(self, content: NDArray[np.uint8]) -> None:
         """Lays [n] bytes before the worker; releases the GIL. Raises `WrongFormatError` for more than there is room."""
         if content.size > self._inbox.nbytes:
-            raise WrongFormatError(f"{content.size} bytes are over a preprocess worker's limit of {self._inbox.nbytes}")
+            raise WrongFormatError(f"{content.size} bytes, over a preprocess worker's limit of {self._inbox.nbytes}")
         self._inbox.bytes[: content.size] = content
 
     def clear(self, nbytes: int) -> None:

@@ -38,7 +38,7 @@ class _Animation:
     def __init__(self, data: bytes, limits: ClipLimits) -> None:
         header = probe(data)
         if header is None or header.format not in FORMATS:
-            raise WrongFormatError(f"a video is expected here, this image is no animation ({', '.join(FORMATS)})")
+            raise WrongFormatError(f"expected a video, got a still image (animations: {', '.join(FORMATS)})")
         self.width, self.height = header.width, header.height
         check_pixels(self.width, self.height, limits.max_pixels)
         with named_errors(data, FORMATS):

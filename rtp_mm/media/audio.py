@@ -163,7 +163,8 @@ def _joined(frames: Iterator[AudioFrame]) -> Iterator[AudioFrame]:
             fifo = AudioFifo()
             channels, rate = frame.layout.nb_channels, frame.sample_rate
             if rate not in RATES or not 0 < channels <= MAX_CHANNELS:
-                raise WrongFormatError(f"sound of {channels} channels at {rate} Hz")
+                most = f"at most {MAX_CHANNELS} at {RATES.start} to {RATES.stop - 1} Hz are taken"
+                raise WrongFormatError(f"sound of {channels} channels at {rate} Hz; {most}")
         fifo.write(frame)
         if fifo.samples >= CHUNK:
             yield from _rest(fifo)

@@ -72,8 +72,8 @@ class ClipHeader(NamedTuple):
     pixel_format: FFmpeg's.
     matrix:       from YCbCr to RGB, as ITU-T H.273 counts them; 2: it does not say.
     width, height: pixels, before it is turned.
-    turn:         by so many times 90 degrees, counter-clockwise, it is shown; with `MIRRORED` added, after it was put
-                  upside down, as in a mirror.
+    turn:         quarter turns, counter-clockwise, before it is shown; plus `MIRRORED` where it is flipped upside down
+                  before that.
     is_indexed:   every packet is shown, and tells when.
     """
 

@@ -54,7 +54,7 @@ def opened(data: bytes, demuxers: Sequence[str], kind: str) -> Iterator[InputCon
 
 
 def _check_texts(data: bytes, kind: str) -> None:
-    """FFmpeg takes as much memory as a text says it is long, where its list is as long."""
+    """FFmpeg allocates the length that a RIFF text claims: refuses one that is larger than the file."""
     for found in _TEXTS.finditer(data):
         if (length := int.from_bytes(found[1], "little")) > len(data):
             raise WrongFormatError(f"broken {kind}: a file of {len(data)} bytes says that its texts are {length}")

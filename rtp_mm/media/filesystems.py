@@ -43,7 +43,7 @@ class Filesystems:
             allowed = ", ".join(("http", "https", "file", "data", *self._schemes, "plain paths"))
             raise NotSupportedError(f"scheme {scheme[:20]!r}; allowed are {allowed} (MM_ALLOWED_SCHEMES)")
         if "::" in url:
-            raise NotSupportedError("a chain of URLs (with ::)")
+            raise NotSupportedError("chained URLs (with ::) are not allowed")
 
     async def read(self, url: str, limit: SizeLimit, pixels: PixelLimit | None) -> bytes:
         """The file, in chunks, as far as `limit` and `pixels` let it come; each chunk within MM_FETCH_TIMEOUT_MS.

@@ -140,7 +140,7 @@ def named_errors(data: bytes, formats: Sequence[str]) -> Iterator[None]:
     except UnidentifiedImageError:
         mm_type = sniff(data)
         if mm_type in (MMUrlType.VIDEO, MMUrlType.AUDIO):
-            raise NotSupportedError(f"an image is expected here, these bytes are {mm_type.name.lower()}") from None
+            raise NotSupportedError(f"expected an image, got {mm_type.name.lower()}") from None
         raise WrongFormatError(f"no image in a supported format ({', '.join(formats)})") from None
     except _DECODE_ERRORS as error:
         text = " ".join(str(error).split())  # on one line

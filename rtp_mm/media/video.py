@@ -115,9 +115,7 @@ def _copied(packet: Packet[Any]) -> Packet[Any]:
 
 
 def _turn(frame: VideoFrame) -> int:
-    """As `ClipHeader.turn`. 0 where the display matrix is none that turns: of one that is singular FFmpeg's angle is no
-    number.
-    """
+    """As `ClipHeader.turn`. 0 without a display matrix, and with a singular one, of which FFmpeg's angle is NaN."""
     matrix: Any = frame.side_data.get("DISPLAYMATRIX")
     if matrix is None:
         return 0

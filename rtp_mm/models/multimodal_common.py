@@ -262,7 +262,7 @@ def _options(kwargs: Mapping[str, Any]) -> PreprocessOptions:
 
 
 def _fetch(item: MultimodalInput, settings: Settings | None) -> Blob:
-    """Fetches for a caller without an event loop of its own, or inside one that must not be blocked by another."""
+    """Blocks until it is there. On a thread of its own: `asyncio.run` is refused where a loop runs already."""
 
     async def fetch() -> Blob:
         async with Fetcher(settings or load_settings()) as fetcher:

@@ -10,7 +10,9 @@ from typing import Literal
 import PIL
 
 Order = Literal["horizontal", "vertical"]
-ResizeRule = Literal["pillow-12.1", "pillow-12.2", "pillow-13.0"]  # the first release that has it, but 12.1 is the last
+ResizeRule = Literal[
+    "pillow-12.1", "pillow-12.2", "pillow-13.0"
+]  # named by the first release that has it; the oldest by the last
 
 _SLIM = 100  # height over width from which Pillow 12.2 goes vertically first
 

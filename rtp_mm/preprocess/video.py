@@ -202,6 +202,6 @@ def open_clip(data: bytes, limits: ClipLimits) -> OpenClip:
         case MMUrlType.IMAGE:
             return open_animation(data, limits)
         case MMUrlType.AUDIO:
-            raise NotSupportedError("a video is expected here, these bytes are audio")
+            raise NotSupportedError("expected a video, got audio")
         case _:
             return open_video(data, limits)

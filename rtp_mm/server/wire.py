@@ -1,4 +1,4 @@
-"""Messages to values and back. Here the wire's conventions end: -1, TensorPB, and the two forms of the reply.
+"""Messages to values and back: TensorPB and the two forms of the reply end here, -1 in `MMPreprocessConfig.options`.
 
 form `items`:  one MultimodalOutputPB per input, in order.
 form `concat`: one MultimodalOutputPB for all: tensors concatenated on dim 0, rows per input in `split_size`.

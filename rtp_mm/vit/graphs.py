@@ -28,7 +28,7 @@ LARGEST = 4096  # patches; above, the GPU is busy for longer than the launches t
 GRANULE = 64
 GROWTH = 1.25  # from bucket to bucket: at most a fifth of a batch is padding
 SIGHTS = 2  # of a bucket, before it gets a graph: a capture, and the forward before it, pay for what comes again
-PATIENCE = 10  # times as many, before one whose graph found no room is tried again: room may come, captures stay few
+PATIENCE = 10  # times as many sights, before a bucket whose capture found no room is tried again: room may have come
 GRAPH_UNSAFE = ("sdpa",)  # attention backends whose launches depend on the lengths of the segments
 
 _log = logging.getLogger(__name__)

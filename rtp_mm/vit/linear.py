@@ -24,7 +24,7 @@ class Gemm(Protocol):
     the layer that it feeds takes.
     """
 
-    row_multiple: ClassVar[int]  # what M must be a multiple of, or rows would know each other
+    row_multiple: ClassVar[int]  # of which M must be a multiple, for a row's bits not to depend on other rows
     is_reentrant: ClassVar[bool] = False  # whether several threads may use it, with any number of torch's each
 
     def __init__(self, weight: Tensor, bias: Tensor, activation: str) -> None: ...
