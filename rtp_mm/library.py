@@ -57,13 +57,12 @@ def _load(settings: Settings, loop: asyncio.AbstractEventLoop | None, pool: Work
     if settings.mm_model_module is not None:
         compat.install()  # a third party's model is written against RTP-LLM's import paths
     model = load_model(settings)
-    options = getattr(getattr(model.mm_part, "tower", None), "options", None)
     return Loaded(
         MMProcessEngine(model, settings, loop, seal if loop is not None else None, pool),
         model=model.config.model_type,
         dtype=model.config.data_type,
         device=str(choose_device(settings.device)),
-        quantization=getattr(options, "quantization", "none"),
+        quantization=model.mm_part.quantization,
     )
 
 

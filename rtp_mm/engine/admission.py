@@ -13,7 +13,7 @@ from math import prod
 from typing import NamedTuple
 
 from rtp_mm.engine.response import Stages
-from rtp_mm.errors import QueueFullError, WrongFormatError
+from rtp_mm.errors import QueueFullError
 from rtp_mm.types import Blob, RowsShape
 
 FIRST_GUESS_SHARE = 1 / 32  # of the patches that may wait: what a download comes to, before any has shown it
@@ -195,14 +195,6 @@ class Admission:
     def foremost(self, visits: Sequence[Visit]) -> Visit:
         """Of several that wait for the same, the one that is refused last."""
         return next(filter(self._is_oldest, visits), None) or max(visits, key=lambda visit: visit.ends_at)
-
-    def check_item(self, patches: int, max_patches: int) -> None:
-        """Raises `WrongFormatError` for an item too large for the device."""
-        if patches > max_patches:
-            raise WrongFormatError(
-                f"{patches} patches, over the limit of {max_patches} (MM_MAX_PATCHES_PER_ITEM); fewer pixels "
-                "(max_pixels) fit, or fewer frames of a clip (max_frames, fps)"
-            )
 
     def _check(self, visit: Visit, cost: Cost) -> None:
         if self._is_oldest(visit):

@@ -13,7 +13,6 @@ class Answers:
 
     def __init__(self, model: MultimodalMixin, budget_bytes: int) -> None:
         mm_part = model.mm_part
-        tower = getattr(mm_part, "tower", None)
         on_device = mm_part.device_preprocessor
         self._preprocess_key = (
             *getattr(mm_part.preprocessor, "cache_key", ()),
@@ -23,9 +22,7 @@ class Answers:
             model.weights_fingerprint,
             model.config.data_type,
             str(mm_part._device),
-            str(getattr(tower, "attention_backend", "")),
-            str(getattr(tower, "options", "")),
-            str(getattr(mm_part, "answer_key", "")),
+            *map(str, mm_part.answer_key),
         )
         self._embeddings = ByteCache[EmbeddingKey, Embedded](budget_bytes)
         self._seen = SeenDataUrls()

@@ -26,7 +26,7 @@ class EmbeddingKey(NamedTuple):
     """Everything that changes an embedding's bits: the same key, the same bits."""
 
     patches: PatchKey
-    tower: tuple[str, ...]  # weights' fingerprint, dtype, device, attention backend, options and the family's own
+    tower: tuple[str, ...]  # weights' fingerprint, dtype, device, and the part's own `answer_key`
 
 
 class Embedded(NamedTuple):

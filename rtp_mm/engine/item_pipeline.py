@@ -116,6 +116,7 @@ class ItemPipeline:
     ) -> Answer:
         options = begun.options
         if self._is_whole:
+            await self.fetcher.check_path(item)  # the part opens it itself: no reading of ours looks where a path leads
             config = MMPreprocessConfig.from_options(options)
             return Answer(*await self.batcher.run(item, None, item.mm_type, config))
         if (blob := begun.blob) is None:
@@ -166,7 +167,7 @@ class ItemPipeline:
         """
         if rows is None:
             return
-        self.admission.check_item(rows[0], self.limits.item)
+        self.limits.check_item(rows[0])
         if key not in self._computations:
             self._check_in_time(rows, visit)
 
@@ -183,7 +184,7 @@ class ItemPipeline:
 
             def check(shape: RowsShape) -> None:
                 """Of what a worker alone knows: a container before it decodes, a turned image before it resizes."""
-                self.admission.check_item(shape[0], self.limits.item)
+                self.limits.check_item(shape[0])
                 visit = self.admission.foremost(flight.visits)
                 self._check_in_time(shape, visit)
                 held.expect(Cost.of(blob, shape), visit)
@@ -191,7 +192,7 @@ class ItemPipeline:
             with stages.inside("preprocess"):
                 prepared = await self._prepare(key.patches, blob, layout, check if self._predictor else no_check)
             if prepared.patches is not None:
-                self.admission.check_item(prepared.patches, self.limits.item)
+                self.limits.check_item(prepared.patches)
                 if not held.cost.patches:  # nobody foresaw them
                     held.settle(Cost(prepared.patches, blob.nbytes + getattr(prepared.value, "nbytes", 0)))
             with stages.inside("queue"):  # and the forward, which only the batcher tells apart

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from rtp_mm.config import Settings
+from rtp_mm.errors import WrongFormatError
 from rtp_mm.models.multimodal_common import MultiModalEmbeddingInterface
 from rtp_mm.models.registry import thread_on
 from rtp_mm.preprocess.media import MediaPreprocessor
@@ -33,6 +34,14 @@ class DeviceLimits(NamedTuple):
     batch: int
     item: int
     queue: int
+
+    def check_item(self, patches: int) -> None:
+        """Raises `WrongFormatError` for an item too large for the device."""
+        if patches > self.item:
+            raise WrongFormatError(
+                f"{patches} patches, over the limit of {self.item} (MM_MAX_PATCHES_PER_ITEM); fewer pixels "
+                "(max_pixels) fit, or fewer frames of a clip (max_frames, fps)"
+            )
 
 
 def device_limits(mm_part: MultiModalEmbeddingInterface, settings: Settings) -> DeviceLimits:

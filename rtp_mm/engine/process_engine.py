@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from rtp_mm.config import Settings, load_settings
 from rtp_mm.engine.admission import Visit
 from rtp_mm.engine.caches import Embedded
-from rtp_mm.engine.forward import is_whole
 from rtp_mm.engine.home import Home, closed
 from rtp_mm.engine.interface import TimeLimit, as_inputs, time_limit
 from rtp_mm.engine.item_pipeline import ItemPipeline
@@ -51,7 +50,6 @@ class MMProcessEngine:
         """
         self._settings = settings = settings or model.config.settings or load_settings()
         self._data_type = model.config.data_type
-        self._is_whole = is_whole(model.mm_part)
         self._items = ItemPipeline(model, settings, lambda: self._home.loop.time(), seal, pool)
         self._home = Home(loop)  # after what may fail: it starts a thread
         self._home.close_at_exit(self.close)
@@ -112,15 +110,11 @@ class MMProcessEngine:
         visit.stages.append(stages := Stages())
         try:
             async with asyncio.timeout_at(visit.ends_at) as time:
-                if self._is_whole and begun.outcome is None:  # no reading of ours will look where a path leads
-                    await self._items.fetcher.check_path(item)
                 return await self._items.end(begun, item, caller, visit, stages)
         except TimeoutError:
             if not time.expired():
                 raise
             return _late(limit, stages.so_far())
-        except MMError as error:
-            return error
 
     async def _all(self, ways: Sequence[Coroutine[Any, Any, Answer | MMError]]) -> Sequence[Answer | BaseException]:
         """Side by side, each to its own end. Raises `DrainingError` where the engine is closed."""

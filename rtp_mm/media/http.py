@@ -247,28 +247,33 @@ def _reason(error: aiohttp.ClientConnectorError) -> str:
 
 
 def _parse(url: str) -> URL:
-    """A well-formed URL is sent as it stands (signatures count every byte), any other is quoted first."""
+    """Raises `WrongFormatError`."""
     try:
-        parsed = URL(url, encoded=_WELL_FORMED.fullmatch(url) is not None)
-        has_host = bool(parsed.host) and parsed.port != 0
+        return _complete(_url(url))
     except ValueError:
-        has_host = False
-    if not has_host:
-        raise WrongFormatError("a malformed URL")
-    return parsed
+        raise WrongFormatError("a malformed URL") from None
 
 
 def _redirect_target(url: URL, location: str) -> URL:
     try:
-        target = url.join(URL(location, encoded=_WELL_FORMED.fullmatch(location) is not None))
-        has_host = bool(target.host)
+        target = url.join(_url(location))
+        if target.scheme in ("http", "https"):
+            return _complete(target)
     except ValueError:
         raise DownloadRefusedError("the source redirects to a malformed URL") from None
-    if target.scheme not in ("http", "https"):
-        raise NotSupportedError(f"the source redirects to {redact(str(target))}; only http and https are followed")
-    if not has_host:
-        raise DownloadRefusedError("the source redirects to a malformed URL")
-    return target
+    raise NotSupportedError(f"the source redirects to {redact(str(target))}; only http and https are followed")
+
+
+def _url(text: str) -> URL:
+    """Well-formed text as it stands (signatures count every byte), any other quoted. Raises `ValueError`."""
+    return URL(text, encoded=_WELL_FORMED.fullmatch(text) is not None)
+
+
+def _complete(url: URL) -> URL:
+    """Raises `ValueError` for one that names no host, or no port that there is."""
+    if not url.host or url.port == 0:
+        raise ValueError
+    return url
 
 
 def _check_status(response: aiohttp.ClientResponse) -> None:

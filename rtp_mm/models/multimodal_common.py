@@ -94,9 +94,19 @@ class MultiModalEmbeddingInterface:
         bits."""
         return False
 
-    def call_between_steps(self, step: Callable[[], None]) -> None:
-        """Has a reentrant part call `step` now and then on the thread that is in `mm_process_batch`: there a forward's
-        share of torch's threads changes.
+    @property
+    def quantization(self) -> str:
+        """Of the weights, as MM_QUANTIZATION names it."""
+        return "none"
+
+    @property
+    def answer_key(self) -> tuple[object, ...]:
+        """What decides answers beside prepared input and weights: a part of every embedding's cache key."""
+        return ()
+
+    def call_between_steps(self, callback: Callable[[], None]) -> None:
+        """Has a reentrant part call `callback` now and then on the thread that is in `mm_process_batch`: there a
+        forward's share of torch's threads changes.
         """
 
     def mm_embedding(self, url: str, mm_type: MMUrlType = MMUrlType.DEFAULT, **kwargs: Any) -> Embedding:

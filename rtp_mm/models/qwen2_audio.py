@@ -5,7 +5,7 @@ Source: arXiv 2407.10759 and the published checkpoints' `config.json`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,10 @@ from torch import Tensor
 from rtp_mm.config import Settings, load_settings
 from rtp_mm.errors import StartError
 from rtp_mm.models.gpt_init_model_parameters import GptInitModelParameters, config_object, read_json
-from rtp_mm.models.multimodal_common import Embedding, MultiModalEmbeddingInterface
+from rtp_mm.models.multimodal_common import Embedding
 from rtp_mm.models.multimodal_mixin import MultimodalMixin, TowerWeights
 from rtp_mm.models.registry import register_model
+from rtp_mm.models.tower_embedding import TowerEmbedding
 from rtp_mm.preprocess.audio import MIN_STEPS, AudioPreprocessor
 from rtp_mm.preprocess.audio_config import mel_rule
 from rtp_mm.preprocess.log_mel import MelRule
@@ -31,8 +32,10 @@ FAMILY = "qwen2_audio"
 PUBLISHED_RULE = MelRule(bins=128, rate=16000, hop=160, window=400, seconds=30)
 
 
-class Qwen2AudioEmbedding(MultiModalEmbeddingInterface):
+class Qwen2AudioEmbedding(TowerEmbedding):
     """`mm_part` of Qwen2-Audio: sound to [tokens, out_hidden_size], without position ids."""
+
+    tower: AudioTower
 
     def __init__(self, config: GptInitModelParameters, tower: AudioTowerConfig) -> None:
         super().__init__(config)
@@ -45,17 +48,6 @@ class Qwen2AudioEmbedding(MultiModalEmbeddingInterface):
             )
         self.preprocessor = AudioPreprocessor(rule)
         self.tower = AudioTower(tower, self._data_type, torch.get_default_device(), TowerOptions.of(settings))
-
-    @property
-    def _device(self) -> torch.device:
-        return self.tower.device
-
-    @property
-    def is_reentrant(self) -> bool:
-        return self.tower.is_reentrant
-
-    def call_between_steps(self, step: Callable[[], None]) -> None:
-        self.tower.between_blocks = step
 
     def mm_process(self, mm_input: LogMel, **kwargs: Any) -> Tensor:
         return self.tower([mm_input])[0]  # type: ignore[no-any-return]

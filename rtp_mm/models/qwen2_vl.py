@@ -5,7 +5,7 @@ Source: arXiv 2409.12191 and the published checkpoints' `config.json`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,10 @@ from rtp_mm.config import Settings, load_settings
 from rtp_mm.errors import StartError
 from rtp_mm.models.device_preprocessor import DevicePreprocessor
 from rtp_mm.models.gpt_init_model_parameters import GptInitModelParameters
-from rtp_mm.models.multimodal_common import Embedding, MultiModalEmbeddingInterface
+from rtp_mm.models.multimodal_common import Embedding
 from rtp_mm.models.multimodal_mixin import MultimodalMixin, TowerWeights
 from rtp_mm.models.registry import register_model
+from rtp_mm.models.tower_embedding import TowerEmbedding
 from rtp_mm.preprocess.image_config import ImageProcessorConfig
 from rtp_mm.preprocess.media import MediaPreprocessor
 from rtp_mm.types import DevicePatches, MMPreprocessConfig, MMUrlType, Patches
@@ -40,8 +41,10 @@ PUBLISHED_PROCESSOR = ImageProcessorConfig(
 )
 
 
-class Qwen2VLEmbedding(MultiModalEmbeddingInterface):
+class Qwen2VLEmbedding(TowerEmbedding):
     """`mm_part` of the Qwen2-VL line: images and clips to [tokens, out_hidden_size] and (t, h, w) position ids."""
+
+    tower: VisionTower
 
     def __init__(self, config: GptInitModelParameters, tower: TowerConfig) -> None:
         super().__init__(config)
@@ -55,20 +58,8 @@ class Qwen2VLEmbedding(MultiModalEmbeddingInterface):
         self._tokens_per_second = self._time_scale(config) if settings.mm_pos_t == "scaled" else None
 
     @property
-    def _device(self) -> torch.device:
-        return self.tower.device
-
-    @property
-    def is_reentrant(self) -> bool:
-        return self.tower.is_reentrant
-
-    def call_between_steps(self, step: Callable[[], None]) -> None:
-        self.tower.between_blocks = step
-
-    @property
     def answer_key(self) -> tuple[object, ...]:
-        """What decides answers beside patches and tower: a part of every embedding's cache key."""
-        return (self._tokens_per_second,)
+        return *super().answer_key, self._tokens_per_second
 
     def mm_process(self, mm_input: Patches | DevicePatches, **kwargs: Any) -> Embedding:
         [answer] = self._embed([mm_input])

@@ -179,8 +179,6 @@ class ImagePreprocessor:
     def _target_size(self, height: int, width: int, options: PreprocessOptions) -> tuple[int, int]:
         min_pixels = options.min_pixels or self.min_pixels
         max_pixels = options.max_pixels or self.max_pixels
-        if min_pixels > max_pixels:
-            raise WrongFormatError(f"min_pixels {min_pixels} is over max_pixels {max_pixels}")
         factor = self.patch_size * self.merge_size
         height, width = smart_resize(options.height or height, options.width or width, factor, min_pixels, max_pixels)
         check_pixels(width, height, self.max_image_pixels)

@@ -19,8 +19,10 @@ def smart_resize(
     The rule of `Qwen2VLImageProcessorPil` (transformers 5.23), floating point and half-to-even rounding included: a
     side of less than half a factor rounds to 0 and so takes the way of an image that is too small. With `least` 1 that
     of qwen-vl-utils (0.0.14): there it is one factor long. What shrinks to no factor, and fails there, is one too.
-    Raises `WrongFormatError` for a side below 1 or an aspect ratio over 200.
+    Raises `WrongFormatError` for a side below 1, an aspect ratio over 200 or limits that nothing is within.
     """
+    if min_pixels > max_pixels:
+        raise WrongFormatError(f"min_pixels {min_pixels} is over max_pixels {max_pixels:.0f}")
     if min(height, width) < 1:
         raise WrongFormatError(f"an image needs at least one pixel, got {width}x{height}")
     if max(height, width) / min(height, width) > MAX_ASPECT_RATIO:

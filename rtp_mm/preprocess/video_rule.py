@@ -98,8 +98,6 @@ class VideoRule:
         elif self.clip_tokens is not None:
             share = int(self.clip_tokens * self.factor**2 * 0.9) * self.temporal_patch_size // frames
             max_pixels = max(min(max_pixels, share), int(min_pixels * 1.05))
-        if min_pixels > max_pixels:
-            raise WrongFormatError(f"min_pixels {min_pixels} is over max_pixels {max_pixels:.0f} of a frame")
         height, width = options.height or height, options.width or width
         least = 1 if self.name == "qwen" else 0
         return smart_resize(height, width, self.factor, min_pixels, max_pixels, least=least)

@@ -8,7 +8,6 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from rtp_mm.errors import WrongFormatError
 from rtp_mm.media.limits import check_pixels
 from rtp_mm.preprocess.sizes import crop_pixels, smart_resize
 from rtp_mm.types import PreprocessOptions
@@ -36,8 +35,6 @@ def sized(image: Image.Image, options: PreprocessOptions, most: int) -> Image.Im
     if not sizes_asked(options):
         return image
     min_pixels, max_pixels = options.min_pixels or 0, options.max_pixels or math.inf
-    if min_pixels > max_pixels:
-        raise WrongFormatError(f"min_pixels {min_pixels} is over max_pixels {max_pixels}")
     size = options.height or image.height, options.width or image.width
     height, width = smart_resize(*size, 1, min_pixels, max_pixels)
     check_pixels(width, height, most)

@@ -199,6 +199,6 @@ def choose_attention(
         _log.info("attention: %s", ", ".join(f"{n} {1e3 * s:.3f} ms" for n, s in seconds.items()))
         return min(seconds, key=lambda n: seconds[n])
     if not is_usable(name, dtype, device):
-        usable = ", ".join(n for n in VARLEN_ATTENTION if is_usable(n, dtype, device))
+        usable = ", ".join(n for n in table if is_usable(n, dtype, device))
         raise StartError(f"MM_ATTENTION={name} cannot run {dtype} on {device} here; usable: {usable}")
     return name

@@ -5,8 +5,9 @@ By default a row's bits are the same whatever else is in the batch; that is a pr
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from rtp_mm import _core, ops
 from rtp_mm.errors import StartError
 
 
-class Gemm(Protocol):
+class Gemm(ABC):
     """One layer's activation(x @ weight.T + bias), made from weight [N, K] in the tower's dtype and bias [N] float32.
     On a CPU the weight may be the checkpoint's own file, mapped: it is read, and not kept.
 
@@ -27,14 +28,17 @@ class Gemm(Protocol):
     row_multiple: ClassVar[int]  # of which M must be a multiple, for a row's bits not to depend on other rows
     is_reentrant: ClassVar[bool] = False  # whether several threads may use it, with any number of torch's each
 
+    @abstractmethod
     def __init__(self, weight: Tensor, bias: Tensor, activation: str) -> None: ...
 
+    @abstractmethod
     def __call__(self, x: Tensor) -> Tensor: ...
 
     def in_blocks(self, x: Tensor, blocks: int) -> Tensor:
         """The product as [M, blocks, N / blocks], in the memory layout that the GEMM writes best; blocks contiguous."""
         return self(x).view(len(x), blocks, -1)
 
+    @abstractmethod
     def add_to(self, residual: Tensor, x: Tensor) -> Tensor | None:
         """residual [M, N] float32 += the product, in place; or the product, for the next norm to add in its pass."""
 
@@ -124,8 +128,6 @@ class Fp8Gemm(Gemm):
 class _LibraryGemm(Gemm):
     """A library's product in the dtype of the weight, which is that of x; what it does not fuse follows it."""
 
-    row_multiple: ClassVar[int]
-
     def __init__(self, weight: Tensor, bias: Tensor, activation: str) -> None:
         self._weight, self._bias = weight, bias.to(weight.dtype)
         self._activation = activation
@@ -136,8 +138,8 @@ class _LibraryGemm(Gemm):
     def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
         return self._product(x)
 
-    def _product(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def _product(self, x: Tensor) -> Tensor: ...
 
 
 class CublasGemm(_LibraryGemm):
