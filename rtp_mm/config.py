@@ -324,6 +324,15 @@ class Settings(BaseSettings):
     disable_access_log: bool = Field(False, description="1: no log line per request")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="lowest level logged")
 
+    def checkpoint_folder(self) -> Path:
+        """CHECKPOINT_PATH with `~` expanded. Raises `StartError` where it is unset, or no folder."""
+        if self.checkpoint_path is None:
+            raise StartError("CHECKPOINT_PATH is not set: the folder of a model in Hugging Face format")
+        folder = self.checkpoint_path.expanduser()
+        if not folder.is_dir():
+            raise StartError(f"CHECKPOINT_PATH={self.checkpoint_path} is no folder")
+        return folder
+
 
 def load_settings(arguments: list[str] | None = None, **overrides: Any) -> Settings:
     """Settings from flags (`None`: none; `--start-port` is `--start_port`), the environment and `overrides`; `--help`

@@ -37,9 +37,7 @@ def load_engine(settings: Settings, loop: asyncio.AbstractEventLoop | None = Non
     `StartError`.
     """
     # While torch is imported, which takes a second or two of one core:
-    if settings.checkpoint_path is not None:
-        folder = settings.checkpoint_path.expanduser()
-        threading.Thread(target=read_ahead, args=(folder,), name="read-ahead", daemon=True).start()
+    threading.Thread(target=read_ahead, args=(settings.checkpoint_folder(),), name="read-ahead", daemon=True).start()
     with ExitStack() as undo:
         pool = None
         if settings.mm_model_module is None and not settings.use_local_preprocess:

@@ -69,10 +69,7 @@ def _check(settings: Settings) -> None:
         )
     if importlib.util.find_spec("torch") is None:
         raise StartError("torch is not installed")
-    if settings.checkpoint_path is None:
-        raise StartError("CHECKPOINT_PATH is not set: the folder of a model in Hugging Face format")
-    if not settings.checkpoint_path.expanduser().is_dir():
-        raise StartError(f"CHECKPOINT_PATH={settings.checkpoint_path} is no folder")
+    settings.checkpoint_folder()
 
 
 def limit_openmp() -> None:

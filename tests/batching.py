@@ -14,7 +14,7 @@ import torch
 from rtp_mm.engine.batcher import Batcher
 from rtp_mm.engine.caches import Embedded
 from rtp_mm.engine.forward import NonFiniteError, Outcome
-from rtp_mm.engine.waiting_line import Work
+from rtp_mm.engine.forward_queue import Work
 from rtp_mm.errors import ProcessError
 from rtp_mm.types import MMPreprocessConfig, MMUrlType
 

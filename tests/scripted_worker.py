@@ -132,8 +132,8 @@ class LyingPreprocessor:
     def predict(self, blob: Blob, mm_type: MMUrlType, options: PreprocessOptions) -> Layout | None:
         return self.media.predict(blob, mm_type, options)
 
-    def can_give(self, layout: Layout, blob: Blob, mm_type: MMUrlType) -> bool:
-        return self.media.can_give(layout, blob, mm_type)
+    def is_possible(self, layout: Layout, blob: Blob, mm_type: MMUrlType) -> bool:
+        return self.media.is_possible(layout, blob, mm_type)
 
     def __call__(
         self, blob: Blob, mm_type: MMUrlType, options: PreprocessOptions, allocate: RowAllocator = new_rows

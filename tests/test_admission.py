@@ -97,7 +97,7 @@ def test_downloads_of_one_request_count_for_each_other_before_any_has_begun() ->
             admission.check_room(second, downloads=0)
 
 
-def test_what_was_not_foreseen_counts_once_it_is_known() -> None:
+def test_what_was_not_predicted_counts_once_it_is_known() -> None:
     """And teaches what downloads come to; until then it is not taken for nothing."""
     admission = new_admission()
     with admission.visiting(0, 0) as first:

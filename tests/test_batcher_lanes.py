@@ -13,7 +13,7 @@ from batching import FAILED, Answers, Device, batching, check_answers_are_their_
 from waiting import until
 
 from rtp_mm.engine.batcher import Batcher
-from rtp_mm.engine.waiting_line import Work
+from rtp_mm.engine.forward_queue import Work
 from rtp_mm.types import MMPreprocessConfig, MMUrlType
 
 

@@ -199,7 +199,7 @@ async def test_a_reply_that_is_none_is_the_servers_fault() -> None:
         ("tower.local:9", "tower.local:9"),
     ],
 )
-def test_addresses(text: str, address: str) -> None:
+def test_an_address_gets_brackets_and_the_default_port(text: str, address: str) -> None:
     assert server_address(text) == address
 
 

@@ -111,7 +111,7 @@ def test_every_public_name_is_there(name: str) -> None:
     assert name in dir(rtp_mm)
 
 
-def test_other_names_are_not() -> None:
+def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = rtp_mm.nothing
 

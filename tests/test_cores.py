@@ -67,7 +67,7 @@ def test_without_control_groups_affinity_counts() -> None:
     assert available_cores() == 16
 
 
-def test_workers_keep_to_it(groups: Path) -> None:
+def test_workers_keep_to_the_quota(groups: Path) -> None:
     write(groups, V2.format("/"), {"cpu.max": "200000 100000\n"})
     assert load_settings().mm_preprocess_max_workers == 2
 
@@ -80,7 +80,7 @@ def test_workers_keep_to_it(groups: Path) -> None:
         ("max", {}, None),  # torch's own choice
     ],
 )
-def test_torch_keeps_to_it(
+def test_torch_keeps_to_the_quota(
     groups: Path, limit: str, before: dict[str, str], after: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(groups, V2.format("/"), {"cpu.max": f"{limit} 100000\n"})

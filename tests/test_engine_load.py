@@ -221,7 +221,7 @@ async def test_what_is_kept_does_not_hold_the_workers_memory(tiny_qwen2_5_vl: Pa
 
         w.engine._items.workers.prepare = remembering  # type: ignore[method-assign]
         await w.ask(urls[0])
-        kept = next(iter(w.engine._items.patches._values.values()))
+        kept = next(iter(w.engine._items.patch_cache._values.values()))
         assert np.array_equal(kept.rows, seen[0])
         assert not np.shares_memory(kept.rows, seen[0])
 

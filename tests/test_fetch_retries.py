@@ -94,7 +94,9 @@ async def test_pauses_differ_so_that_clients_do_not_return_as_one(network: Prete
 
 
 @pytest.mark.parametrize("retries", [0, 1, 4])
-async def test_tries_end(network: PretendNetwork, source: Source, retries: int) -> None:
+async def test_a_download_is_tried_retries_plus_one_times(
+    network: PretendNetwork, source: Source, retries: int
+) -> None:
     answers_in_turn(source, {"status": 503})
     error = await failure(network, mm_fetch_retries=retries)
     assert type(error) is DownloadFailedError
@@ -145,7 +147,7 @@ async def test_an_answer_that_broke_off_or_made_no_sense_is_not(answer: bytes) -
         assert len(network.dialled) == 1
 
 
-async def test_silence_is_not(source: Source, network: PretendNetwork) -> None:
+async def test_silence_is_not_tried_again(source: Source, network: PretendNetwork) -> None:
     async def silence(request: web.Request) -> web.StreamResponse:
         await asyncio.sleep(60)
         return web.Response()

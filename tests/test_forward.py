@@ -20,7 +20,7 @@ from torch_threads import torch_threads
 from rtp_mm.config import load_settings
 from rtp_mm.engine.caches import Embedded
 from rtp_mm.engine.forward import Forward, Launched, NonFiniteError, WholeForward, to_host
-from rtp_mm.engine.waiting_line import Work
+from rtp_mm.engine.forward_queue import Work
 from rtp_mm.errors import ProcessError
 from rtp_mm.models.multimodal_common import ACT_DTYPES
 from rtp_mm.models.registry import load_model

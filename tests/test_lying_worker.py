@@ -45,12 +45,12 @@ async def liar(media: MediaPreprocessor) -> AsyncIterator[WorkerPool]:
 
 
 @pytest.mark.parametrize("lie", LyingPreprocessor.LIES)
-async def test_of_what_is_foreseen_nothing_else_is_taken(
+async def test_of_what_is_predicted_nothing_else_is_taken(
     lie: str, media: MediaPreprocessor, liar: WorkerPool, photo: bytes
 ) -> None:
     layout = media.predict(Blob(photo, b"", ""), MMUrlType.IMAGE, OPTIONS)
     assert layout == ((32, 588), (1, 4, 8))
-    with pytest.raises(ProcessError, match=r"while it held this item: it (asked|gave) .*, foreseen was"):
+    with pytest.raises(ProcessError, match=r"while it held this item: it (asked|gave) .*, predicted was"):
         await liar.run(Blob(photo, b"", lie), MMUrlType.IMAGE, OPTIONS, layout)
     honest = await liar.run(Blob(photo, b"", "honest"), MMUrlType.IMAGE, OPTIONS, layout)
     assert liar.restarts == {"crash": 1}
@@ -60,7 +60,7 @@ async def test_of_what_is_foreseen_nothing_else_is_taken(
 
 @pytest.mark.parametrize("lie", LyingPreprocessor.LIES)
 @pytest.mark.parametrize("mm_type", [MMUrlType.IMAGE, MMUrlType.VIDEO])
-async def test_of_what_is_not_foreseen_only_what_can_be_is_taken(
+async def test_of_what_is_not_predicted_only_what_can_be_is_taken(
     mm_type: MMUrlType, lie: str, liar: WorkerPool, photo: bytes, photos: dict[str, Pixels]
 ) -> None:
     data = photo if mm_type is MMUrlType.IMAGE else encode(moving(photos["chelsea"])[:4])
@@ -90,7 +90,7 @@ async def test_neither_answer_nor_cost_is_a_liars(
         if name == "honest":
             assert len((await asked).embeddings[0]) > 100
             continue
-        with pytest.raises(BadItemsError, match=r"item 0 \(.*, foreseen was") as caught:
+        with pytest.raises(BadItemsError, match=r"item 0 \(.*, predicted was") as caught:
             await asked
         assert caught.value.status == "INTERNAL"
     assert engine.stats().patches_waiting == engine._items.admission.patches == 0
@@ -114,7 +114,7 @@ def test_a_sound_is_as_long_as_a_sound_can_be(
     shape: tuple[int, int], grid: tuple[int, int, int] | None, can_be: bool
 ) -> None:
     preprocess = AudioPreprocessor(MelRule(bins=128, rate=16000, hop=160, window=400, seconds=30))
-    assert preprocess.can_give(Layout(shape, grid), Blob(b"", b"", ""), MMUrlType.AUDIO) == can_be
+    assert preprocess.is_possible(Layout(shape, grid), Blob(b"", b"", ""), MMUrlType.AUDIO) == can_be
     if can_be:
         samples = np.zeros((shape[0] - 2) * 160, np.float32)
         assert preprocess(Blob(samples, b"", ""), MMUrlType.TENSOR, PreprocessOptions()).rows.nbytes == np.prod(shape)

@@ -199,7 +199,7 @@ def test_a_tensor_over_the_limit_is_refused() -> None:
 
 
 def test_an_image_that_is_not_as_its_header_tells_is_refused(photo: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the worker itself, of which nothing else than foreseen is taken; no header that we know of is so."""
+    """By the worker itself, of which nothing else than predicted is taken; no header that we know of is so."""
     monkeypatch.setattr("rtp_mm.preprocess.patches.probe", lambda data: ImageHeader("JPEG", 451, 299, 1))
     with pytest.raises(WrongFormatError, match="broken image: its header tells 451x299, a decoder finds 451x300"):
         rows_of(photo)

@@ -139,10 +139,13 @@ def test_a_token_that_no_header_carries_ends_the_start_and_is_not_repeated(token
             bearer_token(load_settings(None, mm_auth_token=token))
 
 
-def test_one_token_is_enough(tmp_path: Path) -> None:
+def test_a_token_and_a_token_file_together_are_refused(tmp_path: Path) -> None:
     with pytest.raises(StartError, match="one of the two") as caught:
         bearer_token(load_settings(None, mm_auth_token=TOKEN, mm_auth_token_file=tmp_path / "x"))
     assert TOKEN not in str(caught.value)
+
+
+def test_a_token_file_must_be_there(tmp_path: Path) -> None:
     with pytest.raises(StartError, match="No such file"):
         bearer_token(load_settings(None, mm_auth_token_file=tmp_path / "x"))
 

@@ -55,7 +55,7 @@ def check(folder: Path, items: Sequence[Any], **settings: Any) -> None:
 
 
 @pytest.mark.parametrize("attention", ["packed", "sdpa"])
-def test_images(tiny_checkpoint: Path, attention: str) -> None:
+def test_compiled_blocks_answer_images_as_eager_ones_do(tiny_checkpoint: Path, attention: str) -> None:
     check(tiny_checkpoint, images(), mm_attention=attention)
 
 
@@ -66,5 +66,5 @@ def test_what_cannot_be_compiled_is_refused(tiny_qwen2_5_vl: Path, monkeypatch: 
         load(tiny_qwen2_5_vl, act_type="bf16", mm_torch_compile=True)
 
 
-def test_sounds(tiny_qwen2_audio: Path) -> None:
+def test_compiled_blocks_answer_sounds_as_eager_ones_do(tiny_qwen2_audio: Path) -> None:
     check(tiny_qwen2_audio, sounds())

@@ -1,4 +1,4 @@
-"""Room for a worker's rows: given with the task where they are foreseen, and the file stays until it is read."""
+"""Room for a worker's rows: given with the task where they are predicted, and the file stays until it is read."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ def in_a_line(shape: RowsShape) -> Layout:
 
 
 @pytest.mark.parametrize(
-    ("shape", "is_foreseen", "turns"), [(FEW, True, 1), (FEW, False, 2), (MANY, True, 2), (MANY, False, 2)]
+    ("shape", "is_predicted", "turns"), [(FEW, True, 1), (FEW, False, 2), (MANY, True, 2), (MANY, False, 2)]
 )
-async def test_few_rows_as_foreseen_spare_a_turn(
-    shape: RowsShape, is_foreseen: bool, turns: int, pool: WorkerPool, monkeypatch: pytest.MonkeyPatch
+async def test_few_rows_as_predicted_spare_a_turn(
+    shape: RowsShape, is_predicted: bool, turns: int, pool: WorkerPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told: list[Any] = []
     tell = WorkerProcess.tell
     monkeypatch.setattr(WorkerProcess, "tell", lambda self, message: (told.append(message), tell(self, message))[1])
     count, columns = shape
     blob = script("fill", count=count, columns=columns, value=7)
-    patches = await pool.run(blob, MMUrlType.IMAGE, NO_OPTIONS, in_a_line(shape) if is_foreseen else None)
+    patches = await pool.run(blob, MMUrlType.IMAGE, NO_OPTIONS, in_a_line(shape) if is_predicted else None)
     assert isinstance(patches, Patches)
     assert (patches.rows == 7).all()
     assert (len(told), patches.rows.shape) == (turns, shape)
@@ -44,11 +44,11 @@ async def test_few_rows_as_foreseen_spare_a_turn(
 
 
 @pytest.mark.parametrize("shape", [(4, 13), (2, 24), (1, 9 << 20), (1, 1 << 40)])
-async def test_other_rows_than_foreseen_are_a_workers_end_and_cost_no_memory(
+async def test_other_rows_than_predicted_are_a_workers_end_and_cost_no_memory(
     shape: RowsShape, pool: WorkerPool
 ) -> None:
     pid = await text(pool, "pid")
-    told = rf"while it held this item: it asked for \(4, 12\), foreseen was \({shape[0]}, {shape[1]}\)$"
+    told = rf"while it held this item: it asked for \(4, 12\), predicted was \({shape[0]}, {shape[1]}\)$"
     with pytest.raises(ProcessError, match=told):
         await pool.run(script("fill"), MMUrlType.IMAGE, NO_OPTIONS, in_a_line(shape))
     assert is_gone(int(pid))
@@ -58,7 +58,7 @@ async def test_other_rows_than_foreseen_are_a_workers_end_and_cost_no_memory(
 
 
 @pytest.mark.parametrize("grid", [(1, 2, 2), (4, 1, 1), None])
-async def test_another_grid_than_foreseen_is_a_workers_end_and_nobody_writes_where_it_may(
+async def test_another_grid_than_predicted_is_a_workers_end_and_nobody_writes_where_it_may(
     grid: Any, pool: WorkerPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pid = int(await text(pool, "pid"))
@@ -66,16 +66,16 @@ async def test_another_grid_than_foreseen_is_a_workers_end_and_nobody_writes_whe
     freed_while_gone: list[bool] = []
     free = pool.slab.free
     monkeypatch.setattr(pool.slab, "free", lambda slot: (freed_while_gone.append(is_gone(pid)), free(slot)))
-    with pytest.raises(ProcessError, match=r"it gave .*grid_thw=\(1, 1, 4\)\), foreseen was "):
+    with pytest.raises(ProcessError, match=r"it gave .*grid_thw=\(1, 1, 4\)\), predicted was "):
         await pool.run(script("fill"), MMUrlType.IMAGE, NO_OPTIONS, Layout(FEW, grid))
     assert freed_while_gone == [True]
     await until_slab_is_free(pool)
 
 
-@pytest.mark.parametrize("foreseen", [(4, 12), (5, 12)])
-async def test_room_foreseen_comes_back_from_a_worker_that_dies(foreseen: RowsShape, pool: WorkerPool) -> None:
+@pytest.mark.parametrize("predicted", [(4, 12), (5, 12)])
+async def test_room_predicted_comes_back_from_a_worker_that_dies(predicted: RowsShape, pool: WorkerPool) -> None:
     with pytest.raises(ProcessError):
-        await pool.run(script("leave", status=3), MMUrlType.IMAGE, NO_OPTIONS, in_a_line(foreseen))
+        await pool.run(script("leave", status=3), MMUrlType.IMAGE, NO_OPTIONS, in_a_line(predicted))
     assert pool.slab.free_bytes == pool.slab.nbytes
     assert (await run(pool, script())).grid_thw == (1, 1, 4)
 

@@ -17,8 +17,7 @@ from torch import Tensor
 
 import rtp_mm
 from rtp_mm.cli.hugging_face import ANY, Peer, peer_for
-from rtp_mm.cli.look import fetch
-from rtp_mm.cli.sounds import check_pixel_limits, family_of
+from rtp_mm.cli.inputs import check_pixel_limits, family_of, fetch
 from rtp_mm.config import load_settings
 from rtp_mm.errors import BadItemsError, StartError
 from rtp_mm.media.redact import redact

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -10,11 +9,9 @@ from pathlib import Path
 from rich.console import Console
 
 import rtp_mm
+from rtp_mm.cli.inputs import absolute, check_pixel_limits, family_of
 from rtp_mm.cli.outputs import check_output, writing
-from rtp_mm.cli.sounds import check_pixel_limits, family_of
 from rtp_mm.errors import StartError
-from rtp_mm.media.local import local_path
-from rtp_mm.media.urls import scheme_of
 from rtp_mm.types import MMEmbeddingRes, MMPreprocessConfig, MMUrlType, PreprocessOptions
 
 SUFFIXES = (".safetensors", ".npz")
@@ -72,17 +69,6 @@ def _family(checkpoint: Path | None, server: str | None) -> str | None:
         return engine.model()
     finally:
         engine.close()
-
-
-def absolute(url: str) -> str:
-    """A path as seen from here, so that a server with another working directory finds the same file.
-
-    Raises `MMError` for a `file:` URL that names none.
-    """
-    scheme = scheme_of(url)
-    if scheme == "file":
-        return Path(os.path.abspath(local_path(url))).as_uri()
-    return url if scheme else os.path.abspath(url)
 
 
 def _lines(urls: Sequence[str], result: MMEmbeddingRes) -> Iterator[str]:

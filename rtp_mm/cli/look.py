@@ -4,7 +4,6 @@ a sound, its spectrogram (`spectrogram.py`).
 
 from __future__ import annotations
 
-import asyncio
 import math
 from collections.abc import Sequence
 from functools import partial
@@ -15,12 +14,10 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from rich.console import Console
 
-from rtp_mm.cli.embed import absolute
+from rtp_mm.cli.inputs import check_pixel_limits, family_of, fetch, takes_sounds
 from rtp_mm.cli.outputs import check_output, writing
-from rtp_mm.cli.sounds import check_pixel_limits, family_of, takes_sounds
 from rtp_mm.cli.spectrogram import describe, draw_spectrogram
-from rtp_mm.config import Settings, load_settings
-from rtp_mm.media.fetch import Fetcher
+from rtp_mm.config import load_settings
 from rtp_mm.models.gpt_init_model_parameters import GptInitModelParameters
 from rtp_mm.models.qwen2_audio import PUBLISHED_RULE
 from rtp_mm.models.qwen2_vl import PUBLISHED_PROCESSOR
@@ -28,7 +25,7 @@ from rtp_mm.preprocess.audio import AudioPreprocessor
 from rtp_mm.preprocess.audio_config import mel_rule
 from rtp_mm.preprocess.image_config import ImageProcessorConfig
 from rtp_mm.preprocess.media import MediaPreprocessor
-from rtp_mm.types import LIBRARY_CALLER, Blob, MMUrlType, MultimodalInput, Patches, PreprocessOptions
+from rtp_mm.types import MMUrlType, Patches, PreprocessOptions
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
 SCALE = 2  # of the picture, so that a line one pixel wide hides no pixel of the image
@@ -72,16 +69,6 @@ def run(url: str, checkpoint: Path, out: Path, options: PreprocessOptions) -> No
     Console().print(
         f"{out}: {count}{width} x {height} pixels, {columns} x {rows} patches, {tokens} tokens", soft_wrap=True
     )
-
-
-def fetch(url: str, settings: Settings, mm_type: MMUrlType = MMUrlType.IMAGE) -> Blob:
-    """The bytes behind a URL, for a trusted caller. Raises `MMError`."""
-
-    async def once() -> Blob:
-        async with Fetcher(settings) as fetcher:
-            return await fetcher.fetch(MultimodalInput(absolute(url), mm_type), LIBRARY_CALLER)
-
-    return asyncio.run(once())
 
 
 def rebuild(patches: Patches, patch_size: int, merge_size: int) -> NDArray[np.uint8]:

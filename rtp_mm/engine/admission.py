@@ -30,7 +30,7 @@ class Cost(NamedTuple):
 
     @classmethod
     def of(cls, blob: Blob, rows: RowsShape | None) -> Cost:
-        """`rows`, where they are foreseen."""
+        """`rows`, where they are predicted."""
         return cls(0, blob.nbytes) if rows is None else cls(rows[0], blob.nbytes + prod(rows))
 
 

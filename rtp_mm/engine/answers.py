@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rtp_mm.engine.caches import ByteCache, Embedded, EmbeddingKey, PatchKey
+from rtp_mm.engine.caches import CountedCache, Embedded, EmbeddingKey, PatchKey
 from rtp_mm.engine.contents import Content, SeenDataUrls
 from rtp_mm.models.multimodal_mixin import MultimodalMixin
 from rtp_mm.types import Blob, CacheStats, CacheStatus, MultimodalInput, PreprocessOptions
@@ -24,7 +24,7 @@ class Answers:
             str(mm_part._device),
             *map(str, mm_part.answer_key),
         )
-        self._embeddings = ByteCache[EmbeddingKey, Embedded](budget_bytes)
+        self._embeddings = CountedCache[EmbeddingKey, Embedded](budget_bytes)
         self._seen = SeenDataUrls()
 
     def recall(self, item: MultimodalInput, blob: Blob | None, options: PreprocessOptions) -> Embedded | None:

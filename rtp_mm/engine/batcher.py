@@ -18,7 +18,7 @@ import torch
 
 from rtp_mm.engine.caches import Embedded
 from rtp_mm.engine.forward import Forward, Launched, NonFiniteError, Outcome
-from rtp_mm.engine.waiting_line import WaitingLine, Work
+from rtp_mm.engine.forward_queue import ForwardQueue, Work
 from rtp_mm.errors import MMError, ProcessError
 from rtp_mm.types import MMPreprocessConfig, MMUrlType
 
@@ -75,7 +75,7 @@ class Batcher:
         self._clock = clock
         self._lock = threading.Lock()  # over all below
         self._lanes = [_Lane(forward) for _ in range(forward.lanes)]
-        self._line = WaitingLine(max_patches, takers=forward.lanes)
+        self._queue = ForwardQueue(max_patches, takers=forward.lanes)
         self._halves: list[list[Work]] = []  # of forwards that failed: they go next
         self._is_closed = False
         self._last_read: Future[Any] | None = None  # once closed
@@ -91,7 +91,7 @@ class Batcher:
 
     @property
     def waiting(self) -> int:
-        return len(self._line)
+        return len(self._queue)
 
     @property
     def is_hung(self) -> bool:
@@ -102,7 +102,7 @@ class Batcher:
 
     @property
     def waiting_patches(self) -> int:
-        return self._line.patches
+        return self._queue.patches
 
     def seconds_for(self, patches: int) -> float:
         """How long the device takes for so many, judged by its last forwards; 0 before the first."""
@@ -112,7 +112,7 @@ class Batcher:
         """How long an item of `patches` that came now would wait; see `seconds_for`."""
         with self._lock:
             running = len(self._lanes) * min(lane.patches for lane in self._lanes)  # until the first of them is free
-            return self.seconds_for(running + self._line.patches_before(patches, self._clock()))
+            return self.seconds_for(running + self._queue.patches_before(patches, self._clock()))
 
     async def run(
         self, value: Any, patches: int | None, mm_type: MMUrlType, config: MMPreprocessConfig
@@ -125,13 +125,13 @@ class Batcher:
         work = Work(value, patches, mm_type, config, loop.create_future(), self._clock())
         with self._lock:
             self._check_usable()
-            self._line.add(work)
+            self._queue.add(work)
             self._launch_ready()
         try:
             return await work.answer, work.timings_ms
         finally:
             with self._lock:
-                self._line.remove(work)
+                self._queue.remove(work)
 
     def close(self) -> Future[Any]:
         """On the event loop. Nobody is left waiting; forwards in flight end, and the threads with them. Done once the
@@ -159,8 +159,8 @@ class Batcher:
             raise ProcessError("the engine stopped")
 
     def _launch_ready(self) -> None:
-        while (self._halves or len(self._line)) and (lane := self._next_lane()) is not None:
-            batch = self._halves.pop() if self._halves else self._line.take()
+        while (self._halves or len(self._queue)) and (lane := self._next_lane()) is not None:
+            batch = self._halves.pop() if self._halves else self._queue.take()
             batch = [work for work in batch if not work.answer.done()]  # the others' callers left
             if batch:
                 launched = self._advance()
@@ -184,13 +184,13 @@ class Batcher:
         return self._now
 
     def _cost(self, batch: list[Work]) -> int:
-        return sum(map(self._line.cost, batch))
+        return sum(map(self._queue.cost, batch))
 
     def _everything(self) -> list[Work]:
         """Takes out all that waits."""
         everything = [work for half in self._halves for work in half]
         self._halves.clear()
-        while batch := self._line.take():
+        while batch := self._queue.take():
             everything += batch
         return everything
 

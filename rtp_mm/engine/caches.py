@@ -50,7 +50,7 @@ class Embedded(NamedTuple):
         return self.embedding.nbytes + (self.position_ids.nbytes if self.position_ids is not None else 0)
 
 
-class ByteCache(Generic[Key, Value]):
+class CountedCache(Generic[Key, Value]):
     """Values by key, at most `budget_bytes` of them, with counters and a version. For one event loop: no locks."""
 
     def __init__(self, budget_bytes: int, *, largest_share: float = 1.0) -> None:

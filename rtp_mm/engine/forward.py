@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rtp_mm.engine.caches import Embedded
-from rtp_mm.engine.waiting_line import Work
+from rtp_mm.engine.forward_queue import Work
 from rtp_mm.errors import MMError, ProcessError
 from rtp_mm.models.multimodal_common import Embedding, MultiModalEmbeddingInterface, as_embedding
 from rtp_mm.types import MMUrlType

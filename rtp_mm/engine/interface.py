@@ -32,8 +32,9 @@ class Engine(Protocol):
     ) -> MMEmbeddingRes:
         """Embeddings of all items, in their order; callable from any event loop. Cancelling drops the work.
 
-        `timeout_s` is what the caller grants; see `time_limit`. Raises `BadItemsError` that names each bad item,
-        `QueueFullError`, `DeadlineError`, `ProcessError`, and `DrainingError` once the engine is closed.
+        `timeout_s` is what the caller grants; see `time_limit`. The tensors are a library caller's own; any other's may
+        be views of answers that are cached, and are not to be written to. Raises `BadItemsError` that names each bad
+        item, `QueueFullError`, `DeadlineError`, `ProcessError`, and `DrainingError` once the engine is closed.
         """
 
     def submit(

@@ -10,11 +10,11 @@ from rtp_mm.config import Settings
 from rtp_mm.engine.admission import Admission, Cost, Visit
 from rtp_mm.engine.answers import Answers
 from rtp_mm.engine.batcher import Batcher
-from rtp_mm.engine.caches import ByteCache, Embedded, EmbeddingKey, PatchKey
+from rtp_mm.engine.caches import CountedCache, Embedded, EmbeddingKey, PatchKey
 from rtp_mm.engine.contents import is_data_url
 from rtp_mm.engine.flights import Flight, Flights
 from rtp_mm.engine.forward import Forward, WholeForward, is_whole
-from rtp_mm.engine.job_line import Check, Foresees, no_check
+from rtp_mm.engine.job_queue import Check, PredictsLayout, no_check
 from rtp_mm.engine.limits import bound_clips, device_limits
 from rtp_mm.engine.response import Answer, Begun, Stages
 from rtp_mm.engine.worker_pool import WorkerPool
@@ -64,7 +64,7 @@ class ItemPipeline:
         forward = (WholeForward if self._is_whole else Forward)(mm_part, ACT_DTYPES[model.config.data_type])
         self.limits = device_limits(mm_part, settings)
         bound_clips(mm_part, self.limits)
-        self._predictor = mm_part.preprocessor if isinstance(mm_part.preprocessor, Foresees) else None
+        self._predictor = mm_part.preprocessor if isinstance(mm_part.preprocessor, PredictsLayout) else None
         self._seal = seal
         self.batcher = Batcher(forward, self.limits.batch)
         self.admission = Admission(
@@ -74,7 +74,7 @@ class ItemPipeline:
             self.batcher.seconds_for,
         )
         self.answers = Answers(model, settings.mm_embedding_cache_mb << 20)
-        self.patches = ByteCache[PatchKey, Patches | LogMel](
+        self.patch_cache = CountedCache[PatchKey, Patches | LogMel](
             settings.mm_patch_cache_mb << 20, largest_share=LARGEST_PATCHES_SHARE
         )
         self.fetcher = Fetcher(settings)
@@ -125,7 +125,7 @@ class ItemPipeline:
         key = self.answers.key(item, blob, options)
         if (known := self.answers.get(key)) is not None:
             return Answer(known, stages.so_far())
-        layout = await self._foresee(key.patches, blob)
+        layout = await self._predict_layout(key.patches, blob)
         self._admit(key, layout and layout.shape, visit)
         embedded, computed = await self._computations.join(
             key, visit, stages, partial(self._compute, key, blob, layout)
@@ -151,7 +151,7 @@ class ItemPipeline:
     def _fetch_key(self, item: MultimodalInput) -> tuple[str, SizeLimit]:
         return item.url, self.fetcher.limit(item)
 
-    async def _foresee(self, key: PatchKey, blob: Blob) -> Layout | None:
+    async def _predict_layout(self, key: PatchKey, blob: Blob) -> Layout | None:
         """How the item's rows will lie, read from its headers before memory is spent; `None` where they do not tell: a
         third party's, a container's. Raises `WrongFormatError` for an item over a limit, and `NotSupportedError`.
         """
@@ -193,7 +193,7 @@ class ItemPipeline:
                 prepared = await self._prepare(key.patches, blob, layout, check if self._predictor else no_check)
             if prepared.patches is not None:
                 self.limits.check_item(prepared.patches)
-                if not held.cost.patches:  # nobody foresaw them
+                if not held.cost.patches:  # nobody predicted them
                     held.settle(Cost(prepared.patches, blob.nbytes + getattr(prepared.value, "nbytes", 0)))
             with stages.inside("queue"):  # and the forward, which only the batcher tells apart
                 embedded, on_device = await self.batcher.run(*prepared, key.patches.mm_type, config)
@@ -213,13 +213,13 @@ class ItemPipeline:
         return await asyncio.to_thread(self._seal, embedded)
 
     async def _prepare(self, key: PatchKey, blob: Blob, layout: Layout | None, check: Check) -> ForwardInput:
-        if (kept := self.patches.get(key)) is not None:
+        if (kept := self.patch_cache.get(key)) is not None:
             return ForwardInput(kept, self._mm_part.patches(kept))
         prepared = await self.workers.prepare(blob, key.mm_type, key.options, layout, check)
         self._decoded_frames += getattr(prepared.value, "decoded_frames", 0)
-        if isinstance(prepared.value, Patches | LogMel) and self.patches.has_room_for(prepared.value.nbytes):
+        if isinstance(prepared.value, Patches | LogMel) and self.patch_cache.has_room_for(prepared.value.nbytes):
             # A copy: the rows may be a worker's memory, given back after the forward.
-            self.patches.put(key, prepared.value.copy())
+            self.patch_cache.put(key, prepared.value.copy())
         return prepared
 
     def stats(self) -> EngineStats:
@@ -236,8 +236,8 @@ class ItemPipeline:
             forward_failures=self.batcher.failures,
             rejections=dict(self.admission.rejections),
             caches={
-                "bytes": self.fetcher.bytes_cache_stats(),
-                "patches": self.patches.stats(),
+                "bytes": self.fetcher.cache_stats(),
+                "patches": self.patch_cache.stats(),
                 "embeddings": self.answers.stats(),
             },
             workers=workers.workers,

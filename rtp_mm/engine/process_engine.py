@@ -92,14 +92,14 @@ class MMProcessEngine:
                         for each, item in zip(begun, inputs, strict=True)
                     ]
                     outcomes = await self._all(ways)
-                is_own = caller is not LIBRARY_CALLER
-                response = as_response(inputs, outcomes, is_own=is_own)
+                may_share = caller is not LIBRARY_CALLER
+                response = as_response(inputs, outcomes, may_share=may_share)
             except MMError as error:
                 error.timings_ms = slowest(stages.so_far() for stages in visit.stages)
                 raise
             finally:
                 self._finished += 1
-            if is_own:  # the library's caller may keep it for ever
+            if may_share:  # the library's caller may keep it for ever
                 self._items.admission.follow(response, sum(embedding.nbytes for embedding in response.embeddings))
             return response
 

@@ -70,12 +70,12 @@ def slowest(items: Iterable[Timings]) -> Timings:
 
 
 def as_response(
-    inputs: Sequence[MultimodalInput], outcomes: Sequence[Answer | BaseException | None], *, is_own: bool
+    inputs: Sequence[MultimodalInput], outcomes: Sequence[Answer | BaseException | None], *, may_share: bool
 ) -> MMEmbeddingRes:
     """All items' answers, or `BadItemsError` that names every bad one; a bug is raised as it is. An outcome is `None`
     where the item was given up because another one's error refuses the request.
 
-    `is_own`: the answer is ours to read; a library's caller, who may write into it, gets copies of what is cached.
+    `may_share`: the answer will only be read; a library's caller, who may write to it, gets copies of what is cached.
     """
     failed: dict[int, MMError] = {}
     answers: list[Answer] = []
@@ -88,7 +88,7 @@ def as_response(
             answers.append(outcome)
     if failed:
         raise _as_one_error(inputs, failed)
-    items = [answer.embedded if is_own else answer.embedded.copy() for answer in answers]
+    items = [answer.embedded if may_share else answer.embedded.copy() for answer in answers]
     position_ids = [item.position_ids for item in items if item.position_ids is not None]
     if position_ids and len(position_ids) < len(items):
         raise ProcessError("the model gave position ids for some items and none for others")

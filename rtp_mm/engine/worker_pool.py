@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from rtp_mm.config import Settings
 from rtp_mm.cores import CoreShare, available_cores
 from rtp_mm.engine import worker_protocol
-from rtp_mm.engine.job_line import Check, Job, JobLine, Judges, no_check
+from rtp_mm.engine.job_queue import Check, ChecksLayout, Job, JobQueue, no_check
 from rtp_mm.engine.slab import Slab, Slot
 from rtp_mm.engine.worker_process import WorkerDiedError, WorkerProcess
 from rtp_mm.errors import DrainingError, MMError, ProcessError, StartError, WrongFormatError
@@ -55,10 +55,10 @@ class WorkerPool:
         self._inbox_bytes = inbox_bytes
         self._cores = cores
         self.slab = Slab(slab_mb << 20)
-        self._jobs = JobLine(count)
+        self._jobs = JobQueue(count)
         self._busy: dict[Job, WorkerProcess] = {}
         self._idle: list[asyncio.Future[Job | None]] = []  # each a worker's turn, the latest last
-        self._space_line = asyncio.Lock()
+        self._space_queue = asyncio.Lock()
         self._space_freed = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._starting: set[WorkerProcess] = set()
@@ -84,7 +84,7 @@ class WorkerPool:
         """
         try:
             self._setup = _setup(preprocess, self._memory_bytes, self._inbox_bytes)
-            self._judge = preprocess if isinstance(preprocess, Judges) else None
+            self._judge = preprocess if isinstance(preprocess, ChecksLayout) else None
             begun = [start.result() for start in self._begun]
             self._begun = [self._threads.submit(self._greet, worker) for worker in begun]
             self._workers = {start.result() for start in self._begun}
@@ -110,9 +110,9 @@ class WorkerPool:
         layout: Layout | None = None,
         check: Check = no_check,
     ) -> Prepared:
-        """Rows are read-only views of the slab, given back as they become garbage. A `layout` that is foreseen spares a
-        small item a turn of the conversation; a worker that gives another is replaced. Where none is foreseen, `check`
-        is told the shape before rows are made.
+        """Rows are read-only views of the slab, given back as they become garbage. A predicted `layout` spares a small
+        item a turn of the conversation; a worker that gives another is replaced. Without one, `check` is told the shape
+        before rows are made.
 
         Cancelled, a job that waits is forgotten, one that runs has a second to end before its worker is killed. Raises
         what the preprocessor raises as `MMError`, and `ProcessError` for any other exception or a worker that died.
@@ -164,7 +164,7 @@ class WorkerPool:
         """The next job. What the worker died of, if it did."""
         job = await self._turn(worker)
         if job is None:
-            await self._reaped(worker)
+            await self._reap(worker)
             return "idle"
         self._busy[job] = worker
         try:
@@ -174,7 +174,7 @@ class WorkerPool:
             job.fail(error.with_traceback(None))  # whose frames would keep the worker and its inbox
             if isinstance(error, worker_protocol.OutOfMemoryError):
                 worker.kill()
-                await self._reaped(worker, job)
+                await self._reap(worker, job)
                 return "memory"
             worker.clear(job.blob.nbytes)
         except WorkerDiedError as error:
@@ -224,8 +224,8 @@ class WorkerPool:
         return prepared(self.slab.rows(job.slots.pop(), place.shape, self._take_back))
 
     def _place_ahead(self, job: Job) -> Place | None:
-        """For rows as foreseen, if they are few and there is room that nobody waits for."""
-        if job.layout is None or (nbytes := math.prod(job.layout.shape)) > _AHEAD_BYTES or self._space_line.locked():
+        """For rows as predicted, if they are few and there is room that nobody waits for."""
+        if job.layout is None or (nbytes := math.prod(job.layout.shape)) > _AHEAD_BYTES or self._space_queue.locked():
             return None
         if (slot := self.slab.allocate(nbytes)) is None:
             return None
@@ -234,10 +234,10 @@ class WorkerPool:
 
     async def _asked_place(self, worker: WorkerProcess, job: Job, shape: RowsShape) -> Place:
         """For the rows that the worker asks room for, and knows of now. Raises `WrongFormatError` for too many, what
-        the job's `check` raises, and `WorkerDiedError` for others than were foreseen.
+        the job's `check` raises, and `WorkerDiedError` for others than were predicted.
         """
         if job.layout is not None and shape != job.layout.shape:
-            raise WorkerDiedError(f"it asked for {shape}, foreseen was {job.layout.shape}")
+            raise WorkerDiedError(f"it asked for {shape}, predicted was {job.layout.shape}")
         nbytes = math.prod(shape)
         if job.layout is None and nbytes <= self.slab.nbytes and not job.answer.done():
             try:
@@ -253,17 +253,17 @@ class WorkerPool:
         return Place(slot.offset, shape)
 
     def _check_layout(self, job: Job, layout: Layout) -> None:
-        """Raises `WorkerDiedError` for one that is not as foreseen, or can be no such item's."""
+        """Raises `WorkerDiedError` for one that is not as predicted, or can be no such item's."""
         if job.layout is not None and layout != job.layout:
-            raise WorkerDiedError(f"it gave {layout}, foreseen was {job.layout}")
-        if self._judge is not None and not self._judge.can_give(layout, job.blob, job.mm_type):
+            raise WorkerDiedError(f"it gave {layout}, predicted was {job.layout}")
+        if self._judge is not None and not self._judge.is_possible(layout, job.blob, job.mm_type):
             raise WorkerDiedError(f"it gave {layout}, which no such item has")
 
     async def _bury(self, worker: WorkerProcess, job: Job, breach: str) -> str:
         """Reaps it; only after that its slot may be used again. What it died of. `breach`: what it did wrong, if that
         is known.
         """
-        how = await self._reaped(worker, job)
+        how = await self._reap(worker, job)
         if job.answer.cancelled():
             return "overrun"
         if not job.is_begun:  # it had died before
@@ -273,7 +273,7 @@ class WorkerPool:
         job.fail(ProcessError(f"the preprocess worker {how} while it held this item{reason}"))
         return "crash"
 
-    async def _reaped(self, worker: WorkerProcess, job: Job | None = None) -> str:
+    async def _reap(self, worker: WorkerProcess, job: Job | None = None) -> str:
         """How it ended, with `job` in its hands."""
         self._workers.remove(worker)
         worker.unwatch()  # before its socket is closed: the loop would take the next one of that number for it
@@ -284,7 +284,7 @@ class WorkerPool:
 
     async def _space(self, nbytes: int, job: Job) -> Slot | None:
         """First come, first served; `None` for more than there is, or once nobody waits for the job."""
-        async with self._space_line:
+        async with self._space_queue:
             while nbytes <= self.slab.nbytes and not job.answer.done():
                 if (slot := self.slab.allocate(nbytes)) is not None:
                     return slot

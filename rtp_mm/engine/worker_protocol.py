@@ -40,7 +40,7 @@ def content(blob: Blob) -> NDArray[np.uint8]:
 
 
 def task(blob: Blob, mm_type: MMUrlType, options: PreprocessOptions, place: Place | None, threads: int) -> Task:
-    """All that a worker hears of an item, but for its bytes. `place` for its rows, where they are foreseen."""
+    """All that a worker hears of an item, but for its bytes. `place` for its rows, where they are predicted."""
     dtype, shape = (None, ()) if isinstance(blob.data, bytes) else (blob.data.dtype.str, blob.data.shape)
     return Task(mm_type, options, blob.content_hash, blob.source, blob.nbytes, dtype, shape, place, threads)
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from rtp_mm.config import Settings
 from rtp_mm.cores import CoreShare, available_cores
-from rtp_mm.engine.job_line import Check, no_check
+from rtp_mm.engine.job_queue import Check, no_check
 from rtp_mm.engine.pinning import PinnedBytes
 from rtp_mm.engine.worker_pool import WorkerPool
 from rtp_mm.errors import MMError, ProcessError, WrongFormatError
@@ -33,7 +33,7 @@ class ForwardInput(NamedTuple):
     patches: int | None
 
 
-class WorkerStats(NamedTuple):
+class PoolStats(NamedTuple):
     """Live figures. `restarts` only grow: crash (while it held an item), memory (killed, its item needed more than it
     may hold), overrun (killed after the item's caller had left), idle (died without an item), start (a replacement that
     did not start).
@@ -86,8 +86,8 @@ class PreprocessWorkers:
         layout: Layout | None = None,
         check: Check = no_check,
     ) -> ForwardInput:
-        """What the model's `prepare` gives. `layout` is how its rows are foreseen to lie; a process that gives others
-        is replaced. Where they are not foreseen, `check` is told their shape once a process knows, before it makes
+        """What the model's `prepare` gives. `layout` is how its rows are predicted to lie; a process that gives others
+        is replaced. Where they are not predicted, `check` is told their shape once a process knows, before it makes
         them; never where something else does.
 
         Raises `MMError`; a third party's own exception becomes `ProcessError`. Cancelled, a process that still runs a
@@ -119,10 +119,10 @@ class PreprocessWorkers:
             with self._counting:
                 self._running -= 1
 
-    def stats(self) -> WorkerStats:
+    def stats(self) -> PoolStats:
         if self._processes is not None:
-            return WorkerStats(self._processes.ready, self._processes.busy, dict(self._processes.restarts))
-        return WorkerStats(self._count, self._running, {})
+            return PoolStats(self._processes.ready, self._processes.busy, dict(self._processes.restarts))
+        return PoolStats(self._count, self._running, {})
 
     def close(self) -> None:
         """For the event loop; processes are gone when it returns, a thread goes on to the end of what it does. Their

@@ -19,8 +19,8 @@ from blake3 import blake3
 from rtp_mm.config import Settings
 from rtp_mm.errors import DownloadRefusedError, NotSupportedError, WrongFormatError
 from rtp_mm.media.array import as_array
-from rtp_mm.media.bytes_cache import BytesCache
 from rtp_mm.media.data_url import DataUrl
+from rtp_mm.media.download_cache import DownloadCache
 from rtp_mm.media.filesystems import Filesystems
 from rtp_mm.media.freshness import ResponseHead
 from rtp_mm.media.http import Download, HttpSource
@@ -46,7 +46,7 @@ class Fetcher:
         self._settings = settings
         self._limits = {mm_type: SizeLimit.of(settings, mm_type) for mm_type in MMUrlType}
         self._clock = clock
-        self._cache = BytesCache(settings.mm_bytes_cache_mb << 20, settings.mm_bytes_cache_ttl_s, clock)
+        self._cache = DownloadCache(settings.mm_bytes_cache_mb << 20, settings.mm_bytes_cache_ttl_s, clock)
         self._http = HttpSource(settings, clock)
         self._filesystems = Filesystems(settings)
         self._files = LocalFiles(settings)
@@ -128,7 +128,7 @@ class Fetcher:
     async def _from_disk(self, look: Callable[..., T], *arguments: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._file_threads, look, *arguments)
 
-    def bytes_cache_stats(self) -> CacheStats:
+    def cache_stats(self) -> CacheStats:
         """Of the downloads that are kept."""
         return self._cache.stats()
 

@@ -99,7 +99,7 @@ class Qwen2Audio(MultimodalMixin):
     def on_weights_loaded(self) -> None:
         """Packs the tower, and sees that a silence comes out of it."""
         tower = self.mm_part.tower
-        tower.prepare()
+        tower.finish_loading()
         silence = np.zeros((2 * MIN_STEPS + 2, tower.config.num_mel_bins), np.float32)
         [embedding] = tower([LogMel(silence)])
         if not torch.isfinite(embedding).all():

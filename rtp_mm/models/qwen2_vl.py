@@ -142,7 +142,7 @@ class Qwen2VL(MultimodalMixin):
                 f"the checkpoint disagrees with itself on the width of embeddings: {width} of its tower "
                 f"(merger.mlp.2), {language} of its language model (hidden_size)"
             )
-        tower.prepare(processor.image_mean, processor.image_std)
+        tower.finish_loading(processor.image_mean, processor.image_std)
         side = processor.merge_size
         grey = np.full((side**2, 3 * processor.patch_size**2), 128, np.uint8)
         [(embedding, _)] = tower([Patches(grey, (1, side, side))])

@@ -36,11 +36,7 @@ def load_model(settings: Settings) -> MultimodalMixin:
 
     Blocks while it reads. MM_TORCH_THREADS counts for all of torch in this process. Raises `StartError`.
     """
-    if settings.checkpoint_path is None:
-        raise StartError("CHECKPOINT_PATH is not set: the folder of a model in Hugging Face format")
-    folder = settings.checkpoint_path.expanduser()
-    if not folder.is_dir():
-        raise StartError(f"CHECKPOINT_PATH={folder} is no folder")
+    folder = settings.checkpoint_folder()
     for family in FAMILIES:
         importlib.import_module(f"rtp_mm.models.{family}")
     if settings.mm_model_module is not None:

@@ -54,7 +54,7 @@ class AudioPreprocessor:
         rows[1 + frames :] = 0
         return LogMel(rows, float(self.rule.seconds) if is_cut else None)
 
-    def can_give(self, layout: Layout, blob: Blob, mm_type: MMUrlType) -> bool:
+    def is_possible(self, layout: Layout, blob: Blob, mm_type: MMUrlType) -> bool:
         """Whether a sound's rows may lie so."""
         count, columns = layout.shape
         steps, rest = divmod(count - 2, 2)

@@ -60,9 +60,9 @@ class MediaPreprocessor:
         """
         return self._own(blob, mm_type).predict(blob, mm_type, options)
 
-    def can_give(self, layout: Layout, blob: Blob, mm_type: MMUrlType) -> bool:
+    def is_possible(self, layout: Layout, blob: Blob, mm_type: MMUrlType) -> bool:
         """Whether an item's rows may lie so. Raises `NotSupportedError`."""
-        return self._own(blob, mm_type).can_give(layout, blob, mm_type)
+        return self._own(blob, mm_type).is_possible(layout, blob, mm_type)
 
     def __call__(
         self, blob: Blob, mm_type: MMUrlType, options: PreprocessOptions, allocate: RowAllocator = new_rows

@@ -107,7 +107,7 @@ class ImagePreprocessor:
         size = self._size_told(blob, mm_type)
         return None if size is None else self._layout(self.grid(self.plan(*size, options)))
 
-    def can_give(self, layout: Layout, blob: Blob, mm_type: MMUrlType) -> bool:
+    def is_possible(self, layout: Layout, blob: Blob, mm_type: MMUrlType) -> bool:
         """Whether an image's rows may lie so."""
         grid = layout.grid_thw
         return grid is not None and grid[0] == 1 and self.merges(grid) and layout == self._layout(grid)

@@ -90,7 +90,7 @@ class VideoPreprocessor:
         plan = self.plan(frames.height, frames.width, frames.number, options)
         return self._layout(self.grid(frames.number, plan))
 
-    def can_give(self, layout: Layout, blob: Blob, mm_type: MMUrlType) -> bool:
+    def is_possible(self, layout: Layout, blob: Blob, mm_type: MMUrlType) -> bool:
         """Whether a clip's rows may lie so."""
         grid = layout.grid_thw
         return grid is not None and self.image.merges(grid) and layout == self._layout(grid)

@@ -70,16 +70,16 @@ class Convolution(Linear):
 
 
 class QkvLinear(Linear):
-    """q, k and v in one GEMM. k has no bias in the checkpoint: until `prepare`, `bias` is q's and v's."""
+    """q, k and v in one GEMM. k has no bias in the checkpoint: until `pack`, `bias` is q's and v's."""
 
     def __init__(self, dim: int, out: int, dtype: torch.dtype, gemm: type[Gemm]) -> None:
         super().__init__(dim, out, dtype, gemm)
         self.bias = nn.Parameter(self.bias.new_empty(2 * dim), requires_grad=False)
 
-    def prepare(self) -> None:
+    def pack(self) -> None:
         q, v = self.bias.chunk(2)
         self.bias = nn.Parameter(torch.cat((q, torch.zeros_like(q), v)), requires_grad=False)
-        super().prepare()
+        super().pack()
 
 
 class Layout(NamedTuple):
@@ -169,7 +169,7 @@ class AudioTower(Tower):
             self.layer_norm = norm(dim)
             self.projector = Linear(dim, config.out_hidden_size, dtype, exact_gemm)
 
-    def prepare(self) -> None:
+    def finish_loading(self) -> None:
         """Packs the GEMMs' weights; once, after loading."""
         self._pack()
 

@@ -241,7 +241,7 @@ def compute_dtype(act_dtype: torch.dtype, device: torch.device, choice: str = "a
 class Linear(nn.Module):
     """[M, in] -> [M, out], or half of it for a gated activation; M a multiple of the GEMM's `row_multiple`.
 
-    Holds the published weight in `dtype` and the bias in float32, until `prepare` gives both to the GEMM.
+    Holds the published weight in `dtype` and the bias in float32, until `pack` gives both to the GEMM.
     """
 
     def __init__(
@@ -257,12 +257,12 @@ class Linear(nn.Module):
         self._lent: Sequence[Tensor] = ()
 
     def lend(self, parts: Sequence[Tensor]) -> None:
-        """The published weight, for `prepare` alone: contiguous tensors that stand above one another. They are joined
+        """The published weight, for `pack` alone: contiguous tensors that stand above one another. They are joined
         there, one layer after another in the same memory.
         """
         self._lent = parts
 
-    def prepare(self) -> None:
+    def pack(self) -> None:
         """Packs the weight; once, after loading. The original is freed."""
         self._gemm = self._make_gemm(self._published(), self.bias.data, self._activation)
         self._lent = ()

@@ -125,7 +125,7 @@ class VisionTower(Tower):
             )
             self.merger = PatchMerger(delicate, norm, dim, config.spatial_merge_size, config.out_hidden_size)
 
-    def prepare(self, image_mean: Sequence[float], image_std: Sequence[float]) -> None:
+    def finish_loading(self, image_mean: Sequence[float], image_std: Sequence[float]) -> None:
         """Folds the processor's normalisation into the patch embedding and packs the GEMMs' weights; once, after
         loading."""
         self.patch_embed.fold(image_mean, image_std, self.dtype)

@@ -47,7 +47,7 @@ def _nothing() -> None:
 
 class Tower(nn.Module):
     """Packs many items into one forward. Built on the meta device; `rtp_mm.vit.weights.load_weights` gives it tensors,
-    then `prepare` makes of them what its GEMMs read.
+    then `finish_loading` makes of them what its GEMMs read.
     """
 
     def __init__(self, dtype: torch.dtype, device: torch.device, options: TowerOptions | None) -> None:
@@ -103,7 +103,7 @@ class Tower(nn.Module):
             raise StartError("MM_TORCH_COMPILE=1 cannot take oneDNN's packed weights; MM_COMPUTE_TYPE=fp32 has none")
         for module in self.modules():
             if isinstance(module, Linear):
-                module.prepare()
+                module.pack()
             elif isinstance(module, Block | PatchMerger) and self.options.is_compiled:
                 module.compile(dynamic=True)
         if use_graphs(self.options.cuda_graphs, self.device, self.attention_backend):

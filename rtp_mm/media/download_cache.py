@@ -29,7 +29,7 @@ class Stored:
     nbytes: int
 
 
-class BytesCache:
+class DownloadCache:
     """For one event loop: no locks. A download larger than the whole budget is not kept.
 
     A hit is a download whose bytes did not come again, its source asked or not.

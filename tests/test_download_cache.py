@@ -44,7 +44,7 @@ class Client:
 
     @property
     def hits_and_misses(self) -> tuple[int, int]:
-        stats = self.fetcher.bytes_cache_stats()
+        stats = self.fetcher.cache_stats()
         return stats.hits, stats.misses
 
 
@@ -138,7 +138,7 @@ async def test_a_source_that_says_nothing_is_asked_again_after_the_ttl(source: S
         assert await c.asked(url) == 1
     async with client(source, mm_bytes_cache_ttl_s=0) as c:
         assert [await c.asked(url), await c.asked(url)] == [1, 1]
-        assert c.fetcher.bytes_cache_stats().items == 0
+        assert c.fetcher.cache_stats().items == 0
 
 
 @pytest.mark.parametrize("cache_control", ["no-store", "no-store, max-age=300", "max-age=0"])
@@ -146,7 +146,7 @@ async def test_what_may_not_be_kept_or_never_used_is_not_kept(source: Source, ca
     url = source.answers_with("/x", body=BODY, headers={"Cache-Control": cache_control})
     async with client(source) as c:
         assert [await c.asked(url), await c.asked(url)] == [1, 1]
-        assert c.fetcher.bytes_cache_stats().items == 0
+        assert c.fetcher.cache_stats().items == 0
 
 
 def changing(source: Source, path: str, **headers: str) -> tuple[str, dict[str, Any]]:
@@ -227,7 +227,7 @@ async def test_a_304_may_change_how_long_it_is_good(source: Source) -> None:
         c.now += 10
         state["headers"] = {"Cache-Control": "no-store"}
         assert [await c.asked(url), await c.asked(url)] == [1, 1]
-        assert c.fetcher.bytes_cache_stats().items == 0
+        assert c.fetcher.cache_stats().items == 0
 
 
 async def test_conditions_go_only_to_the_source_that_set_them(source: Source) -> None:
@@ -269,7 +269,7 @@ async def test_what_is_gone_is_forgotten_and_what_fails_for_now_is_not(source: S
         source.answers_with("/x", status=404)
         with pytest.raises(DownloadRefusedError):
             await c.fetch(url)
-        assert c.fetcher.bytes_cache_stats().items == 0
+        assert c.fetcher.cache_stats().items == 0
 
 
 async def test_the_least_recently_used_goes_first(source: Source) -> None:
@@ -279,7 +279,7 @@ async def test_the_least_recently_used_goes_first(source: Source) -> None:
             await c.fetch(url)
         assert await c.asked(urls[0]) == 0
         await c.fetch(urls[3])
-        stats = c.fetcher.bytes_cache_stats()
+        stats = c.fetcher.cache_stats()
         assert (stats.items, stats.evictions, stats.budget_bytes) == (3, 1, 1 << 20)
         assert 900_000 < stats.used_bytes <= 1 << 20
         assert [await c.asked(url) for url in urls[2:]] == [0, 0]
@@ -296,7 +296,7 @@ async def test_what_exceeds_the_budget_is_served_and_not_kept(source: Source) ->
         assert await c.asked(small) == 0
     async with client(source, mm_bytes_cache_mb=0) as c:
         assert [await c.asked(small), await c.asked(small)] == [1, 1]
-        assert c.fetcher.bytes_cache_stats().budget_bytes == 0
+        assert c.fetcher.cache_stats().budget_bytes == 0
 
 
 async def test_a_kept_download_meets_the_limit_of_who_asks(source: Source) -> None:

@@ -25,17 +25,17 @@ LONG_S = 0.25
 
 
 @runtime_checkable
-class Foresees(Protocol):
+class PredictsLayout(Protocol):
     """A preprocessor that tells how an item's rows will lie before it is decoded, `None` where it cannot."""
 
     def predict(self, blob: Blob, mm_type: MMUrlType, options: PreprocessOptions) -> Layout | None: ...
 
 
 @runtime_checkable
-class Judges(Protocol):
+class ChecksLayout(Protocol):
     """A preprocessor that tells how an item's rows can lie at all, so that no worker's word is taken for it."""
 
-    def can_give(self, layout: Layout, blob: Blob, mm_type: MMUrlType) -> bool: ...
+    def is_possible(self, layout: Layout, blob: Blob, mm_type: MMUrlType) -> bool: ...
 
 
 def no_check(shape: RowsShape) -> None:
@@ -46,8 +46,8 @@ def no_check(shape: RowsShape) -> None:
 class Job:
     """An item for a worker.
 
-    layout: foreseen, of its rows.
-    check:  told what its rows will be, where that was not foreseen, before they are made.
+    layout: predicted, of its rows.
+    check:  told what its rows will be, where that was not predicted, before they are made.
     """
 
     blob: Blob
@@ -80,28 +80,28 @@ class Job:
             self.answer.set_exception(error)
 
 
-class JobLine:
+class JobQueue:
     """Jobs that wait, in the order of `queued_at + expected_s`: one yields for as long as it will take itself, and what
     comes after that stands behind it. Where there are several workers, one is left to short jobs.
     """
 
     def __init__(self, workers: int) -> None:
-        self._line: list[Job] = []
+        self._waiting: list[Job] = []
         self._most_long = max(1, workers - 1)
         self._long = 0  # jobs taken and not ended
 
     def __iter__(self) -> Iterator[Job]:
-        return iter(self._line)
+        return iter(self._waiting)
 
     def add(self, job: Job) -> None:
-        insort(self._line, job, key=lambda each: each.queued_at + each.expected_s)
+        insort(self._waiting, job, key=lambda each: each.queued_at + each.expected_s)
 
     def take(self) -> Job | None:
         """The next job that may begin, if there is one; it counts until `end`."""
-        for i, job in enumerate(self._line):
+        for i, job in enumerate(self._waiting):
             if not job.is_long or self._long < self._most_long:
                 self._long += job.is_long
-                return self._line.pop(i)
+                return self._waiting.pop(i)
         return None
 
     def end(self, job: Job) -> None:
@@ -110,4 +110,4 @@ class JobLine:
 
     def remove(self, job: Job) -> None:
         """Takes out a job that nobody waits for any more. Raises `ValueError` where it does not wait."""
-        self._line.remove(job)
+        self._waiting.remove(job)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from rtp_mm.engine.waiting_line import WaitingLine, Work
+from rtp_mm.engine.forward_queue import ForwardQueue, Work
 from rtp_mm.types import MMPreprocessConfig, MMUrlType
 
 
@@ -25,7 +25,7 @@ def work(loop: asyncio.AbstractEventLoop, patches: int | None, at: float) -> Wor
 
 
 def test_small_work_goes_before_large(loop: asyncio.AbstractEventLoop) -> None:
-    line = WaitingLine(1000, patience_s=0.01)
+    line = ForwardQueue(1000, patience_s=0.01)
     large, small = work(loop, 900, 0), work(loop, 200, 1)
     line.add(large)
     line.add(small)
@@ -36,7 +36,7 @@ def test_small_work_goes_before_large(loop: asyncio.AbstractEventLoop) -> None:
 
 def test_large_work_does_not_starve(loop: asyncio.AbstractEventLoop) -> None:
     """Small work keeps coming faster than the device takes it; the large one goes when its patience is over."""
-    line = WaitingLine(1000, patience_s=0.01)
+    line = ForwardQueue(1000, patience_s=0.01)
     large = work(loop, 1000, at=0)
     line.add(large)
     for now in itertools.count():
@@ -48,7 +48,7 @@ def test_large_work_does_not_starve(loop: asyncio.AbstractEventLoop) -> None:
     small_before = now * 10
     came_in_time = sum(20 for at in range(now + 1) if at + 100 * 0.01 <= 1000 * 0.01)
     assert small_before <= came_in_time
-    fifo_only = WaitingLine(1000, patience_s=0)
+    fifo_only = ForwardQueue(1000, patience_s=0)
     fifo_only.add(large)
     fifo_only.add(work(loop, 100, at=1))
     assert fifo_only.take() == [large]
@@ -58,7 +58,7 @@ def test_nobody_is_overtaken_by_what_comes_after_its_patience(loop: asyncio.Abst
     """Over random arrivals: what goes before W came before W's own time plus its patience."""
     rng = random.Random(7)
     for _ in range(50):
-        line, patience_s, now, taken = WaitingLine(500, 0.01), 0.01, 0.0, []
+        line, patience_s, now, taken = ForwardQueue(500, 0.01), 0.01, 0.0, []
         for _ in range(60):
             now += rng.random()
             line.add(work(loop, rng.choice([1, 20, 300, 500, 800]), now))
@@ -73,7 +73,7 @@ def test_nobody_is_overtaken_by_what_comes_after_its_patience(loop: asyncio.Abst
 
 
 def test_a_batch_keeps_to_its_budget_and_what_is_larger_goes_alone(loop: asyncio.AbstractEventLoop) -> None:
-    line = WaitingLine(100, patience_s=0)
+    line = ForwardQueue(100, patience_s=0)
     items = [work(loop, patches, at) for at, patches in enumerate([40, 60, 1, 250, None, 100, 0, None])]
     for item in items:
         line.add(item)
@@ -84,7 +84,7 @@ def test_a_batch_keeps_to_its_budget_and_what_is_larger_goes_alone(loop: asyncio
 
 
 def test_takers_leave_one_another_a_share(loop: asyncio.AbstractEventLoop) -> None:
-    line = WaitingLine(100, takers=2)
+    line = ForwardQueue(100, takers=2)
     works = [work(loop, 30, 0) for _ in range(7)]
     for each in works:
         line.add(each)
@@ -94,7 +94,7 @@ def test_takers_leave_one_another_a_share(loop: asyncio.AbstractEventLoop) -> No
 
 
 def test_what_is_taken_out_is_gone(loop: asyncio.AbstractEventLoop) -> None:
-    line = WaitingLine(100, patience_s=0)
+    line = ForwardQueue(100, patience_s=0)
     same_place = [work(loop, 10, at=1) for _ in range(3)]
     for item in same_place:
         line.add(item)
@@ -107,7 +107,7 @@ def test_what_is_taken_out_is_gone(loop: asyncio.AbstractEventLoop) -> None:
 
 
 def test_patches_before_counts_what_goes_first(loop: asyncio.AbstractEventLoop) -> None:
-    line = WaitingLine(100, patience_s=0.01)
+    line = ForwardQueue(100, patience_s=0.01)
     for patches in (10, 50, 300):
         line.add(work(loop, patches, at=0))
     assert [line.patches_before(patches, now=1) for patches in (1, 10, 500)] == [60, 60, 360]

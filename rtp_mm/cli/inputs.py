@@ -1,14 +1,41 @@
-"""Which models take sounds, and what that rules out."""
+"""What a command is given: a URL and its bytes, a checkpoint's family, limits that go together with neither."""
 
 from __future__ import annotations
 
+import asyncio
+import os
 from collections.abc import Callable
 from pathlib import Path
 
+from rtp_mm.config import Settings
 from rtp_mm.errors import StartError
+from rtp_mm.media.fetch import Fetcher
+from rtp_mm.media.local import local_path
+from rtp_mm.media.urls import scheme_of
 from rtp_mm.models.gpt_init_model_parameters import read_json
 from rtp_mm.models.qwen2_audio import FAMILY
-from rtp_mm.types import MMUrlType, PreprocessOptions
+from rtp_mm.types import LIBRARY_CALLER, Blob, MMUrlType, MultimodalInput, PreprocessOptions
+
+
+def absolute(url: str) -> str:
+    """A path as seen from here, so that a server with another working directory finds the same file.
+
+    Raises `MMError` for a `file:` URL that names none.
+    """
+    scheme = scheme_of(url)
+    if scheme == "file":
+        return Path(os.path.abspath(local_path(url))).as_uri()
+    return url if scheme else os.path.abspath(url)
+
+
+def fetch(url: str, settings: Settings, mm_type: MMUrlType) -> Blob:
+    """The bytes behind a URL, for a trusted caller. Raises `MMError`."""
+
+    async def once() -> Blob:
+        async with Fetcher(settings) as fetcher:
+            return await fetcher.fetch(MultimodalInput(absolute(url), mm_type), LIBRARY_CALLER)
+
+    return asyncio.run(once())
 
 
 def family_of(checkpoint: Path) -> str | None:

@@ -13,7 +13,7 @@ from scripted_worker import script
 from waiting import until
 from worker_pools import NO_OPTIONS, kill, new_pool, run, until_slab_is_free
 
-from rtp_mm.engine.job_line import LONG_S, Check, Job, JobLine
+from rtp_mm.engine.job_queue import LONG_S, Check, Job, JobQueue
 from rtp_mm.engine.worker_pool import WorkerPool
 from rtp_mm.errors import ProcessError, QueueFullError, WrongFormatError
 from rtp_mm.types import Blob, Layout, MMUrlType, Patches, RowsShape
@@ -42,7 +42,7 @@ def test_films_are_long_and_photographs_are_not(loop: asyncio.AbstractEventLoop)
 
 
 def test_short_jobs_go_first_and_equals_in_the_order_they_came(loop: asyncio.AbstractEventLoop) -> None:
-    line = JobLine(1)
+    line = JobQueue(1)
     long, *short = job(loop, LONG, 0), job(loop, SHORT, 1), job(loop, SHORT, 1)
     for each in (long, *short):
         line.add(each)
@@ -50,7 +50,7 @@ def test_short_jobs_go_first_and_equals_in_the_order_they_came(loop: asyncio.Abs
 
 
 def test_a_long_job_yields_for_as_long_as_it_takes_itself(loop: asyncio.AbstractEventLoop) -> None:
-    line, rng = JobLine(1), random.Random(3)
+    line, rng = JobQueue(1), random.Random(3)
     long = job(loop, LONG, 0)
     others = [job(loop, SHORT, rng.uniform(0, 3 * long.expected_s)) for _ in range(100)]
     for each in (long, *others):
@@ -62,7 +62,7 @@ def test_a_long_job_yields_for_as_long_as_it_takes_itself(loop: asyncio.Abstract
 
 
 def test_one_of_several_workers_is_left_to_short_jobs(loop: asyncio.AbstractEventLoop) -> None:
-    line = JobLine(3)
+    line = JobQueue(3)
     long = [job(loop, LONG, 0) for _ in range(4)]
     for each in long:
         line.add(each)
@@ -76,13 +76,13 @@ def test_one_of_several_workers_is_left_to_short_jobs(loop: asyncio.AbstractEven
 
 
 def test_the_only_worker_takes_long_jobs(loop: asyncio.AbstractEventLoop) -> None:
-    line = JobLine(1)
+    line = JobQueue(1)
     line.add(long := job(loop, LONG, 0))
     assert line.take() is long
 
 
 def test_a_job_that_was_given_up_is_not_taken(loop: asyncio.AbstractEventLoop) -> None:
-    line = JobLine(1)
+    line = JobQueue(1)
     line.add(first := job(loop, SHORT, 0))
     line.add(second := job(loop, SHORT, 1))
     line.remove(first)

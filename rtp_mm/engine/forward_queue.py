@@ -27,7 +27,7 @@ class Work:
     timings_ms: dict[str, float] = field(default_factory=dict)
 
 
-class WaitingLine:
+class ForwardQueue:
     """Work in the order of `queued_at + patches * patience_s`, fixed when it comes. No locks: the batcher's hold.
 
     Smaller work that comes a little later goes first: work yields for `patience_s` a patch. And nothing starves: all
@@ -41,12 +41,12 @@ class WaitingLine:
         self._max_patches = max_patches
         self._takers = takers
         self._patience_s = patience_s
-        self._line: list[tuple[float, int, Work]] = []
+        self._works: list[tuple[float, int, Work]] = []
         self._arrivals = 0
         self.patches = 0
 
     def __len__(self) -> int:
-        return len(self._line)
+        return len(self._works)
 
     def cost(self, work: Work) -> int:
         """In patches; what goes alone costs a whole batch."""
@@ -54,15 +54,15 @@ class WaitingLine:
 
     def add(self, work: Work) -> None:
         self._arrivals += 1
-        insort(self._line, (self._place(work.queued_at, self.cost(work)), self._arrivals, work))
+        insort(self._works, (self._place(work.queued_at, self.cost(work)), self._arrivals, work))
         self.patches += self.cost(work)
 
     def remove(self, work: Work) -> None:
         """Takes out work that nobody waits for any more; nothing happens where it has gone already."""
-        start = bisect_left(self._line, (self._place(work.queued_at, self.cost(work)),))
-        for i in range(start, len(self._line)):
-            if self._line[i][2] is work:
-                del self._line[i]
+        start = bisect_left(self._works, (self._place(work.queued_at, self.cost(work)),))
+        for i in range(start, len(self._works)):
+            if self._works[i][2] is work:
+                del self._works[i]
                 self.patches -= self.cost(work)
                 return
 
@@ -70,20 +70,20 @@ class WaitingLine:
         """The next batch: in order, as far as `max_patches` or a taker's share go; at least one, where there is any."""
         most = min(self._max_patches, -(-self.patches // self._takers))
         patches = count = 0
-        for _, _, work in self._line:
+        for _, _, work in self._works:
             if count and patches + self.cost(work) > most:
                 break
             patches += self.cost(work)
             count += 1
-        batch = [work for _, _, work in self._line[:count]]
-        del self._line[:count]
+        batch = [work for _, _, work in self._works[:count]]
+        del self._works[:count]
         self.patches -= patches
         return batch
 
     def patches_before(self, patches: int, now: float) -> int:
         """Waiting patches that would go before work of `patches` that comes now."""
-        ahead = bisect_left(self._line, (self._place(now, patches),))
-        return sum(self.cost(work) for _, _, work in self._line[:ahead])
+        ahead = bisect_left(self._works, (self._place(now, patches),))
+        return sum(self.cost(work) for _, _, work in self._works[:ahead])
 
     def _place(self, queued_at: float, cost: int) -> float:
         return queued_at + cost * self._patience_s

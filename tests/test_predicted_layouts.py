@@ -71,7 +71,7 @@ def as_url(data: bytes) -> str:
 
 @pytest.mark.parametrize("rule", ["qwen", "hf"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_animation_is_foreseen_as_it_comes(kind: str, rule: str, frames: list[Pixels], tmp_path: Path) -> None:
+def test_an_animation_is_predicted_as_it_comes(kind: str, rule: str, frames: list[Pixels], tmp_path: Path) -> None:
     preprocess = preprocessor(tmp_path, mm_video_rule=rule)
     for options in OPTIONS:
         for count in (1, 2, 5, 12):
@@ -83,25 +83,25 @@ def test_an_animation_is_foreseen_as_it_comes(kind: str, rule: str, frames: list
 
 @pytest.mark.parametrize("kind", RANDOM)
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Image.DecompressionBombWarning")
-def test_any_animation_is_foreseen_or_refused_as_it_will_be(kind: str, tmp_path: Path) -> None:
+def test_any_animation_is_predicted_or_refused_as_it_will_be(kind: str, tmp_path: Path) -> None:
     """But for what only a decoder finds wrong."""
     preprocess, seen, refused = preprocessor(tmp_path), 0, 0
     for seed in range(60):
         rng = np.random.default_rng(seed)
         data = RANDOM[kind](rng)
         clip = blob(data if seed % 2 else mutated(data, rng))
-        foreseen = outcome(lambda: preprocess.predict(clip, MMUrlType.VIDEO, OPTIONS[0]))  # noqa: B023
+        predicted = outcome(lambda: preprocess.predict(clip, MMUrlType.VIDEO, OPTIONS[0]))  # noqa: B023
         came = outcome(lambda: layout(preprocess(clip, MMUrlType.VIDEO, OPTIONS[0])))  # noqa: B023
-        if isinstance(foreseen, str):
-            assert came == foreseen, seed
+        if isinstance(predicted, str):
+            assert came == predicted, seed
             refused += 1
         elif not isinstance(came, str):
-            assert came == foreseen, seed
+            assert came == predicted, seed
             seen += 1
     assert min(seen, refused) > 5
 
 
-def test_all_that_needs_no_decoder_is_foreseen(frames: list[Pixels], tmp_path: Path) -> None:
+def test_all_that_needs_no_decoder_is_predicted(frames: list[Pixels], tmp_path: Path) -> None:
     preprocess, options = preprocessor(tmp_path), PreprocessOptions()
     for data, mm_type in [
         (saved(frames[0], "JPEG"), MMUrlType.DEFAULT),
@@ -120,7 +120,7 @@ STRIP = CropBox(0, 0, 1, 0.005)  # of a quarter turn of 4000 x 3000 pixels 107 t
 
 @pytest.mark.parametrize("kind", TURNED)
 @pytest.mark.parametrize("options", [PreprocessOptions(), PreprocessOptions(crop=STRIP)], ids=["whole", "strip"])
-def test_what_its_orientation_turns_is_not_foreseen_as_it_lies(
+def test_what_its_orientation_turns_is_not_predicted_as_it_lies(
     kind: str, options: PreprocessOptions, tmp_path: Path
 ) -> None:
     preprocess = preprocessor(tmp_path, mm_exif_transpose=True)
@@ -142,7 +142,7 @@ QUIET: dict[str, Callable[[Pixels], bytes]] = {  # of noise, some 40 and 400 KB 
 
 
 @pytest.mark.parametrize("kind", QUIET)
-def test_an_image_without_an_orientation_is_foreseen_where_a_look_through_it_is_cheap(
+def test_an_image_without_an_orientation_is_predicted_where_a_look_through_it_is_cheap(
     kind: str, tmp_path: Path
 ) -> None:
     preprocess = preprocessor(tmp_path, mm_exif_transpose=True)
