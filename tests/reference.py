@@ -66,8 +66,6 @@ def vision_positions(
         cu_frames=cumulative(frame_lengths),
         cos=table(angles[0], 1.0),
         sin=table(angles[1], 0.0),
-        max_window=max(window_lengths, default=0),
-        max_frame=max(frame_lengths, default=0),
     )
 
 

@@ -15,8 +15,8 @@ from rtp_mm.config import load_settings
 from rtp_mm.errors import StartError
 from rtp_mm.models.registry import load_model
 from rtp_mm.types import Patches
-from rtp_mm.vit.attention import Segments
-from rtp_mm.vit.graphs import GRANULE, LARGEST, SIZES, Batch, Captured, CudaGraphs, choose_bucket, padded, use_graphs
+from rtp_mm.vit.attention import Batch, Segments
+from rtp_mm.vit.graphs import GRANULE, LARGEST, SIZES, Captured, CudaGraphs, choose_bucket, padded, use_graphs
 from rtp_mm.vit.rope import RotaryTable
 from rtp_mm.vit.tower import VisionTower
 

@@ -21,7 +21,16 @@ from rtp_mm.models.multimodal_common import ACT_DTYPES
 from rtp_mm.models.registry import load_model
 from rtp_mm.types import Patches
 from rtp_mm.vit.attention import Attention, Segments, choose_attention
-from rtp_mm.vit.linear import Bf16Gemm, Gemm, Int8Gemm, Linear, OnednnGemm, PackedGemm, choose_gemm, compute_dtype
+from rtp_mm.vit.linear import (
+    Bf16Gemm,
+    Gemm,
+    Int8Gemm,
+    Linear,
+    OnednnGemm,
+    PackedGemm,
+    choose_compute_dtype,
+    choose_gemm,
+)
 from rtp_mm.vit.rope import RotaryTable
 
 # Merged tokens 1, 2, 3, 5, 7, then windows whole, cut and both; sides of 28 are one merged cell.
@@ -172,16 +181,16 @@ def test_what_a_cpu_multiplies_follows_its_instructions(
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_bf16)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_amx)
     cpu = torch.device("cpu")
-    dtype = compute_dtype(ACT_DTYPES[act_type], cpu, choice)
+    dtype = choose_compute_dtype(ACT_DTYPES[act_type], cpu, choice)
     assert choose_gemm(cpu, dtype) is gemm
     assert choose_attention("auto", dtype, cpu) == attention
 
 
 def test_a_compute_type_that_there_is_not_is_refused() -> None:
     with pytest.raises(StartError, match=r"MM_COMPUTE_TYPE=bf16 needs ACT_TYPE=bf16"):
-        compute_dtype(torch.float16, torch.device("cpu"), "bf16")
+        choose_compute_dtype(torch.float16, torch.device("cpu"), "bf16")
     with pytest.raises(StartError, match=r"MM_COMPUTE_TYPE=fp32 needs a CPU, and the tower is on cuda"):
-        compute_dtype(torch.bfloat16, torch.device("cuda"), "fp32")
+        choose_compute_dtype(torch.bfloat16, torch.device("cuda"), "fp32")
 
 
 @pytest.mark.parametrize("gemm", [PackedGemm, Bf16Gemm, OnednnGemm])

@@ -25,7 +25,6 @@ class VisionPositions:
     cu_frames:      [frames + 1] patches before each frame, and all.
     cos, sin:       [rows, head_dim / 2] float32, of the angles of a patch's row, then of its column; patches in window
                     order where there are windows. Rows past the last patch are not turned: cos 1, sin 0.
-    max_window, max_frame: patches of the longest window and the longest frame.
     """
 
     rope_hw: Tensor
@@ -36,8 +35,6 @@ class VisionPositions:
     cu_frames: Tensor
     cos: Tensor
     sin: Tensor
-    max_window: int
-    max_frame: int
 
 
 def vision_positions(
@@ -80,12 +77,7 @@ def vision_positions(
             window,
         )
     )
-    area = merge_size**2
-    return VisionPositions(
-        *tensors,
-        max_window=max((min(h, window) * min(w, window) * area for _, h, w in merged), default=0),
-        max_frame=max((h * w * area for _, h, w in merged), default=0),
-    )
+    return VisionPositions(*tensors)
 
 
 @torch.library.register_fake("rtp_mm::vision_positions")  # type: ignore[untyped-decorator]

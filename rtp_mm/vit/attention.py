@@ -73,6 +73,16 @@ class Segments:
         ]
 
 
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What a tower's blocks eat: x [N, dim] float32, which they overwrite, and its rows' angles and segments."""
+
+    x: Tensor
+    rotary: RotaryTable
+    full: Segments
+    windows: Segments  # `full` itself where there are no windows
+
+
 def _rotated(qkv: Tensor, rotary: RotaryTable) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v = ops.rotate_qk_(qkv, rotary.cos, rotary.sin).unbind(1)
     return q, k, v

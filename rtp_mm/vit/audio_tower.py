@@ -18,8 +18,7 @@ from torch.nn import functional as F
 
 from rtp_mm.errors import ProcessError, StartError
 from rtp_mm.types import LogMel
-from rtp_mm.vit.attention import Segments
-from rtp_mm.vit.graphs import Batch
+from rtp_mm.vit.attention import Batch, Segments
 from rtp_mm.vit.layers import Block, LayerNorm, Mlp, SelfAttention
 from rtp_mm.vit.linear import Gemm, Linear, choose_gemm
 from rtp_mm.vit.packing import packed_rows, to_device
@@ -82,7 +81,7 @@ class QkvLinear(Linear):
         super().pack()
 
 
-class Layout(NamedTuple):
+class PackedSounds(NamedTuple):
     """Where a packed batch has what, on the device. P is all sounds' steps, padded to what the GEMMs want.
 
     windows:   [2 P] int64, where each window of the first convolution begins among the frames.
@@ -99,7 +98,7 @@ class Layout(NamedTuple):
     cu: Tensor
 
     @classmethod
-    def of(cls, steps: Sequence[int], row_multiple: int, device: torch.device) -> Layout:
+    def of(cls, steps: Sequence[int], row_multiple: int, device: torch.device) -> PackedSounds:
         counts = np.array(steps)
         firsts = np.cumsum(counts) - counts
         rows = 2 * (firsts + np.arange(len(steps)))  # of each sound's first among the frames: two a step and two more
@@ -177,7 +176,7 @@ class AudioTower(Tower):
     def forward(self, items: Sequence[LogMel]) -> list[Tensor]:
         """An embedding [tokens, out_hidden_size] in the tower's dtype per item, in order, on the device."""
         steps = [self._steps(item) for item in items]
-        layout = Layout.of(steps, self._row_multiple, self.device)
+        layout = PackedSounds.of(steps, self._row_multiple, self.device)
         frames = packed_rows([item.rows for item in items], self.device)
         x = self._embed_frames(frames.to(self.compute_dtype), layout)
         unturned = x.new_ones(len(x), self.config.d_model // self.config.encoder_attention_heads // 2)
@@ -198,7 +197,7 @@ class AudioTower(Tower):
             )
         return item.steps
 
-    def _embed_frames(self, frames: Tensor, layout: Layout) -> Tensor:
+    def _embed_frames(self, frames: Tensor, layout: PackedSounds) -> Tensor:
         """Frames [N, bins] -> steps [P, d_model] float32 with their positions added.
 
         Window k of the first convolution is centred on frame k of a sound; window j of the second is on 2 j - 1 to

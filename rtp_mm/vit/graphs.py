@@ -21,7 +21,7 @@ from torch import Tensor
 
 from rtp_mm.errors import StartError
 from rtp_mm.logs import log_event
-from rtp_mm.vit.attention import Segments
+from rtp_mm.vit.attention import Batch, Segments
 from rtp_mm.vit.rope import RotaryTable
 
 LARGEST = 4096  # patches; above, the GPU is busy for longer than the launches take
@@ -32,16 +32,6 @@ PATIENCE = 10  # times as many sights, before a bucket whose capture found no ro
 GRAPH_UNSAFE = ("sdpa",)  # attention backends whose launches depend on the lengths of the segments
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """What a tower's blocks eat: x [N, dim] float32, which they overwrite, and its rows' angles and segments."""
-
-    x: Tensor
-    rotary: RotaryTable
-    full: Segments
-    windows: Segments  # `full` itself where there are no windows
 
 
 class Bucket(NamedTuple):

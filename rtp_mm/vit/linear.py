@@ -221,7 +221,7 @@ def _check_fp8(device: torch.device, compute_dtype: torch.dtype) -> None:
         raise StartError("MM_QUANTIZATION=fp8 needs ACT_TYPE=bf16 or fp16")
 
 
-def compute_dtype(act_dtype: torch.dtype, device: torch.device, choice: str = "auto") -> torch.dtype:
+def choose_compute_dtype(act_dtype: torch.dtype, device: torch.device, choice: str = "auto") -> torch.dtype:
     """The dtype that GEMMs and attention run in; `choice` is the setting `MM_COMPUTE_TYPE`.
 
     A CPU without bf16 instructions emulates them: float32 is several times faster there and more exact. fp16 has no

@@ -19,8 +19,7 @@ from torch.nn import functional as F
 from rtp_mm import ops
 from rtp_mm.errors import StartError
 from rtp_mm.types import DevicePatches, Patches
-from rtp_mm.vit.attention import Segments
-from rtp_mm.vit.graphs import Batch
+from rtp_mm.vit.attention import Batch, Segments
 from rtp_mm.vit.layers import Block, GatedMlp, LayerNorm, Mlp, PatchMerger, RMSNorm, SelfAttention
 from rtp_mm.vit.linear import Linear
 from rtp_mm.vit.patch_embed import PatchEmbed

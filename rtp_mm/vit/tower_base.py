@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from rtp_mm.config import Settings
 from rtp_mm.errors import StartError
-from rtp_mm.vit.attention import TRACEABLE, VARLEN_ATTENTION, Attention, choose_attention
-from rtp_mm.vit.graphs import Batch, CudaCapture, CudaGraphs, use_graphs
+from rtp_mm.vit.attention import TRACEABLE, VARLEN_ATTENTION, Attention, Batch, choose_attention
+from rtp_mm.vit.graphs import CudaCapture, CudaGraphs, use_graphs
 from rtp_mm.vit.layers import Block, PatchMerger
-from rtp_mm.vit.linear import Gemm, Linear, OnednnGemm, choose_gemm, compute_dtype
+from rtp_mm.vit.linear import Gemm, Linear, OnednnGemm, choose_compute_dtype, choose_gemm
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ class Tower(nn.Module):
         self.options = options or TowerOptions()
         self.dtype = dtype
         self.device = device
-        self.compute_dtype = compute_dtype(dtype, device, self.options.compute_type)
+        self.compute_dtype = choose_compute_dtype(dtype, device, self.options.compute_type)
         self.attention_backend = choose_attention(self.options.attention, self.compute_dtype, device)
         self.between_blocks: Callable[[], None] = _nothing
         self._run: Callable[[Batch], Tensor] = self._run_eagerly
