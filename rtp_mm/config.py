@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import re
 from collections.abc import Iterable
 from ipaddress import ip_address
@@ -35,6 +36,8 @@ _FLAG = re.compile(r"(?<=^--)[a-z0-9-]+(?==|$)")
 # All that RTP-LLM calls a dtype, bp16 included; it takes them in any case.
 _DTYPE_NAMES = (("bf16", "bfloat16", "bp16"), ("fp16", "float16"), ("fp32", "float32"))
 ACT_TYPES = {name: names[0] for names in _DTYPE_NAMES for name in names}
+_ALIKE = 0.9  # of a name without our prefix, which may be another program's
+_TOKENS = ("MM_AUTH_TOKEN", "MM_AUTH_TOKEN_FILE")
 SECRETS = {"download_headers", "mm_fetch_proxy", "mm_auth_token"}  # options whose values no message repeats
 
 
@@ -330,8 +333,13 @@ class Settings(BaseSettings):
             raise StartError("CHECKPOINT_PATH is not set: the folder of a model in Hugging Face format")
         folder = self.checkpoint_path.expanduser()
         if not folder.is_dir():
-            raise StartError(f"CHECKPOINT_PATH={self.checkpoint_path} is no folder")
+            raise StartError(f"CHECKPOINT_PATH={self.checkpoint_path} is no folder{_how_to_have(self.checkpoint_path)}")
         return folder
+
+
+def _how_to_have(path: Path) -> str:
+    is_on_a_hub = not path.is_absolute() and len(path.parts) == 2
+    return f"; models are not downloaded: hf download {path} --local-dir FOLDER" if is_on_a_hub else ""
 
 
 def load_settings(arguments: list[str] | None = None, **overrides: Any) -> Settings:
@@ -342,6 +350,9 @@ def load_settings(arguments: list[str] | None = None, **overrides: Any) -> Setti
     """
     if unknown := [name for name in overrides if name not in Settings.model_fields]:
         raise StartError("; ".join(f"{name} is no option{_instead(name)}" for name in unknown))
+    for name in _TOKENS:
+        if os.environ.get(name) == "":
+            raise StartError(f"{name} is set and empty: unset it, if callers need no token")
     flags = [_FLAG.sub(lambda flag: flag[0].replace("-", "_"), argument) for argument in arguments or []]
     cli: dict[str, Any] = {"_cli_parse_args": flags, "_cli_exit_on_error": False}
     try:
@@ -354,12 +365,13 @@ def load_settings(arguments: list[str] | None = None, **overrides: Any) -> Setti
 
 def unknown_variables(names: Iterable[str]) -> list[str]:
     """Of environment variables those that look like options and are none, each with what may be meant."""
-    ours = [name for name in names if name.upper().startswith("MM_") and name.lower() not in Settings.model_fields]
-    return [f"{name} is no option{_instead(name)}" for name in sorted(ours)]
+    unknown = sorted(name for name in names if name.lower() not in Settings.model_fields)
+    meant = ((name, _instead(name, 0.8 if name.upper().startswith("MM_") else _ALIKE)) for name in unknown)
+    return [f"{name} is no option{instead}" for name, instead in meant if instead or name.upper().startswith("MM_")]
 
 
-def _instead(name: str) -> str:
-    close = difflib.get_close_matches(name.lower(), Settings.model_fields, 1, cutoff=0.8)
+def _instead(name: str, cutoff: float = 0.8) -> str:
+    close = difflib.get_close_matches(name.lower(), Settings.model_fields, 1, cutoff=cutoff)
     return f", {close[0].upper() if name.isupper() else close[0]} is" if close else ""
 
 

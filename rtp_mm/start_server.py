@@ -9,13 +9,14 @@ import gc
 import importlib.util
 import logging
 import os
+import signal
 import sys
 from typing import TYPE_CHECKING
 
 from rtp_mm.config import Settings, load_settings, unknown_variables
 from rtp_mm.cores import affine_cores, available_cores
 from rtp_mm.errors import StartError
-from rtp_mm.logs import setup_logs
+from rtp_mm.logs import log_event, setup_logs
 
 if TYPE_CHECKING:
     from rtp_mm.server.app import LoadEngine
@@ -30,14 +31,16 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         settings = load_settings(sys.argv[1:] if arguments is None else arguments)
         _check(settings)
+        limit_openmp()
+        share_heap()
+        gc.disable()  # of all that is imported and loaded little is garbage; until `serve` has collected that
+        from rtp_mm.library import load_engine
+
+        return run(settings, load_engine)
     except StartError as error:
         return _failed(error)
-    limit_openmp()
-    share_heap()
-    gc.disable()  # of all that is imported and loaded little is garbage; until `serve` has collected that
-    from rtp_mm.library import load_engine
-
-    return run(settings, load_engine)
+    except KeyboardInterrupt:  # before the event loop listens for it
+        return 128 + signal.SIGINT
 
 
 def run(settings: Settings, load_engine: LoadEngine) -> int:
@@ -45,6 +48,7 @@ def run(settings: Settings, load_engine: LoadEngine) -> int:
     from rtp_mm.server.app import serve
 
     setup_logs(settings.log_level)
+    log_event(_log, "loading", checkpoint=settings.checkpoint_path, device=settings.device, dtype=settings.act_type)
     for warning in unknown_variables(os.environ):
         _log.warning(warning)
     try:

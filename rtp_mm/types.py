@@ -246,6 +246,10 @@ class MMEmbeddingRes:
     cut_s: list[float | None] = field(default_factory=list)
     messages: list[bytes] | None = None
 
+    def __repr__(self) -> str:
+        shapes = ", ".join(f"{list(each.shape)} {each.dtype}" for each in self.embeddings)
+        return f"MMEmbeddingRes(embeddings: {shapes}; timings_ms: {self.timings_ms})"
+
 
 @dataclass(frozen=True, slots=True)
 class Caller:

@@ -67,6 +67,15 @@ def test_embed_saves_what_the_engine_gives(
         assert torch.equal(tensors[f"position_ids.{item}"], result.position_ids[0])
 
 
+def test_a_server_wins_over_the_environments_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+    engine = SimpleNamespace(submit=lambda urls, **_: MMEmbeddingRes([torch.zeros(4, 8)]), close=lambda: None)
+    monkeypatch.setattr(rtp_mm, "create_engine", lambda **options: asked.update(options) or engine)
+    monkeypatch.setenv("CHECKPOINT_PATH", "/models/ours")
+    assert main(["embed", "http://host/a.jpg", "--server", "localhost:5"]) == 0
+    assert asked == {"vit_separation": 2, "remote_vit_server_ip": "localhost:5"}
+
+
 def test_embed_asks_a_server_for_absolute_paths(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The server has another working directory. What has a scheme is the server's to judge."""
     asked: dict[str, Any] = {}

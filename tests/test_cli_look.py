@@ -101,3 +101,9 @@ def test_draw_marks_windows_only_where_there_are_any() -> None:
     assert tuple(with_windows[5, 112 * SCALE]) == (255, 210, 0)
     assert tuple(without[5, 112 * SCALE]) != (255, 210, 0)
     assert without[5, 28 * SCALE].sum() > without[5, 14 * SCALE].sum() > without[5, 7 * SCALE].sum() == 0
+
+
+def test_look_says_what_it_knows(tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "my_model"}')
+    assert main(["look", "x.png", "--checkpoint", str(tmp_path), "--out", str(tmp_path / "look.png")]) == 1
+    assert "look knows what qwen2_vl, qwen2_5_vl, qwen2_audio see, not my_model" in capsys.readouterr().err

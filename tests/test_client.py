@@ -203,6 +203,11 @@ def test_an_address_gets_brackets_and_the_default_port(text: str, address: str) 
     assert server_address(text) == address
 
 
+def test_an_address_is_no_url() -> None:
+    with pytest.raises(StartError, match=r"host\[:port\], not a URL"):
+        RemoteEngine("http://127.0.0.1:12346")
+
+
 async def test_create_engine_2_calls_a_server(monkeypatch: pytest.MonkeyPatch) -> None:
     async with serving() as server:
         monkeypatch.setenv("REMOTE_VIT_SERVER_IP", server.grpc_address)

@@ -130,6 +130,20 @@ def test_an_empty_variable_is_unset(monkeypatch: pytest.MonkeyPatch) -> None:
     assert load_settings(["--mm_allowed_local_media_path", ""]).mm_allowed_local_media_path is None
 
 
+@pytest.mark.parametrize("name", ["MM_AUTH_TOKEN", "MM_AUTH_TOKEN_FILE"])
+def test_an_empty_token_is_no_way_to_serve_everybody(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "")
+    with pytest.raises(StartError, match=f"{name} is set and empty"):
+        load_settings([])
+
+
+def test_a_model_of_a_hub_is_not_downloaded() -> None:
+    with pytest.raises(StartError, match=r"is no folder; .* hf download Qwen/Qwen2.5-VL-3B-Instruct"):
+        load_settings(None, checkpoint_path="Qwen/Qwen2.5-VL-3B-Instruct").checkpoint_folder()
+    with pytest.raises(StartError, match=r"is no folder$"):
+        load_settings(None, checkpoint_path="/models/none").checkpoint_folder()
+
+
 def test_a_wrong_header_does_not_print_the_right_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DOWNLOAD_HEADERS", '{"Authorization": "sekrit", "X": ["a"]}')
     with pytest.raises(StartError, match="DOWNLOAD_HEADERS") as caught:
@@ -145,8 +159,9 @@ def test_a_flag_may_have_hyphens() -> None:
 def test_a_misspelt_option_is_named_with_what_is_close() -> None:
     with pytest.raises(StartError, match=r"^checkpont_path is no option, checkpoint_path is; nonsense is no option$"):
         load_settings(None, checkpont_path="/a", nonsense=1)
-    names = ["MM_TIMOUT_MS", "MM_TIMEOUT_MS", "mm_slab_mb", "MM_OF_ANOTHER_PROGRAM", "HOME"]
+    names = ["MM_TIMOUT_MS", "MM_TIMEOUT_MS", "mm_slab_mb", "MM_OF_ANOTHER_PROGRAM", "HOME", "CHECKPOINT_PTH", "LANG"]
     assert unknown_variables(names) == [
+        "CHECKPOINT_PTH is no option, CHECKPOINT_PATH is",
         "MM_OF_ANOTHER_PROGRAM is no option",
         "MM_TIMOUT_MS is no option, MM_TIMEOUT_MS is",
     ]

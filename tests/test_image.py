@@ -224,10 +224,19 @@ def test_a_truncated_image_is_decoded_as_far_as_it_goes_when_allowed(chelsea: Im
 
 
 @pytest.mark.parametrize(
-    "data", [b"", b"\0", b"<!DOCTYPE html><html>", b"%!PS-Adobe-3.0 EPSF-3.0\n", b"\x89PNG\r\n\x1a\n"]
+    ("data", "found"),
+    [
+        (b"", ""),
+        (b"\0", ""),
+        (b"\n<!DOCTYPE html><html>", "; these bytes are HTML"),
+        (b"<HTML>", "; these bytes are HTML"),
+        ("not found: \u00e4".encode() * 20, "; these bytes are text"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n", "; these bytes are text"),
+        (b"\x89PNG\r\n\x1a\n", ""),
+    ],
 )
-def test_what_is_no_image_is_told_so(data: bytes) -> None:
-    with pytest.raises(WrongFormatError, match="no image in a supported format"):
+def test_what_is_no_image_is_told_so(data: bytes, found: str) -> None:
+    with pytest.raises(WrongFormatError, match=rf"no image in a supported format \([A-Z0-9, ]+\){found}$"):
         pixels(data)
     assert probe(data) is None
 

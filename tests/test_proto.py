@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
@@ -85,6 +86,19 @@ def test_bytes_on_the_wire_are_what_protoc_would_give() -> None:
 def test_the_description_names_the_reply_of_its_form(form: proto.WireForm, reply: str) -> None:
     (service,) = proto.file_descriptor(form).service
     assert {m.name: m.output_type for m in service.method}["RemoteMultimodalEmbedding"] == reply
+
+
+@pytest.mark.parametrize("form", ["items", "concat"])
+def test_the_source_names_every_field_as_the_description_does(form: proto.WireForm) -> None:
+    """protoc makes the same description of it: compared once, by hand."""
+    source = proto.proto_source(form)
+    for message in proto.file_descriptor(form).message_type:
+        body = re.search(rf"message {message.name} \{{(.*?)\n\}}", source, re.DOTALL)
+        assert body is not None
+        assert re.findall(r"(\w+) = (\d+);$", body[1], re.MULTILINE) == [(f.name, str(f.number)) for f in message.field]
+    [service] = proto.file_descriptor(form).service
+    methods = [(m.name, m.input_type[1:], m.output_type[1:]) for m in service.method]
+    assert re.findall(r"rpc (\w+)\((\w+)\) returns \((\w+)\);", source) == methods
 
 
 def test_the_description_leaves_no_type_to_guess() -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 import rtp_mm
 from benchmarks.readme import DOCUMENTS, media, rendered
@@ -28,18 +27,14 @@ def test_every_option_is_listed_as_it_is() -> None:
 
 
 def test_the_example_model_is_served(tmp_path: Path, photo_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = tmp_path / "my_model.py"
-    module.write_text(next(code for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "MyModel" in code))
-    config = {"model_type": "my", "architectures": ["MyModelForConditionalGeneration"]}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    weight, bias = torch.eye(8, 3), torch.full((8,), 0.5)
-    save_file({"vision.weight": weight, "vision.bias": bias}, tmp_path / "model.safetensors")
-
-    engine = rtp_mm.create_engine(
-        vit_separation=0, checkpoint_path=tmp_path, mm_model_module=str(module), act_type="fp32", device="cpu"
-    )
-    embedding = engine.submit([str(photo_path)]).embeddings[0]
-    engine.close()
+    monkeypatch.chdir(tmp_path)
+    model, checkpoint = (code for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "MyModelFor" in code)
+    Path("my_model.py").write_text(model)
+    exec(compile(checkpoint, "README.md", "exec"), {})
+    with rtp_mm.create_engine(
+        checkpoint_path="my_checkpoint", mm_model_module="my_model.py", act_type="fp32", device="cpu"
+    ) as engine:
+        embedding = engine.submit([photo_path]).embeddings[0]
     assert embedding.shape == (16, 8)
     assert torch.equal(embedding[:, 3:], torch.full((16, 5), 0.5))
     assert embedding[:, :3].min() >= 0.5

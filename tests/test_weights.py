@@ -125,6 +125,9 @@ def test_a_broken_file_is_named(rewrite: Rewrite) -> None:
     (folder / "model.safetensors").write_bytes(b"\xff" * 100)
     with pytest.raises(StartError, match=r"cannot read .*model\.safetensors"):
         load(folder)
+    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 7\n")
+    with pytest.raises(StartError, match=r"cannot read .*model\.safetensors: a pointer of Git LFS.*git lfs pull"):
+        load(folder)
 
 
 def test_a_folder_without_weights_says_what_was_expected(tmp_path: Path) -> None:

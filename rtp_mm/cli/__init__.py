@@ -1,4 +1,4 @@
-"""`rtp-mm`: serve, embed, status, compare, look, init-checkpoint, options.
+"""`rtp-mm`: serve, embed, status, compare, look, init-checkpoint, proto, options.
 
 This file knows the commands and their flags; what they do is imported when one runs, so that `--help` is instant.
 """
@@ -15,6 +15,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from rtp_mm import __version__
 from rtp_mm.errors import MMError, StartError
 
 app = typer.Typer(
@@ -30,6 +31,11 @@ class Media(StrEnum):
     image = "image"
     video = "video"
     audio = "audio"
+
+
+class Wire(StrEnum):
+    items = "items"
+    concat = "concat"
 
 
 class Family(StrEnum):
@@ -76,6 +82,24 @@ MinPixels = Annotated[
 MaxPixels = Annotated[
     int | None, typer.Option(min=1, help="most pixels of an image or frame, resized", show_default=False)
 ]
+Fps = Annotated[int | None, typer.Option("--fps", min=1, help="frames taken of a second of video", show_default=False)]
+MinFrames = Annotated[int | None, typer.Option(min=1, help="fewest frames taken of a video", show_default=False)]
+MaxFrames = Annotated[int | None, typer.Option(min=1, help="most frames taken of a video", show_default=False)]
+
+
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _app(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version")
+    ] = False,
+) -> None:
+    pass
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -121,6 +145,7 @@ def serve(context: typer.Context) -> None:
 
 @app.command()
 def embed(
+    context: typer.Context,
     urls: Annotated[list[str], typer.Argument(help="http(s), file or data URLs, or paths")],
     checkpoint: Annotated[
         Path | None, typer.Option(envvar="CHECKPOINT_PATH", help="run this model here", show_default=False)
@@ -136,6 +161,9 @@ def embed(
     media: Annotated[Media, typer.Option("--type", help="default: told from the bytes")] = Media.default,
     min_pixels: MinPixels = None,
     max_pixels: MaxPixels = None,
+    fps: Fps = None,
+    min_frames: MinFrames = None,
+    max_frames: MaxFrames = None,
     act_type: Dtype = "bf16",
     device: Device = "auto",
 ) -> None:
@@ -143,8 +171,10 @@ def embed(
     from rtp_mm.cli.embed import run
     from rtp_mm.types import MMUrlType, PreprocessOptions
 
+    if server is not None and (source := context.get_parameter_source("checkpoint")) and source.name == "ENVIRONMENT":
+        checkpoint = None
     mm_type = MMUrlType[media.name.upper()]
-    options = PreprocessOptions(min_pixels=min_pixels, max_pixels=max_pixels)
+    options = PreprocessOptions(None, None, min_pixels, max_pixels, fps, min_frames, max_frames)
     run(urls, checkpoint, server, save, mm_type, options, act_type, device)
 
 
@@ -162,6 +192,9 @@ def compare(
     checkpoint: Checkpoint,
     min_pixels: MinPixels = None,
     max_pixels: MaxPixels = None,
+    fps: Fps = None,
+    min_frames: MinFrames = None,
+    max_frames: MaxFrames = None,
     repeat: Annotated[int, typer.Option(min=1, help="timed runs of each; the median counts")] = 1,
     act_type: Dtype = "bf16",
     device: Device = "auto",
@@ -173,7 +206,7 @@ def compare(
     from rtp_mm.cli.compare import Task, run
     from rtp_mm.types import PreprocessOptions
 
-    options = PreprocessOptions(min_pixels=min_pixels, max_pixels=max_pixels)
+    options = PreprocessOptions(None, None, min_pixels, max_pixels, fps, min_frames, max_frames)
     run(Task(url, checkpoint, options, repeat, act_type, device))
 
 
@@ -184,6 +217,9 @@ def look(
     out: Annotated[Path, typer.Option(help="picture to write")] = Path("look.png"),
     min_pixels: MinPixels = None,
     max_pixels: MaxPixels = None,
+    fps: Fps = None,
+    min_frames: MinFrames = None,
+    max_frames: MaxFrames = None,
 ) -> None:
     """Save what the tower sees: an image rebuilt from its patch rows, with patches, tokens and windows drawn in; of a
     video the chosen frames with their times; of a sound its log-mel spectrogram.
@@ -191,7 +227,8 @@ def look(
     from rtp_mm.cli.look import run
     from rtp_mm.types import PreprocessOptions
 
-    run(url, checkpoint, out, PreprocessOptions(min_pixels=min_pixels, max_pixels=max_pixels))
+    options = PreprocessOptions(None, None, min_pixels, max_pixels, fps, min_frames, max_frames)
+    run(url, checkpoint, out, options)
 
 
 @app.command()
@@ -211,6 +248,18 @@ def init_checkpoint(
     from rtp_mm.cli.init_checkpoint import run
 
     run(folder, family.value, size.value, seed, sparse_llm)
+
+
+@app.command()
+def proto(
+    wire: Annotated[Wire, typer.Option(help="form of the reply, as MM_WIRE: one output per input, or one for all")] = (
+        Wire.items
+    ),
+) -> None:
+    """Print the service's schema, a .proto file for clients in any language."""
+    from rtp_mm.server.proto import proto_source
+
+    print(proto_source("concat" if wire is Wire.concat else "items"), end="")
 
 
 @app.command()

@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 import rtp_mm
-from rtp_mm.cli.inputs import absolute, check_pixel_limits, family_of
+from rtp_mm.cli.inputs import absolute, check_pixel_limits, enclosed, family_of, is_here
 from rtp_mm.cli.outputs import check_output, writing
 from rtp_mm.errors import StartError
 from rtp_mm.types import MMEmbeddingRes, MMPreprocessConfig, MMUrlType, PreprocessOptions
@@ -47,8 +47,9 @@ def run(
             status.update("embedding")
             config = MMPreprocessConfig.from_options(options)
             count = len(urls)
+            reachable = absolute if server is None or is_here(server) else enclosed
             result = engine.submit(
-                [absolute(url) for url in urls], types=[mm_type] * count, preprocess_configs=[config] * count
+                [reachable(url) for url in urls], types=[mm_type] * count, preprocess_configs=[config] * count
             )
         finally:
             engine.close()

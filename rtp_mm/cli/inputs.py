@@ -7,13 +7,16 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from pybase64 import b64encode
+
 from rtp_mm.config import Settings
-from rtp_mm.errors import StartError
+from rtp_mm.errors import StartError, WrongFormatError
 from rtp_mm.media.fetch import Fetcher
 from rtp_mm.media.local import local_path
 from rtp_mm.media.urls import scheme_of
 from rtp_mm.models.gpt_init_model_parameters import read_json
 from rtp_mm.models.qwen2_audio import FAMILY
+from rtp_mm.server.security import is_loopback
 from rtp_mm.types import LIBRARY_CALLER, Blob, MMUrlType, MultimodalInput, PreprocessOptions
 
 
@@ -26,6 +29,27 @@ def absolute(url: str) -> str:
     if scheme == "file":
         return Path(os.path.abspath(local_path(url))).as_uri()
     return url if scheme else os.path.abspath(url)
+
+
+def enclosed(url: str) -> str:
+    """For a server on another machine: a file that is here as a data URL, any other URL as `absolute` has it. Raises
+    `MMError`.
+    """
+    if scheme_of(url) not in ("", "file"):
+        return url
+    path = Path(local_path(url) if scheme_of(url) else url)
+    if not path.exists():
+        return absolute(url)  # of a file system that only the server sees
+    try:
+        return "data:application/octet-stream;base64," + b64encode(path.read_bytes()).decode()
+    except OSError as error:
+        raise WrongFormatError(f"{path}: {error.strerror}") from None
+
+
+def is_here(server: str) -> bool:
+    """Whether a server's `host[:port]` is this machine, by its name or address."""
+    host = server.rpartition(":")[0] or server
+    return host == "localhost" or is_loopback(host.strip("[]")) or is_loopback(server)
 
 
 def fetch(url: str, settings: Settings, mm_type: MMUrlType) -> Blob:

@@ -18,9 +18,11 @@ from rtp_mm.cli.inputs import check_pixel_limits, family_of, fetch, takes_sounds
 from rtp_mm.cli.outputs import check_output, writing
 from rtp_mm.cli.spectrogram import describe, draw_spectrogram
 from rtp_mm.config import load_settings
+from rtp_mm.errors import StartError
 from rtp_mm.models.gpt_init_model_parameters import GptInitModelParameters
 from rtp_mm.models.qwen2_audio import PUBLISHED_RULE
 from rtp_mm.models.qwen2_vl import PUBLISHED_PROCESSOR
+from rtp_mm.models.registry import FAMILIES
 from rtp_mm.preprocess.audio import AudioPreprocessor
 from rtp_mm.preprocess.audio_config import mel_rule
 from rtp_mm.preprocess.image_config import ImageProcessorConfig
@@ -40,6 +42,8 @@ def run(url: str, checkpoint: Path, out: Path, options: PreprocessOptions) -> No
     """Raises `StartError` and `MMError`."""
     settings = load_settings(checkpoint_path=checkpoint)
     check_output("--out", out, SUFFIXES)
+    if (family := family_of(checkpoint)) not in FAMILIES:
+        raise StartError(f"look knows what {', '.join(FAMILIES)} see, not {family}")
     check_pixel_limits(options, partial(family_of, checkpoint))
     if takes_sounds(checkpoint):
         rule = mel_rule(checkpoint, PUBLISHED_RULE)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from typing import Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
@@ -32,7 +34,15 @@ def markdown_table() -> str:
 
 def _rows() -> Iterator[tuple[str, str, str]]:
     for name, field in Settings.model_fields.items():
-        yield name.upper(), _default(field), field.description or ""
+        yield name.upper(), _default(field), _meaning(field)
+
+
+def _meaning(field: FieldInfo) -> str:
+    """What it does, and the values it may have, where these are few and not all of them told."""
+    text = field.description or ""
+    values = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
+    untold = any(not re.search(rf"\b{value}\b", text) for value in values)
+    return f"{text} ({', '.join(map(str, values))})" if untold else text
 
 
 def _default(field: FieldInfo) -> str:

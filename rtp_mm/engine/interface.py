@@ -4,8 +4,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
 
 from rtp_mm.config import Settings
 from rtp_mm.types import (
@@ -39,12 +40,12 @@ class Engine(Protocol):
 
     def submit(
         self,
-        urls: Sequence[str],
+        urls: Sequence[str | os.PathLike[str]],
         types: Sequence[MMUrlType] | None = None,
         tensors: Sequence[Tensor | None] | None = None,
         preprocess_configs: Sequence[Any] | None = None,
     ) -> MMEmbeddingRes:
-        """The synchronous face, with RTP-LLM's arguments. A config is an `MMPreprocessConfig` or its list of values."""
+        """The synchronous face, with RTP-LLM's arguments; see `as_inputs`."""
 
     def worker_status(self) -> WorkerStatus:
         """Live figures of queue, device and caches."""
@@ -61,30 +62,58 @@ class Engine(Protocol):
     async def aclose(self) -> None:
         """The same for any event loop."""
 
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *error: object) -> None:
+        """Closes it."""
+
+
+class ClosedByWith:
+    """An engine that a `with` statement closes."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        raise NotImplementedError
+
 
 def as_inputs(
-    urls: Sequence[str],
+    urls: Sequence[str | os.PathLike[str]],
     types: Sequence[MMUrlType] | None = None,
     tensors: Sequence[Tensor | None] | None = None,
     preprocess_configs: Sequence[Any] | None = None,
 ) -> list[MultimodalInput]:
     """RTP-LLM's parallel lists to items; an absent or empty list stands for defaults.
 
-    A config is an `MMPreprocessConfig`, or its values in order. Raises `ValueError` for lists of unequal length, and
-    for one URL in place of a list.
+    A config is an `MMPreprocessConfig`, a dictionary of its values, or these in order. Raises `ValueError` for lists of
+    unequal length, for one URL in place of a list, and for what is neither URL nor path.
     """
-    if isinstance(urls, str):
-        raise ValueError("urls must be a list, got one text")
+    if isinstance(urls, str | os.PathLike):
+        raise ValueError("urls must be a list, got one text or path")
     types = types or [MMUrlType.DEFAULT] * len(urls)
     tensors = tensors or [None] * len(urls)
-    configs = [
-        config if isinstance(config, MMPreprocessConfig) else MMPreprocessConfig(*config)
-        for config in preprocess_configs or [()] * len(urls)
-    ]
+    configs = map(_config, preprocess_configs or [()] * len(urls))
     return [
         MultimodalInput(url, MMUrlType(mm_type), config, tensor)
-        for url, mm_type, config, tensor in zip(urls, types, configs, tensors, strict=True)
+        for url, mm_type, config, tensor in zip(map(_url, urls), types, configs, tensors, strict=True)
     ]
+
+
+def _url(url: object) -> str:
+    text = os.fspath(url) if isinstance(url, os.PathLike) else url
+    if not isinstance(text, str):
+        raise ValueError(f"urls must be texts or paths, got {type(url).__name__}; bytes go as a data: URL")
+    return text
+
+
+def _config(values: Any) -> MMPreprocessConfig:
+    if isinstance(values, MMPreprocessConfig):
+        return values
+    return MMPreprocessConfig(**values) if isinstance(values, Mapping) else MMPreprocessConfig(*values)
 
 
 class TimeLimit(NamedTuple):

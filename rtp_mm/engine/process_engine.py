@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable, Coroutine, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ from rtp_mm.config import Settings, load_settings
 from rtp_mm.engine.admission import Visit
 from rtp_mm.engine.caches import Embedded
 from rtp_mm.engine.home import Home, closed
-from rtp_mm.engine.interface import TimeLimit, as_inputs, time_limit
+from rtp_mm.engine.interface import ClosedByWith, TimeLimit, as_inputs, time_limit
 from rtp_mm.engine.item_pipeline import ItemPipeline
 from rtp_mm.engine.response import Answer, Begun, Stages, Timings, as_response, slowest
 from rtp_mm.engine.worker_pool import WorkerPool
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class MMProcessEngine:
+class MMProcessEngine(ClosedByWith):
     """Answers requests with `model.mm_part`. Implements `rtp_mm.engine.interface.Engine`.
 
     Lives on `loop`, a running event loop, or, without one, on a thread with a loop of its own.
@@ -66,7 +67,7 @@ class MMProcessEngine:
 
     def submit(
         self,
-        urls: Sequence[str],
+        urls: Sequence[str | os.PathLike[str]],
         types: Sequence[MMUrlType] | None = None,
         tensors: Sequence[Tensor | None] | None = None,
         preprocess_configs: Sequence[Any] | None = None,

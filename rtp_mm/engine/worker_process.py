@@ -145,6 +145,7 @@ def _spawn(*fds: int) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         [sys.executable, *_COMMAND, *map(str, fds), str(os.getpid())],
         stdin=subprocess.DEVNULL,
+        process_group=0,  # a terminal's Ctrl-C is for the engine, which drains
         pass_fds=fds,
         env=os.environ | _ONE_THREAD | {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))},
     )

@@ -20,7 +20,7 @@ from rtp_mm.media.jpeg import decode_jpeg
 from rtp_mm.media.limits import check_pixels
 from rtp_mm.media.png import decode_png
 from rtp_mm.media.probe import probe
-from rtp_mm.media.sniff import sniff
+from rtp_mm.media.sniff import kind_of_text, sniff
 from rtp_mm.media.truncation import TRUNCATION
 from rtp_mm.types import MMUrlType
 
@@ -141,7 +141,8 @@ def named_errors(data: bytes, formats: Sequence[str]) -> Iterator[None]:
         mm_type = sniff(data)
         if mm_type in (MMUrlType.VIDEO, MMUrlType.AUDIO):
             raise NotSupportedError(f"expected an image, got {mm_type.name.lower()}") from None
-        raise WrongFormatError(f"no image in a supported format ({', '.join(formats)})") from None
+        found = f"; these bytes are {kind}" if (kind := kind_of_text(data)) else ""
+        raise WrongFormatError(f"no image in a supported format ({', '.join(formats)}){found}") from None
     except _DECODE_ERRORS as error:
         text = " ".join(str(error).split())  # on one line
         raise WrongFormatError(f"broken image: {text or type(error).__name__}") from None

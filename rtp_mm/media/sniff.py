@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import re
 
 from rtp_mm.types import MMUrlType
@@ -9,6 +10,9 @@ from rtp_mm.types import MMUrlType
 # ISO base media files (`....ftyp` and a brand) hold any of the three; the brand tells. Everything else is video.
 _IMAGE_BRANDS = {b"avif", b"avis", b"mif1", b"msf1", b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx"}
 _AUDIO_BRANDS = {b"M4A ", b"M4B ", b"M4P "}
+
+_TEXT_BYTES = 64  # that are looked at
+_HTML = re.compile(r"\s*<(!doctype )?html", re.IGNORECASE)
 
 _SIGNATURES: tuple[tuple[MMUrlType, re.Pattern[bytes]], ...] = (
     (
@@ -47,3 +51,14 @@ def sniff(data: bytes) -> MMUrlType | None:
             return MMUrlType.IMAGE
         return MMUrlType.AUDIO if brand in _AUDIO_BRANDS else MMUrlType.VIDEO
     return next((mm_type for mm_type, signature in _SIGNATURES if signature.match(data)), None)
+
+
+def kind_of_text(data: bytes) -> str | None:
+    """ "HTML" or "text", for an error to name: a page that asks to log in is not what its URL promised; else `None`."""
+    try:
+        start = codecs.getincrementaldecoder("utf-8")().decode(data[:_TEXT_BYTES])  # which may end within a character
+    except UnicodeDecodeError:
+        return None
+    if not start or not all(character.isprintable() or character.isspace() for character in start):
+        return None
+    return "HTML" if _HTML.match(start) else "text"

@@ -5,6 +5,8 @@ Source: arXiv 2407.10759 and the published checkpoints' `config.json`.
 
 from __future__ import annotations
 
+import importlib.util
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from rtp_mm.config import Settings, load_settings
 from rtp_mm.errors import StartError
+from rtp_mm.logs import log_event
 from rtp_mm.models.gpt_init_model_parameters import GptInitModelParameters, config_object, read_json
 from rtp_mm.models.multimodal_common import Embedding
 from rtp_mm.models.multimodal_mixin import MultimodalMixin, TowerWeights
@@ -26,6 +29,8 @@ from rtp_mm.preprocess.log_mel import MelRule
 from rtp_mm.types import LogMel, MMPreprocessConfig, MMUrlType
 from rtp_mm.vit.audio_tower import AudioTower, AudioTowerConfig
 from rtp_mm.vit.tower_base import TowerOptions
+
+_log = logging.getLogger(__name__)
 
 FAMILY = "qwen2_audio"
 # The published preprocessor_config.json.
@@ -47,6 +52,10 @@ class Qwen2AudioEmbedding(TowerEmbedding):
                 f"{2 * tower.max_source_positions}) in its config.json, ({rule.bins}, {rule.max_frames}) for its sounds"
             )
         self.preprocessor = AudioPreprocessor(rule)
+        if importlib.util.find_spec("av") is None:
+            log_event(
+                _log, "no PyAV: sounds are refused, tensors are not; pip install 'rtp_mm[media]'", logging.WARNING
+            )
         self.tower = AudioTower(tower, self._data_type, torch.get_default_device(), TowerOptions.of(settings))
 
     def mm_process(self, mm_input: LogMel, **kwargs: Any) -> Tensor:

@@ -158,7 +158,7 @@ def _settle_in(parent: int) -> None:
     libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it died before it could be followed
         os._exit(1)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # they go to whole groups; the engine drains first
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # whoever sends them to all: the engine drains first
         signal.signal(number, signal.SIG_IGN)
     faulthandler.enable()
     with suppress(OSError), open("/proc/self/oom_score_adj", "w") as score:  # some containers have it read-only

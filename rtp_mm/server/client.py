@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import os
 import re
 from collections.abc import Sequence
 from contextlib import suppress
@@ -13,7 +14,7 @@ from urllib.parse import unquote
 import grpc
 
 from rtp_mm.config import Settings, load_settings
-from rtp_mm.engine.interface import as_inputs, time_limit
+from rtp_mm.engine.interface import ClosedByWith, as_inputs, time_limit
 from rtp_mm.errors import (
     DeadlineError,
     DownloadFailedError,
@@ -26,6 +27,7 @@ from rtp_mm.errors import (
     QueueFullError,
     RemoteCallError,
     ReplyTooLargeError,
+    StartError,
     UnauthenticatedError,
     WrongFormatError,
 )
@@ -76,11 +78,17 @@ _CLASSES: dict[tuple[str, str], type[MMError]] = {
         UnauthenticatedError,
     )
 }
+# gRPC's words, and what they mean here.
+_MEANINGS = {
+    "http1.x server": "an HTTP port; gRPC listens on the next one",
+    "WRONG_VERSION_NUMBER": "no TLS there; without MM_REMOTE_TLS_CA the connection has none either",
+    "Socket closed": "it closes the connection; with TLS it needs MM_REMOTE_TLS_CA here",
+}
 _NAMED = re.compile(r"\[(\w+)\] (.*)", re.DOTALL)
 _STAGE = re.compile(r"rtp-mm-(\w+)-ms")
 
 
-class RemoteEngine:
+class RemoteEngine(ClosedByWith):
     """The engine of the server at `address`. Implements `rtp_mm.engine.interface.Engine`; for any thread and loop.
 
     `caller` is not passed on: the server goes by the address it sees. Errors arrive as the classes the server raised,
@@ -118,7 +126,7 @@ class RemoteEngine:
 
     def submit(
         self,
-        urls: Sequence[str],
+        urls: Sequence[str | os.PathLike[str]],
         types: Sequence[MMUrlType] | None = None,
         tensors: Sequence[Tensor | None] | None = None,
         preprocess_configs: Sequence[Any] | None = None,
@@ -215,13 +223,16 @@ class RemoteEngine:
                 return cls(text)
         if status == DeadlineError.status:
             return DeadlineError(f"{self.address}: no answer in time")
-        if "http1.x server" in details:  # gRPC's words
-            details = "an HTTP port; gRPC listens on the next one"
+        for words, meaning in _MEANINGS.items():
+            if words in details:
+                details = meaning
         return RemoteCallError(f"{self.address}: {status}: {details}")
 
 
 def server_address(text: str) -> str:
     """`host[:port]`, an IPv6 address bare or in brackets -> gRPC's target, `DEFAULT_PORT` where no port is given."""
+    if "://" in text:
+        raise StartError(f"a server is host[:port], not a URL: {text}")
     with suppress(ValueError):
         if ipaddress.ip_address(text.strip("[]")).version == 6:
             return f"[{text.strip('[]')}]:{DEFAULT_PORT}"

@@ -97,6 +97,16 @@ _MESSAGES = {
 _CACHE_KEYS_ENTRY = ("int64 key = 1", "bool value = 2")
 
 
+_COMMENTS = (
+    "// Tensors are row-major and little-endian, in the field of their data_type.",
+    "// multimodal_type: 0 told from the bytes, 1 image, 2 video, 3 audio, 4 tensor.",
+    "// MMPreprocessConfigPB: 0 or less is unset; width and height come together; crop_positions are x1, y1, x2, y2 in",
+    "// fractions of the image.",
+    "// MultimodalOutputPB: multimodal_embedding [tokens, hidden], multimodal_pos_id [tokens, 3] int32 (t, h, w).",
+    "",
+)
+
+
 def _methods(form: WireForm) -> dict[str, tuple[str, str]]:
     """Method -> (request, reply). The two forms share one method path."""
     return {
@@ -107,6 +117,21 @@ def _methods(form: WireForm) -> dict[str, tuple[str, str]]:
         "GetWorkerStatus": ("StatusVersionPB", "WorkerStatusPB"),
         "GetCacheStatus": ("CacheVersionPB", "CacheStatusPB"),
     }
+
+
+def proto_source(form: WireForm = "items") -> str:
+    """The same schema as the text of a `.proto` file."""
+    lines = [*_COMMENTS, 'syntax = "proto3";', ""]
+    for name, fields in _MESSAGES.items():
+        lines.append(f"message {name} {{")
+        if name == "TensorPB":
+            values = " ".join(f"{value} = {number};" for number, value in enumerate(_DATA_TYPES))
+            lines.append(f"  enum DataType {{ {values} }}")
+        lines += [f"  {field};" for field in fields]
+        lines += ["}", ""]
+    methods = [f"  rpc {name}({request}) returns ({reply});" for name, (request, reply) in _methods(form).items()]
+    text = "\n".join([*lines, f"service {SERVICE} {{", *methods, "}", ""])
+    return text.replace("repeated CacheStatusPB.CacheKeysEntry", "map<int64, bool>")
 
 
 def file_descriptor(form: WireForm = "items") -> descriptor_pb2.FileDescriptorProto:

@@ -20,6 +20,7 @@ from rtp_mm.errors import StartError
 
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 PATTERNS = ("*.safetensors", "pytorch_model*.bin")  # without an index; the first that matches anything
+_LFS_POINTER = b"version https://git-lfs"
 
 
 class Checkpoint:
@@ -68,8 +69,18 @@ class Checkpoint:
             except FileNotFoundError:
                 raise StartError(f"{path} is missing, but the index of {self.folder} names it") from None
             except (SafetensorError, OSError, RuntimeError, pickle.UnpicklingError) as error:
-                raise StartError(f"cannot read {path}: {str(error).splitlines()[0]}") from None
+                raise StartError(f"cannot read {path}: {_why(path) or str(error).splitlines()[0]}") from None
         return self._files[path]
+
+
+def _why(path: Path) -> str | None:
+    """Why it holds no tensors, where that is known."""
+    try:
+        with path.open("rb") as file:
+            is_pointer = file.read(len(_LFS_POINTER)) == _LFS_POINTER
+    except OSError:
+        return None
+    return "a pointer of Git LFS, not what it points to: git lfs pull" if is_pointer else None
 
 
 def _open_file(path: Path) -> Any:
