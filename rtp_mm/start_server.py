@@ -11,7 +11,7 @@ import logging
 import os
 import signal
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from rtp_mm.config import Settings, load_settings, unknown_variables
 from rtp_mm.cores import affine_cores, available_cores
@@ -43,8 +43,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 128 + signal.SIGINT
 
 
-def run(settings: Settings, load_engine: LoadEngine) -> int:
-    """Serves until a signal; returns the exit status."""
+def run(settings: Settings, load_engine: LoadEngine) -> NoReturn:
+    """Serves until a signal, then ends the process."""
     from rtp_mm.server.app import serve
 
     setup_logs(settings.log_level)
@@ -52,13 +52,15 @@ def run(settings: Settings, load_engine: LoadEngine) -> int:
     for warning in unknown_variables(os.environ):
         _log.warning(warning)
     try:
-        is_drained = asyncio.run(serve(settings, load_engine))
+        asyncio.run(serve(settings, load_engine))
+        status = 0
     except StartError as error:
-        return _failed(error)
-    if not is_drained:  # a forward that outlives the drain would hold the interpreter's exit until it ends
-        logging.shutdown()
-        os._exit(0)
-    return 0
+        status = _failed(error)
+    # The interpreter would wait for threads amid a forward, a load or a dead file system, or fall apart under them.
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _check(settings: Settings) -> None:

@@ -17,6 +17,7 @@ import random
 import socket
 import sys
 import threading
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -90,6 +91,8 @@ class FakeEngine:
         if kind == "slow":
             await asyncio.sleep(float(argument))
             return 2
+        if kind == "linger":  # a thread that goes on, as a forward whose caller has left
+            threading.Thread(target=time.sleep, args=(600,)).start()
         if kind == "fail":
             raise failure(argument)
         if kind == "frozen":

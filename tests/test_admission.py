@@ -37,6 +37,19 @@ def test_the_oldest_request_is_never_refused_and_the_next_becomes_it() -> None:
     assert admission.rejections == {"bytes": 1, "patches": 1}
 
 
+def test_answers_that_are_gone_count_no_more() -> None:
+    """And leave nothing behind, whether or not anybody asks for the sum."""
+
+    class Reply:
+        pass
+
+    admission = new_admission()
+    for _ in range(100):
+        admission.follow(Reply(), 10)
+    assert len(admission._returned) <= 1
+    assert admission.nbytes == 0
+
+
 @pytest.mark.parametrize("way", ["message", "item", "download", "kept"])
 @pytest.mark.parametrize("nbytes", [599, 600, 601])
 def test_bytes_just_below_at_and_above_the_limit(way: str, nbytes: int) -> None:

@@ -87,6 +87,7 @@ def date(seconds: float = 0) -> str:
         ({"Cache-Control": "no-store, max-age=300"}, None),
         ({"Cache-Control": "max-age=300; no-store"}, None),  # malformed: nobody knows what was meant
         ({"Cache-Control": "max-age=300\n"}, None),
+        ({"Cache-Control": "a," + " " * 1_000_000 + ";"}, None),  # read in one pass
         ({"Cache-Control": 'ext="no-store, max-age=5", max-age=300'}, 300),
         ({"Vary": "Accept, User-Agent"}, TTL_S),
         ({"Vary": "*"}, None),
@@ -104,6 +105,13 @@ def date(seconds: float = 0) -> str:
 )
 def test_a_download_is_good_for_as_long_as_its_source_says(headers: dict[str, str], lifetime: float | None) -> None:
     assert lifetime_s([ResponseHead("http://h/x", 200, headers)], TTL_S) == lifetime
+
+
+async def test_headers_that_are_kept_count(source: Source) -> None:
+    url = source.answers_with("/x", body=BODY, headers={"ETag": '"' + "e" * 7000 + '"'})
+    async with client(source) as c:
+        await c.fetch(url)
+        assert c.fetcher.cache_stats().used_bytes > len(BODY) + 7000
 
 
 def test_the_shortest_lived_answer_on_the_way_counts() -> None:

@@ -260,6 +260,16 @@ async def test_a_compressed_body_is_inflated(source: Source, encoding: str, comp
     assert source.requests[0].headers["Accept-Encoding"] == "identity"
 
 
+async def test_gzip_files_may_follow_one_another(source: Source) -> None:
+    members = [gzip.compress(BODY[start : start + 1000]) for start in range(0, len(BODY), 1000)]
+    headers = {"Content-Encoding": "gzip"}
+    assert (await fetch(source.answers_with("/x", body=b"".join(members), headers=headers))).data == BODY
+    padded = b"".join(members) + bytes(512)  # as from a tape
+    assert (await fetch(source.answers_with("/y", body=padded, headers=headers))).data == BODY
+    many = gzip.compress(b"") * 1025
+    assert "over 1024 gzip members" in str(await refusal(source.answers_with("/z", body=many, headers=headers)))
+
+
 async def test_a_gzip_bomb_hits_the_limit(source: Source) -> None:
     bomb = gzip.compress(b"\0" * 50_000_000)
     assert len(bomb) < LIMIT

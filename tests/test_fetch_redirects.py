@@ -52,13 +52,19 @@ async def test_a_redirect_away_from_http_is_refused(source: Source, location: st
     assert "only http and https are followed" in str(caught)
 
 
-@pytest.mark.parametrize("location", ["http://", "http://[::1", "//", "http://h:99999/"])
+# Slow to encode, by what yarl takes for a host.
+LONG_NAMES = ["http://" + "\ufdfa" * 16000, "http://\t" + "\ufdfa" * 16000, "http://" + "ä" * 101 + "/x"]
+
+
+@pytest.mark.parametrize(
+    "location", ["http://", "http://[::1", "//", "http://h:99999/", "http://h:0", "//" + "ä" * 101]
+)
 async def test_a_redirect_to_nowhere_is_refused(source: Source, location: str) -> None:
     assert type(await refusal(source.redirects("/x", location))) is DownloadRefusedError
 
 
 @pytest.mark.parametrize(
-    "url", ["http://", "http:///x", "http://[::1", "http://h:port/", "http://h:99999/", "http://?"]
+    "url", ["http://", "http:///x", "http://[::1", "http://h:port/", "http://h:99999/", "http://?", *LONG_NAMES]
 )
 async def test_a_malformed_url_is_refused(url: str) -> None:
     caught = await refusal(url)

@@ -62,6 +62,11 @@ def test_shards_without_a_tower_are_not_opened(asked: list[bytes], tmp_path: Pat
             len(header).to_bytes(8, "little") + header
             for header in (b"[]", b'{"visual.": 1}', b'{"visual.": {"data_offsets": ["a", "b"]}}', b'{"visual.": {}}')
         ),
+        *(
+            len(header).to_bytes(8, "little") + header
+            for most in (1 << 62, 1 << 70)
+            if (header := b'{"visual.": {"data_offsets": [0, %d]}}' % most)
+        ),
         (41).to_bytes(8, "little") + b'{"visual.": {"data_offsets": [0, 1e400]}}',
     ],
 )

@@ -123,6 +123,15 @@ def test_a_drain_ends_in_time_and_cuts_what_is_left() -> None:
         assert "calls_cut=1" in "".join(server.log)
 
 
+def test_a_thread_that_works_on_does_not_hold_up_the_end() -> None:
+    with process() as server:
+        server.wait_for("ok")
+        server.engine.submit(["linger:"])
+        server.popen.send_signal(signal.SIGTERM)
+        assert server.exit_status() == 0
+        assert "stopped" in "".join(server.log)
+
+
 def test_a_second_signal_ends_at_once() -> None:
     with process() as server:
         server.wait_for("ok")

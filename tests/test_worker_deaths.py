@@ -16,7 +16,7 @@ import psutil
 import pytest
 from scripted_worker import HeavyPreprocessor, ScriptedPreprocessor, script
 from waiting import until
-from worker_pools import IMAGE, ONE_CORE, is_gone, kill, new_pool, run, text, until_slab_is_free
+from worker_pools import IMAGE, MEMORY_MB, ONE_CORE, is_gone, kill, new_pool, run, text, until_slab_is_free
 
 from rtp_mm.engine import worker_pool, worker_process
 from rtp_mm.engine.worker_pool import WorkerPool
@@ -170,6 +170,7 @@ def test_a_worker_that_cannot_be_spawned_leaves_no_descriptor(monkeypatch: pytes
 
 def test_workers_that_cannot_start_end_the_start(tmp_path: Path) -> None:
     (tmp_path / "obstacle").touch()
+    gc.collect()
     before = set(psutil.Process().children()), len(os.listdir("/proc/self/fd"))
     for preprocess, message in (
         (ScriptedPreprocessor(IMAGE, tmp_path / "obstacle"), "a preprocess worker did not start: it"),
@@ -179,13 +180,43 @@ def test_workers_that_cannot_start_end_the_start(tmp_path: Path) -> None:
         pool = WorkerPool(count=2, memory_mb=64, slab_mb=1, inbox_bytes=1 << 20, cores=ONE_CORE)
         with pytest.raises(StartError, match=message):
             pool.open(preprocess)
+        del pool
+    gc.collect()  # what an error's frames hold
     assert (set(psutil.Process().children()), len(os.listdir("/proc/self/fd"))) == before
+
+
+def test_a_preprocessor_that_cannot_be_pickled_for_a_reason_of_its_own_leaves_nothing() -> None:
+    class Refusing:
+        def __reduce__(self) -> str:
+            raise ValueError("not me")
+
+    gc.collect()
+    before = set(psutil.Process().children()), len(os.listdir("/proc/self/fd"))
+    pool = WorkerPool(count=2, memory_mb=64, slab_mb=1, inbox_bytes=1, cores=ONE_CORE)
+    with pytest.raises(ValueError, match="not me"):
+        pool.open(Refusing())
+    del pool
+    gc.collect()
+    assert (set(psutil.Process().children()), len(os.listdir("/proc/self/fd"))) == before
+
+
+async def test_a_worker_that_dies_while_a_model_is_loaded_is_replaced(tmp_path: Path) -> None:
+    pool = WorkerPool(count=2, memory_mb=MEMORY_MB, slab_mb=1, inbox_bytes=1 << 20, cores=ONE_CORE)
+    victim = pool._begun[0].result()
+    kill(victim.pid)
+    pool.open(ScriptedPreprocessor(IMAGE, tmp_path / "obstacle"))
+    assert pool.ready == 2
+    assert is_gone(victim.pid)
+    assert await text(pool, "pid")
+    pool.close()
 
 
 def test_workers_that_nobody_needs_end(tmp_path: Path) -> None:
     """As where the model does not load: they have begun, and were not told what for."""
+    gc.collect()
     before = set(psutil.Process().children()), len(os.listdir("/proc/self/fd"))
     WorkerPool(count=2, memory_mb=64, slab_mb=1, inbox_bytes=1, cores=ONE_CORE).close()
+    gc.collect()
     assert (set(psutil.Process().children()), len(os.listdir("/proc/self/fd"))) == before
 
 

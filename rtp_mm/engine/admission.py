@@ -105,13 +105,13 @@ class Admission:
     @property
     def nbytes(self) -> int:
         """Held for all requests in progress."""
-        with self._lock:
-            while self._returned:
-                self._nbytes -= self._returned.popleft()
-            return self._nbytes
+        self._add(0)
+        return self._nbytes
 
     def _add(self, nbytes: int) -> None:
         with self._lock:
+            while self._returned:
+                nbytes -= self._returned.popleft()
             self._nbytes += nbytes
 
     @contextmanager

@@ -30,6 +30,7 @@ from rtp_mm.types import (
 
 if TYPE_CHECKING:
     from torch import Tensor
+BEGUN_AT_ONCE = 4 << 20  # bytes of URLs and tensors; they are hashed in a millisecond
 
 
 class MMProcessEngine(ClosedByWith):
@@ -84,7 +85,7 @@ class MMProcessEngine(ClosedByWith):
             try:
                 if limit.seconds <= 0:
                     raise _late(limit, {})
-                begun = [self._items.begin(item, caller, visit) for item in inputs]
+                begun = await self._begin(inputs, caller, visit)
                 outcomes: Sequence[Answer | BaseException | None] = [each.outcome for each in begun]
                 is_refused = any(isinstance(outcome, QueueFullError) for outcome in outcomes)  # and so are its others
                 if not is_refused and any(outcome is None for outcome in outcomes):
@@ -103,6 +104,17 @@ class MMProcessEngine(ClosedByWith):
             if may_share:  # the library's caller may keep it for ever
                 self._items.admission.follow(response, sum(embedding.nbytes for embedding in response.embeddings))
             return response
+
+    async def _begin(self, inputs: Sequence[MultimodalInput], caller: Caller, visit: Visit) -> list[Begun]:
+        """All items, in order; others have their turn on the loop where data URLs take long to be recognised."""
+        begun, seen_bytes = [], 0
+        for item in inputs:
+            begun.append(self._items.begin(item, caller, visit))
+            seen_bytes += item.nbytes
+            if seen_bytes > BEGUN_AT_ONCE:
+                seen_bytes = 0
+                await asyncio.sleep(0)
+        return begun
 
     async def _in_time(
         self, limit: TimeLimit, begun: Begun, item: MultimodalInput, caller: Caller, visit: Visit

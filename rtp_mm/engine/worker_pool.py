@@ -86,10 +86,10 @@ class WorkerPool:
             self._setup = _setup(preprocess, self._memory_bytes, self._inbox_bytes)
             self._judge = preprocess if isinstance(preprocess, ChecksLayout) else None
             begun = [start.result() for start in self._begun]
-            self._begun = [self._threads.submit(self._greet, worker) for worker in begun]
+            self._begun = [self._threads.submit(self._greet_or_replace, worker) for worker in begun]
             self._workers = {start.result() for start in self._begun}
             self._begun = []
-        except StartError:
+        except BaseException:  # a third party's preprocessor may raise anything where it is pickled
             self.close()
             raise
 
@@ -326,6 +326,13 @@ class WorkerPool:
         self._starting.add(worker)
         return worker
 
+    def _greet_or_replace(self, worker: WorkerProcess) -> WorkerProcess:
+        """One that waited while a model was loaded may have been killed meanwhile, for its memory say."""
+        try:
+            return self._greet(worker)
+        except StartError:
+            return self._start()
+
     def _greet(self, worker: WorkerProcess) -> WorkerProcess:
         try:
             if self._is_closed:
@@ -361,6 +368,7 @@ class WorkerPool:
         for start in self._begun:
             start.add_done_callback(_discard)
         self._threads.shutdown(wait=bool(self._begun))  # for those that are killed as they start
+        self._begun = []
         self.slab.close()
 
 

@@ -77,6 +77,6 @@ class DownloadCache:
         lifetime = lifetime_s(heads, self._ttl_s)
         if lifetime is None or (lifetime == 0 and not heads[-1].conditions):
             return
-        stored = Stored(blob, heads[-1], asked_at + lifetime, blob.nbytes + len(url) + ENTRY_BYTES)
+        stored = Stored(blob, heads[-1], asked_at + lifetime, blob.nbytes + len(url) + heads[-1].nbytes + ENTRY_BYTES)
         if stored.nbytes <= self._entries.maxsize:
             self._entries[url] = stored

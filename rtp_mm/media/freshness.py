@@ -21,7 +21,7 @@ _READ = ("Age", "Cache-Control", "Date", "ETag", "Expires", "Last-Modified", "Va
 _MOST_DIGITS = 10  # of a number of seconds: three centuries
 
 _TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
-_DIRECTIVES = re.compile(rf'[ \t]*(?:({_TOKEN})(?:=({_TOKEN}|"(?:[^"\\]|\\.)*"))?)?[ \t]*(?:,|\Z)')
+_DIRECTIVES = re.compile(rf'[ \t]*(?:({_TOKEN})(?:=({_TOKEN}|"(?:[^"\\]|\\.)*"))?[ \t]*)?(?:,|\Z)')
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +35,10 @@ class ResponseHead:
     @classmethod
     def of(cls, url: str, status: int, headers: MultiMapping[str]) -> ResponseHead:
         return cls(url, status, {name: ", ".join(headers.getall(name)) for name in _READ if name in headers})
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.url) + sum(len(name) + len(value) for name, value in self.headers.items())
 
     @property
     def conditions(self) -> dict[str, str]:

@@ -10,6 +10,7 @@ import random
 import re
 import socket
 import time
+import unicodedata
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
@@ -51,6 +52,9 @@ MAX_CONNECTIONS_A_HOST = 384  # so that one that has become slow leaves some for
 # Compression wins nothing on media and hides their size, so it is not asked for. Both may be overridden.
 DEFAULT_HEADERS = {"User-Agent": "rtp_mm", "Accept-Encoding": "identity"}
 
+LONGEST_HOST = 100  # characters of a host, its user and port, where these are not ASCII
+_AUTHORITY = re.compile(r"(?<=//)[^/?#]*")
+_DROPPED = dict.fromkeys(map(ord, "\t\r\n"))  # yarl takes a URL without these
 _WELL_FORMED = re.compile(r"[A-Za-z0-9\-._~:/?#\[\]@!$&'()*+,;=%]+")  # RFC 3986
 
 
@@ -265,8 +269,16 @@ def _redirect_target(url: URL, location: str) -> URL:
 
 
 def _url(text: str) -> URL:
-    """Well-formed text as it stands (signatures count every byte), any other quoted. Raises `ValueError`."""
-    return URL(text, encoded=_WELL_FORMED.fullmatch(text) is not None)
+    """Well-formed text as it stands (signatures count every byte), any other quoted. Raises `ValueError`, also for a
+    host of other letters than ASCII's that is long: to encode it would hold up the event loop.
+    """
+    if _WELL_FORMED.fullmatch(text) is not None:
+        return URL(text, encoded=True)
+    authority = _AUTHORITY.search(text.translate(_DROPPED))
+    host = authority[0] if authority is not None else ""
+    if not host.isascii() and (len(host) > LONGEST_HOST or len(unicodedata.normalize("NFKC", host)) > LONGEST_HOST):
+        raise ValueError
+    return URL(text)
 
 
 def _complete(url: URL) -> URL:

@@ -12,6 +12,9 @@ from rtp_mm.errors import DownloadFailedError, DownloadRefusedError, WrongFormat
 from rtp_mm.media.limits import START_BYTES, PixelLimit, SizeLimit
 
 PIECE_BYTES = 4096  # inflated at a time, to 1032 times as many at most, before the server is asked for room
+MAX_MEMBERS = 1024  # of gzip, whose files may follow one another: each, though empty, takes its time
+_GZIP_OR_ZLIB = zlib.MAX_WBITS | 32  # told from the header
+_GZIP = b"\x1f\x8b"
 
 
 async def read_body(response: aiohttp.ClientResponse, limit: SizeLimit, pixels: PixelLimit | None) -> bytes:
@@ -50,16 +53,23 @@ def _told(body: io.BytesIO, limit: SizeLimit) -> SizeLimit:
 
 
 def _inflate(data: bytes, limit: SizeLimit) -> bytes:
-    inflater = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32)  # gzip or zlib, told from the header
+    inflater = zlib.decompressobj(wbits=_GZIP_OR_ZLIB)
     body = io.BytesIO()
+    start, members = 0, 1
     try:
-        for start in range(0, len(data), PIECE_BYTES):
-            body.write(inflater.decompress(data[start : start + PIECE_BYTES], limit.most + 1 - body.tell()))
+        while start < len(data):
+            piece = data[start : start + PIECE_BYTES]
+            body.write(inflater.decompress(piece, limit.most + 1 - body.tell()))
             limit.check(body.tell())
             if body.tell() >= START_BYTES:
                 limit = _told(body, limit)
+            start += len(piece) - len(inflater.unused_data)
             if inflater.eof:
-                return body.getvalue()
+                if not data.startswith(_GZIP, start):
+                    return body.getvalue()
+                if (members := members + 1) > MAX_MEMBERS:
+                    raise WrongFormatError(f"the body has over {MAX_MEMBERS} gzip members")
+                inflater = zlib.decompressobj(wbits=_GZIP_OR_ZLIB)
     except zlib.error:
         raise WrongFormatError("the body is not what its Content-Encoding says") from None
     raise DownloadFailedError("the compressed body ends early")

@@ -69,8 +69,8 @@ def grpc_options(settings: Settings) -> tuple[tuple[str, int], ...]:
     )
 
 
-async def serve(settings: Settings, load_engine: LoadEngine) -> bool:
-    """Serves until SIGTERM or SIGINT, then drains; a second signal ends the process at once. Whether all calls ended.
+async def serve(settings: Settings, load_engine: LoadEngine) -> None:
+    """Serves until SIGTERM or SIGINT, then drains; a second signal ends the process at once.
 
     Binds both ports first and answers 503 or `LoadingError` there while `load_engine` runs in a thread.
     Raises `StartError` for a taken port or a model that does not load.
@@ -78,7 +78,6 @@ async def serve(settings: Settings, load_engine: LoadEngine) -> bool:
     started = time.perf_counter()
     state = ServerState()
     stopped = _stop_signal()
-    is_drained = False
     try:
         async with open_ports(state, settings) as healths:
             loading = _in_thread(load_engine, settings)
@@ -94,14 +93,12 @@ async def serve(settings: Settings, load_engine: LoadEngine) -> bool:
             log_event(_log, "draining", signal=name, calls=state.calls)
             state.phase = Phase.DRAINING
             await healths.enter_graceful_shutdown()
-            is_drained = await state.drained(settings.mm_drain_timeout_ms / 1e3)
-            if not is_drained:
+            if not await state.drained(settings.mm_drain_timeout_ms / 1e3):
                 log_event(_log, "drain timed out", logging.WARNING, calls_cut=state.calls)
                 await _close_engine(state)  # which tells its callers so, in the words of the table; gRPC would not
     finally:
         await _close_engine(state)
     log_event(_log, "stopped", seconds=time.perf_counter() - started)
-    return is_drained
 
 
 @asynccontextmanager

@@ -20,7 +20,7 @@ from rtp_mm.server.proto import CacheStatusPB, MultimodalRpcServiceServicer, Wor
 from rtp_mm.server.security import is_loopback
 from rtp_mm.server.state import ServerState
 from rtp_mm.server.tracing import Trace, Tracing
-from rtp_mm.types import Caller, MMEmbeddingRes
+from rtp_mm.types import Caller, MMEmbeddingRes, MMUrlType
 
 CALLERS_KEPT = 1024  # connections
 COPIED_ON_LOOP = 4 << 20  # bytes of a reply: a millisecond; more would hold up all other calls
@@ -68,7 +68,9 @@ class MultimodalServicer(MultimodalRpcServiceServicer):
         self._state.enter()
         context.add_done_callback(leave)
         form = wire.choose_form(request, call.metadata, self._settings)
-        inputs = wire.read_inputs(request)
+        inputs = (
+            await asyncio.to_thread(wire.read_inputs, request) if _has_tensors(request) else wire.read_inputs(request)
+        )
         call.received(inputs)
         result = await engine.embed(inputs, caller=call.caller, timeout_s=context.time_remaining())
         unsent.append(result)
@@ -144,6 +146,11 @@ class MultimodalServicer(MultimodalRpcServiceServicer):
             return reply
         call.failed(failure)
         return await context.abort(grpc.StatusCode[call.status], failure.wire_message, call.trailing_metadata())
+
+
+def _has_tensors(request: Any) -> bool:
+    """Which are copied as they are read."""
+    return any(item.multimodal_type == MMUrlType.TENSOR for item in request.multimodal_inputs)
 
 
 def _int32(value: int) -> int:

@@ -43,7 +43,7 @@ class Checkpoint:
             tensor: Tensor = file[name] if isinstance(file, Mapping) else file.get_tensor(name)
         except (KeyError, SafetensorError) as error:
             raise StartError(f"{path.name} does not hold {name}, which the index says it does: {error}") from None
-        return tensor
+        return tensor.detach()  # of parameters, which `torch.save` keeps as such, too
 
     def _read_index(self) -> dict[str, Path]:
         for index in INDEXES:

@@ -19,7 +19,7 @@ def read_ahead(folder: Path) -> None:
     """Of safetensors. A hint: where files are not as they should be, loading will tell. Returns once the disk has been
     asked for everything, which waits where its queue is full.
     """
-    with suppress(OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+    with suppress(OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError):
         for path in _files(folder):
             with path.open("rb") as file:
                 for begin, end in _places(file):
@@ -37,14 +37,15 @@ def _files(folder: Path) -> list[Path]:
 
 def _places(file: BinaryIO) -> Iterator[tuple[int, int]]:
     """Where the tensors of a tower begin and end in it."""
+    file_bytes = os.fstat(file.fileno()).st_size
     header_bytes = int.from_bytes(file.read(8), "little")
     if header_bytes > _MOST_HEADER_BYTES:
         return
     header: dict[str, dict[str, list[int]]] = json.loads(file.read(header_bytes))
     for name, tensor in header.items():
         if _is_of_tower(name):
-            begin, end = tensor["data_offsets"]
-            yield 8 + header_bytes + begin, 8 + header_bytes + end
+            begin, end = (8 + header_bytes + offset for offset in tensor["data_offsets"])
+            yield begin, min(end, file_bytes)
 
 
 def _is_of_tower(name: str) -> bool:
