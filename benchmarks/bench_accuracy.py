@@ -34,10 +34,10 @@ from rtp_mm.cli.hugging_face import HuggingFacePeer
 from rtp_mm.config import load_settings
 from rtp_mm.models.multimodal_common import ACT_DTYPES
 from rtp_mm.models.qwen2_vl import PUBLISHED_PROCESSOR
-from rtp_mm.models.random_checkpoint import write_checkpoint
 from rtp_mm.models.registry import load_model
 from rtp_mm.preprocess.image_config import ImageProcessorConfig
 from rtp_mm.preprocess.media import MediaPreprocessor
+from rtp_mm.random_checkpoint import write_checkpoint
 from rtp_mm.types import Blob, MMUrlType, Patches, PreprocessOptions
 
 SMALLEST = {"qwen2_vl": "2b", "qwen2_5_vl": "3b"}  # of the published sizes

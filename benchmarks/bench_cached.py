@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from benchmarks.load import free_ports, image_requests, is_healthy, is_listening, ours, started
 from benchmarks.photo_source import photograph
 from benchmarks.report import write_result
-from rtp_mm.models.random_checkpoint import write_checkpoint
+from rtp_mm.random_checkpoint import write_checkpoint
 from rtp_mm.server.proto import MESSAGE_SIZE_OPTIONS, method_path
 
 WIDTHS = (128, 2048)  # a tiny model's, where a call's own costs show most, and Qwen2.5-VL-3B's

@@ -94,7 +94,7 @@ def main() -> None:
         return
 
     from benchmarks.report import write_result
-    from rtp_mm.models.random_checkpoint import write_checkpoint
+    from rtp_mm.random_checkpoint import write_checkpoint
 
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = Path(folder) / "checkpoint"

@@ -26,8 +26,8 @@ from benchmarks.harness import interleave
 from benchmarks.readme import results
 from benchmarks.report import write_result
 from rtp_mm.config import load_settings
-from rtp_mm.models.random_checkpoint import write_checkpoint
 from rtp_mm.models.registry import load_model
+from rtp_mm.random_checkpoint import write_checkpoint
 from rtp_mm.types import Patches
 
 WAYS: dict[str, dict[str, Any]] = {

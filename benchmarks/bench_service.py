@@ -48,7 +48,7 @@ from benchmarks.load import (
 )
 from benchmarks.photo_source import numbered, photograph
 from benchmarks.report import RESULTS, write_result
-from rtp_mm.models.random_checkpoint import write_checkpoint
+from rtp_mm.random_checkpoint import write_checkpoint
 
 # Size, blocks kept, and those of them that attend to the whole image; a block costs what it costs in the whole tower.
 TOWERS = {"thin": ("tiny", 1, []), "tiny": ("tiny", 1, []), "tower": ("3b", 4, [3])}

@@ -41,7 +41,7 @@ from benchmarks.load import (
 )
 from benchmarks.photo_source import photograph
 from benchmarks.report import write_result
-from rtp_mm.models.random_checkpoint import write_checkpoint
+from rtp_mm.random_checkpoint import write_checkpoint
 
 POLL_S = 0.01
 TARGET_S = 3.0  # beyond the read

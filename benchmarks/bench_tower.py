@@ -30,8 +30,8 @@ from benchmarks.report import COMMIT, command, machine, write_result
 from rtp_mm.cli.hugging_face import HuggingFacePeer
 from rtp_mm.config import load_settings
 from rtp_mm.models.multimodal_common import ACT_DTYPES
-from rtp_mm.models.random_checkpoint import write_checkpoint
 from rtp_mm.models.registry import load_model
+from rtp_mm.random_checkpoint import write_checkpoint
 from rtp_mm.types import Patches
 from rtp_mm.vit.tower import TowerConfig, full_lengths, window_lengths
 

@@ -83,7 +83,7 @@ def dtype_of(options: Options) -> Any:
 
 def checkpoint(options: Options) -> Path:
     """A folder with random weights of Qwen2.5-VL, written by the first step that needs it: whole or not at all."""
-    from rtp_mm.models.random_checkpoint import write_checkpoint
+    from rtp_mm.random_checkpoint import write_checkpoint
 
     path: Path = options.folder / "checkpoint"
     if not path.exists():

@@ -281,7 +281,7 @@ def main() -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from rtp_mm.models.random_checkpoint import write_checkpoint
+    from rtp_mm.random_checkpoint import write_checkpoint
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=2000)

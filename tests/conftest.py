@@ -23,7 +23,7 @@ from no_network import forbidden_calls, watch_sockets
 from numpy.typing import NDArray
 from PIL import Image
 
-from rtp_mm.models.random_checkpoint import write_checkpoint
+from rtp_mm.random_checkpoint import write_checkpoint
 from rtp_mm.vit import graphs
 
 if TYPE_CHECKING:

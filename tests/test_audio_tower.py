@@ -17,8 +17,8 @@ from towers import Load, check_batching_is_invisible, loader, multiplying_bf16
 from rtp_mm.cli.hugging_face_audio import HuggingFaceAudioPeer
 from rtp_mm.config import load_settings
 from rtp_mm.errors import ProcessError, StartError
-from rtp_mm.models.random_checkpoint import checkpoint_tensors, model_config, write_checkpoint
 from rtp_mm.models.registry import load_model
+from rtp_mm.random_checkpoint import checkpoint_tensors, model_config, write_checkpoint
 from rtp_mm.types import Blob, LogMel, MMUrlType, PreprocessOptions
 
 CPU = torch.device("cpu")

@@ -25,6 +25,7 @@ LAYERS = [
     {"preprocess"},
     {"vit"},
     {"models"},
+    {"random_checkpoint"},
     {"engine"},
     {"server"},
     {"library", "start_server", "compat"},

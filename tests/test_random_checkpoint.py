@@ -16,7 +16,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTra
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
 
 from rtp_mm.errors import StartError
-from rtp_mm.models.random_checkpoint import checkpoint_tensors, model_config, write_checkpoint
+from rtp_mm.random_checkpoint import checkpoint_tensors, model_config, write_checkpoint
 
 HF_TOWERS = {"qwen2_vl": Qwen2VisionTransformerPretrainedModel, "qwen2_5_vl": Qwen2_5_VisionTransformerPretrainedModel}
 PUBLISHED = [("qwen2_vl", "2b"), ("qwen2_vl", "7b"), ("qwen2_5_vl", "3b"), ("qwen2_5_vl", "7b")]

@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from rtp_mm.cli.outputs import writing
-from rtp_mm.models.random_checkpoint import write_checkpoint
+from rtp_mm.random_checkpoint import write_checkpoint
 
 
 def run(folder: Path, family: str, size: str, seed: int, sparse_llm: bool) -> None:

@@ -2,7 +2,7 @@
 benchmarks: `config.json`, `preprocessor_config.json` and safetensors, one file or shards with an index.
 
 Shapes, names and config keys: the files published with Qwen2-VL 2B and 7B and Qwen2.5-VL 3B and 7B; Qwen2-Audio's are
-in `random_audio.py`.
+in `audio.py`.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from typing import Any, BinaryIO, Final
 import torch
 
 from rtp_mm.errors import StartError
-from rtp_mm.models import random_audio
-from rtp_mm.models.tensor_shapes import Language, TensorSpec, language_tensors, linear, norm
+from rtp_mm.random_checkpoint import audio
+from rtp_mm.random_checkpoint.shapes import Language, TensorSpec, language_tensors, linear, norm
 
 Progress = Callable[[int, int], None]  # bytes of the tower written so far, bytes of the tower
 
@@ -134,8 +134,8 @@ def checkpoint_tensors(
     family: str, size: str, *, prefix: str | None = None
 ) -> tuple[list[TensorSpec], list[TensorSpec]]:
     """The tensors of the tower and of the language model, in the published order. Raises `StartError`."""
-    if family == random_audio.FAMILY:
-        return random_audio.checkpoint_tensors(size, prefix or "")
+    if family == audio.FAMILY:
+        return audio.checkpoint_tensors(size, prefix or "")
     prefix = prefix or "visual."
     vision, language = _vision(family, size), _LANGUAGE[family, size]
     if prefix not in _LANGUAGE_PREFIX:
@@ -149,8 +149,8 @@ def model_config(family: str, size: str) -> dict[str, Any]:
 
     Qwen2-Audio's has them nested. Raises `StartError`.
     """
-    if family == random_audio.FAMILY:
-        return random_audio.model_config(size)
+    if family == audio.FAMILY:
+        return audio.model_config(size)
     vision, language = _vision(family, size), _LANGUAGE[family, size]
     return {
         "architectures": [f"{_CLASS_PREFIX[family]}ForConditionalGeneration"],
@@ -188,7 +188,7 @@ def model_config(family: str, size: str) -> dict[str, Any]:
 def _vision(family: str, size: str) -> dict[str, Any]:
     """The published `vision_config`."""
     if (family, size) not in _LANGUAGE:
-        known = [*_LANGUAGE, *((random_audio.FAMILY, each) for each in random_audio.SIZES)]
+        known = [*_LANGUAGE, *((audio.FAMILY, each) for each in audio.SIZES)]
         raise StartError(f"there is no {family} {size}; there are {', '.join(map(' '.join, known))}")
     tiny = _TINY_VISION[family] if size == "tiny" else {}
     return _VISION[family] | tiny | {_OUT_KEY[family]: _LANGUAGE[family, size].width}
@@ -276,8 +276,8 @@ def _index(files: Sequence[str], shards: Sequence[Sequence[TensorSpec]]) -> dict
 
 
 def _preprocessor_config(family: str) -> dict[str, Any]:
-    if family == random_audio.FAMILY:
-        return random_audio.PREPROCESSOR_CONFIG
+    if family == audio.FAMILY:
+        return audio.PREPROCESSOR_CONFIG
     return {
         "min_pixels": 4 * 28 * 28,
         "max_pixels": 16384 * 28 * 28,

@@ -1,4 +1,4 @@
-"""What a checkpoint of Qwen2-Audio holds, for `random_checkpoint.py`: names, shapes and config keys as published."""
+"""What a checkpoint of Qwen2-Audio holds: names, shapes and config keys as published."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any, Final
 
 from rtp_mm.errors import StartError
-from rtp_mm.models.tensor_shapes import Language, TensorSpec, language_tensors, linear, norm
+from rtp_mm.random_checkpoint.shapes import Language, TensorSpec, language_tensors, linear, norm
 
 FAMILY: Final = "qwen2_audio"
 PREPROCESSOR_CONFIG: Final = {
