@@ -22,7 +22,7 @@ from worker_pools import IMAGE, NO_OPTIONS, new_pool, run
 
 from rtp_mm.config import load_settings
 from rtp_mm.cores import CoreShare
-from rtp_mm.engine import workers
+from rtp_mm.engine import worker_pool, workers
 from rtp_mm.engine.workers import PreprocessWorkers
 from rtp_mm.errors import WrongFormatError
 from rtp_mm.media.audio import CONTAINERS, _frames, _stream
@@ -91,7 +91,8 @@ async def test_the_setting_is_the_most(local: int, clip: Path, tmp_path: Path, m
     class Part(MultiModalEmbeddingInterface):
         preprocessor = ScriptedPreprocessor(IMAGE, tmp_path / "obstacle")
 
-    monkeypatch.setattr(workers, "available_cores", lambda: 16)
+    for module in (workers, worker_pool):  # in threads, and in processes
+        monkeypatch.setattr(module, "available_cores", lambda: 16)
     options = {"use_local_preprocess": local, "mm_preprocess_max_workers": 1}
     counts = []
     for most in (1, 3):
