@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -127,6 +127,19 @@ def packed_divx(frames: Sequence[NDArray[np.uint8]], container: str) -> bytes:
                 packet.is_keyframe = data[data.index(marker) + 4] >> 6 == 0
                 out.mux(packet)
     return re.sub(rb"Lavc[0-9.]+", lambda found: b"DivX503b1393p".ljust(len(found[0]), b"\0"), file.getvalue(), count=1)
+
+
+def rewritten(data: bytes, container: str, change: Callable[[int, bytes], bytes]) -> bytes:
+    """The same packets at the same times, each as `change` makes it of its number and bytes."""
+    file = io.BytesIO()
+    with av.open(io.BytesIO(data)) as source, av.open(file, "w", format=container) as out:
+        copy: Any = out.add_stream_from_template(source.streams.video[0])
+        for number, read in enumerate(packet for packet in source.demux(video=0) if packet.size):
+            packet = av.Packet(change(number, bytes(read)))
+            packet.pts, packet.dts, packet.time_base = read.pts, read.dts, read.time_base
+            packet.stream, packet.is_keyframe = copy, read.is_keyframe
+            out.mux(packet)
+    return file.getvalue()
 
 
 def spliced(claim: bytes, parts: Sequence[bytes], container: str) -> bytes:

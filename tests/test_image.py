@@ -116,6 +116,34 @@ def test_a_quicker_chroma_upsampling_would_be_seen(photo: bytes) -> None:
     assert (quicker != pixels(photo)).mean() > 0.05
 
 
+def test_a_jpeg_of_4_to_4_to_1_is_left_to_pillow() -> None:
+    """Luma of 1x4, which simplejpeg has no name for: 2x2 written anew, with as many blocks in each unit."""
+    file = io.BytesIO()
+    Image.linear_gradient("L").resize((64, 32)).convert("RGB").save(file, "JPEG", subsampling="4:1:1")
+    data = bytearray(file.getvalue())
+    frame = data.index(b"\xff\xc0")
+    data[frame + 11] = 0x14
+    data[frame + 5 : frame + 9] = struct.pack(">HH", 128, 16)
+    np.testing.assert_array_equal(pixels(bytes(data)), np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
+
+
+@pytest.mark.parametrize("scans", [200, 201])
+def test_a_jpegs_scans_are_limited(chelsea: Image.Image, scans: int) -> None:
+    """Each costs a few bytes, and as much time as the image."""
+    file = io.BytesIO()
+    chelsea.resize((64, 64)).save(file, "JPEG", progressive=True)
+    data = file.getvalue()
+    last = data.rindex(b"\xff\xda")
+    scan = data[last:-2]
+    repeated = data[:-2] + scan * (scans - data.count(b"\xff\xda")) + data[-2:]
+    assert repeated.count(b"\xff\xda") == scans
+    if scans > 200:
+        with pytest.raises(WrongFormatError, match="a JPEG of 201 scans, over the limit of 200"):
+            pixels(repeated)
+    else:
+        np.testing.assert_array_equal(pixels(repeated), np.asarray(Image.open(io.BytesIO(repeated)).convert("RGB")))
+
+
 def test_a_jpeg_that_is_not_plain_is_left_to_pillow(chelsea: Image.Image, photo: bytes) -> None:
     assert decode_jpeg(photo, 451, 300) is not None
     assert decode_jpeg(photo, 451, 299) is None  # Pillow read another header than libjpeg-turbo does

@@ -303,3 +303,14 @@ def test_a_tower_of_other_patches_is_named() -> None:
     PUBLISHED.check(14, 2, 2)
     with pytest.raises(StartError, match=r"\(16, 2, 2\) in its config\.json, \(14, 2, 2\) for its image processor"):
         PUBLISHED.check(16, 2, 2)
+
+
+@pytest.mark.parametrize("padding", [0, 1 << 24], ids=["short", "long"])
+def test_a_tiff_that_pillow_turns_unasked_is_what_it_makes_of_it(padding: int) -> None:
+    """By the orientation in its XMP."""
+    file = io.BytesIO()
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (96, 192, 3), np.uint8))
+    photo.save(file, "TIFF", tiffinfo={700: b'<x tiff:Orientation="6"/>'})
+    data = file.getvalue() + bytes(padding)
+    expected = reference(Image.open(io.BytesIO(data)).convert("RGB"))
+    assert_equal(rows_of(data), expected)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import av
 import numpy as np
 import pytest
-from clips import FRAMES, KINDS, X265, decode_all, encode, moving, packed_divx, sound_only, spliced
+from clips import FRAMES, KINDS, X265, decode_all, encode, moving, packed_divx, rewritten, sound_only, spliced
 from numpy.typing import NDArray
 
 from rtp_mm.errors import NotSupportedError, WrongFormatError
@@ -160,6 +160,43 @@ def test_frames_that_share_a_packet_are_each_shown(container: str, frames: list[
     with open_video(data, LIMITS) as clip:
         assert clip.frames == FRAMES
         for indices in choices():
+            assert all(map(np.array_equal, clip.read(indices), [expected[i] for i in indices]))
+
+
+SILENT = (10, 25, 40)  # packets that show nothing
+
+
+def hidden_vp8(number: int, packet: bytes) -> bytes:
+    """As an alternate reference: show_frame is 0."""
+    return bytes([packet[0] & ~0x10]) + packet[1:] if number in SILENT else packet
+
+
+def not_coded_mpeg4(number: int, packet: bytes) -> bytes:
+    """A P-frame, vop_coded 0, as DivX wrote it where a picture stayed as it was."""
+    if number not in SILENT or packet[4] >> 6 != 1:
+        return packet
+    bits = int.from_bytes(packet[4:8], "big") & ~(1 << 21)
+    return packet[:4] + (bits >> 16).to_bytes(2, "big") + b"\x7f"
+
+
+@pytest.mark.parametrize(
+    ("codec", "container", "change"),
+    [
+        ("libvpx", "webm", hidden_vp8),
+        ("libvpx", "matroska", hidden_vp8),
+        ("mpeg4", "avi", not_coded_mpeg4),
+        ("mpeg4", "matroska", not_coded_mpeg4),
+    ],
+)
+def test_packets_that_show_nothing_are_no_frames(
+    codec: str, container: str, change: Callable[[int, bytes], bytes], frames: list[Pixels]
+) -> None:
+    data = rewritten(encode(frames, codec, container, {}), container, change)
+    expected = decode_all(data)
+    assert len(expected) < FRAMES
+    with open_video(data, LIMITS) as clip:
+        assert clip.frames == len(expected)
+        for indices in ([0], [9, 10, 11], [*range(len(expected))], [len(expected) - 1]):
             assert all(map(np.array_equal, clip.read(indices), [expected[i] for i in indices]))
 
 

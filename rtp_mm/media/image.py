@@ -27,6 +27,8 @@ from rtp_mm.types import MMUrlType
 # TGA comes last, behind MM_EXTRA_IMAGE_FORMATS too: it has no signature, so its reader tries whatever the others leave.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "ICO", "PPM", "QOI", "TGA")
 KEPT_BYTES = 48 << 20  # an image of 12 megapixels, in Pillow's four bytes each
+MAX_SCANS = 200  # of a JPEG; encoders make a dozen, and each, of a few bytes, may take as long as the whole image
+_SCAN = b"\xff\xda"  # nothing else in a JPEG but a thumbnail's
 _MODES = {1: "L", 2: "LA", 4: "RGBA"}  # Pillow's, by channels
 _HEIC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx"}
 
@@ -80,6 +82,8 @@ def decode(
             image = Image.open(BytesIO(data), formats=(*formats, *_heif_format(data)))
         with image:
             check_pixels(*image.size, max_pixels)
+            if (scans := data.count(_SCAN) if image.format in ("JPEG", "MPO") else 0) > MAX_SCANS:
+                raise WrongFormatError(f"a JPEG of {scans} scans, over the limit of {MAX_SCANS}")
             pixels = None if exif_transpose else _decode_faster(data, image)
             if pixels is None:
                 with named_errors(data, formats):

@@ -24,6 +24,6 @@ def decode_jpeg(data: bytes, width: int, height: int) -> NDArray[np.uint8] | Non
         if size != [height, width] or colour_space not in _SAME_AS_PILLOW:
             return None
         pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, "RGB")
-    except ValueError:  # strict: warnings of the library count as errors
+    except (ValueError, KeyError):  # strict: warnings count as errors; of 4:4:1 it knows no name
         return None
     return pixels

@@ -19,6 +19,7 @@ from rtp_mm.media.nal import NalReader
 if TYPE_CHECKING:
     from av.packet import Packet
 
+_LONGEST_NOT_CODED = 19  # bytes of a frame of MPEG-4 that shows nothing, as FFmpeg's decoder has it
 MAX_PACKETS = 1 << 21  # 19 hours at 30 frames a second; their index takes 325 MiB
 
 
@@ -41,11 +42,11 @@ class PacketIndex:
     shown:      when each frame is shown, ascending; what an edit list hides is left out.
     is_trimmed: some packets are hidden.
     is_exact:   a decoder shows these frames at these times. Else packets do not tell: some have no time, or the same,
-                decoding cannot start at the first, or frames are hidden between others.
+                decoding cannot start at the first, or frames are hidden between others, or some may show nothing.
     """
 
-    def __init__(self, packets: Iterable[Packet[Any]], nal: NalReader | None) -> None:
-        """Raises `WrongFormatError` for more than `MAX_PACKETS`."""
+    def __init__(self, packets: Iterable[Packet[Any]], codec: str, nal: NalReader | None) -> None:
+        """Of a stream of `codec`, as FFmpeg names it. Raises `WrongFormatError` for more than `MAX_PACKETS`."""
         self._nal = nal
         self.start = 0
         self._times = array("q")  # by place
@@ -59,7 +60,7 @@ class PacketIndex:
             if packet.is_keyframe and (nal is None or nal.is_entry(memoryview(packet))):
                 self._entries.append(len(self._times))
                 self._seek_times.append(packet.pts if packet.dts is None else packet.dts)
-            is_timed = is_timed and packet.pts is not None
+            is_timed = is_timed and packet.pts is not None and not _may_show_nothing(packet, codec)
             self._times.append(packet.pts or 0)
             is_shown.append(not packet.is_discard)
             if len(self._times) > MAX_PACKETS:
@@ -120,3 +121,10 @@ class PacketIndex:
                 yield packet
             if place >= run.last:
                 return
+
+
+def _may_show_nothing(packet: Packet[Any], codec: str) -> bool:
+    """As VP8's alternate references, whose show_frame is 0 (RFC 6386, 9.1), and MPEG-4's frames that are not coded."""
+    if codec == "vp8":
+        return packet.size == 0 or not memoryview(packet)[0] & 0x10
+    return codec == "mpeg4" and packet.size <= _LONGEST_NOT_CODED

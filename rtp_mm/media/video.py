@@ -154,7 +154,8 @@ class _Video:
                 limits.check_seconds(float(duration * unit))
         self.turn = 0  # as `ClipHeader.turn`
         try:
-            self._index = PacketIndex(self._packets(), NalReader.of(self._context.name, self._context.extradata))
+            nal = NalReader.of(self._context.name, self._context.extradata)
+            self._index = PacketIndex(self._packets(), self._context.name, nal)
         except MemoryError:  # nothing is decoded yet: it is the size that a packet says it has
             raise WrongFormatError("broken video: a packet that is larger than memory") from None
         self.is_trimmed = self._index.is_trimmed

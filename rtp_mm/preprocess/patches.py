@@ -125,6 +125,8 @@ class ImagePreprocessor:
             return None
         if self.exif_transpose and _may_be_turned(header.format, data):
             return None
+        if header.format == "TIFF" and (len(data) > _SEARCHED_BYTES or b"tiff:Orientation" in data):
+            return None  # by which, in its XMP, Pillow turns it unasked
         return header.height, header.width
 
     def plan(self, height: int, width: int, options: PreprocessOptions) -> ResizePlan:
