@@ -9,6 +9,7 @@ import gc
 import importlib.util
 import logging
 import os
+import resource
 import signal
 import sys
 from typing import TYPE_CHECKING, NoReturn
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 _SPINS = "2000"  # some 100 us, which is about what waking a thread takes
+_MOST_FILES = 1 << 16
 _M_ARENA_MAX = -8  # of glibc's malloc.h
 
 
@@ -33,6 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
         _check(settings)
         limit_openmp()
         share_heap()
+        raise_file_limit()
         gc.disable()  # of all that is imported and loaded little is garbage; until `serve` has collected that
         from rtp_mm.library import load_engine
 
@@ -87,6 +90,14 @@ def limit_openmp() -> None:
         os.environ.setdefault("OMP_NUM_THREADS", str(cores))
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)
+
+
+def raise_file_limit() -> None:
+    """Connections are files: the soft limit, of 1024 by default, is for programs that use select."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES)
+    if soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def share_heap() -> None:

@@ -18,6 +18,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+def text_nbytes(text: str) -> int:
+    """What it takes in memory: of ASCII a byte a character, of anything else up to four."""
+    return len(text) if text.isascii() else 4 * len(text)
+
+
 class MMUrlType(IntEnum):
     """What a URL holds; the wire's `multimodal_type`."""
 
@@ -115,7 +120,7 @@ class MultimodalInput:
     @property
     def nbytes(self) -> int:
         """What its message holds in memory, about."""
-        return len(self.url) + getattr(self.tensor, "nbytes", 0)
+        return text_nbytes(self.url) + getattr(self.tensor, "nbytes", 0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -211,6 +211,30 @@ async def test_what_does_not_say_what_it_is_has_the_limit_of_what_it_turns_out_t
         await fetch(urls["/clip"], MMUrlType.IMAGE)
 
 
+CHUNKED = OK + b"Transfer-Encoding: chunked\r\n\r\n"
+
+
+async def test_a_flood_of_tiny_chunks_is_cut_off() -> None:
+    server, url = await raw(CHUNKED + b"1\r\na\r\n" * 1_000_000)
+    async with server:
+        caught = await refusal(url, mm_image_max_file_size_kb=10_000)
+    assert type(caught) is DownloadFailedError
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n" * 16 + OK + b"Content-Length: 3\r\n\r\nabc",
+        CHUNKED + b"1\r\na\r\n1\r\nb\r\n1\r\nc\r\n0\r\n\r\n",
+    ],
+    ids=["hints before", "small chunks"],
+)
+async def test_what_sources_say_beside_a_body_is_borne(answer: bytes) -> None:
+    server, url = await raw(answer)
+    async with server:
+        assert (await fetch(url)).data == b"abc"
+
+
 @pytest.mark.parametrize(
     ("answer", "error", "text"),
     [
@@ -225,6 +249,7 @@ async def test_what_does_not_say_what_it_is_has_the_limit_of_what_it_turns_out_t
         (OK + b"Content-Length: 0\r\n\r\n", WrongFormatError, "the source is empty"),
         (b"HTTP/1.1 204 No Content\r\n\r\n", WrongFormatError, "the source is empty"),
         (b"HTTP/1.1 302 Found\r\n\r\n", DownloadRefusedError, "answered 302"),
+        (b"HTTP/1.1 103 Early Hints\r\n\r\n" * 100_000, DownloadFailedError, "broke the connection off"),
     ],
 )
 async def test_broken_http_is_an_error_of_the_source(answer: bytes, error: type[MMError], text: str) -> None:

@@ -53,7 +53,10 @@ async def test_a_redirect_away_from_http_is_refused(source: Source, location: st
 
 
 # Slow to encode, by what yarl takes for a host.
-LONG_NAMES = ["http://" + "\ufdfa" * 16000, "http://\t" + "\ufdfa" * 16000, "http://" + "ä" * 101 + "/x"]
+LONG_NAMES = [
+    *("http://" + "\ufdfa" * 16000, "http://\t" + "\ufdfa" * 16000, "http://" + "ä" * 101 + "/x"),
+    *("http://" + "xn--80a." * 40 + "de/", "http://" + "a." * 127 + "com/"),
+]
 
 
 @pytest.mark.parametrize(
@@ -61,6 +64,11 @@ LONG_NAMES = ["http://" + "\ufdfa" * 16000, "http://\t" + "\ufdfa" * 16000, "htt
 )
 async def test_a_redirect_to_nowhere_is_refused(source: Source, location: str) -> None:
     assert type(await refusal(source.redirects("/x", location))) is DownloadRefusedError
+
+
+@pytest.mark.parametrize("user", ["%E4%B8%AD:x", "a%3Ab"])
+async def test_a_user_that_no_request_can_name_is_refused(user: str) -> None:
+    assert type(await refusal(f"http://{user}@127.0.0.1:9/")) is WrongFormatError
 
 
 @pytest.mark.parametrize(

@@ -139,12 +139,34 @@ async def test_a_flight_knows_who_waits_for_it_and_tells_each_how_far_it_is() ->
     ]
     await settled()
     (flight,) = begun
-    assert flight.visits == visits
+    assert [*flight.visits] == visits
     assert [set(own.so_far()) for own in stages] == [{"preprocess"}] * 2
     callers[0].cancel()
     await settled()
-    assert flight.visits == [visits[1]]
+    assert [*flight.visits] == [visits[1]]
     callers[1].cancel()
     await settled()
     assert source.cancelled == 1
-    assert flight.visits == [visits[1]]
+    assert [*flight.visits] == [visits[1]]
+
+
+async def test_a_visit_with_many_items_leaves_with_the_last_of_them() -> None:
+    flights, source, visit = Flights[int](), Source(), Visit(0, 0.0)
+    flight: list[Flight[int]] = []
+
+    async def work(begun: Flight[int]) -> int:
+        flight.append(begun)
+        return await source.work(begun)
+
+    items = [asyncio.create_task(flights.join("a", visit, Stages(), work)) for _ in range(3)]
+    other = asyncio.create_task(flights.join("a", Visit(0, 0.0), Stages(), work))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert sorted(flight[0].visits.values()) == [1, 3]
+    for item in items:
+        item.cancel()
+    await asyncio.gather(*items, return_exceptions=True)
+    assert [*flight[0].visits.values()] == [1]
+    source.go_on.set()
+    assert await other == 1
+    assert source.cancelled == 0

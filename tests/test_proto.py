@@ -3,11 +3,13 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 from google.protobuf import descriptor_pb2
 from google.protobuf.message import DecodeError
 
+from rtp_mm.errors import WrongFormatError
 from rtp_mm.server import proto
 
 RIVAL = """
@@ -118,6 +120,28 @@ def test_fields_are_counted_whatever_they_are(item: bytes) -> None:
     count = 2 if item == b"\x0b\x0c" else 1  # a group's beginning and its end
     assert len([*proto.tags(item * 3)]) == 3 * count
     proto.MultimodalInputsPB.FromString(item * 3)  # which is a message to protobuf, too
+
+
+@pytest.mark.parametrize(
+    ("item", "is_taken"),
+    [
+        ({"multimodal_url": "u" * (2 << 20), "multimodal_type": 1}, True),
+        ({"multimodal_type": 4, "multimodal_tensor": {"fp32_data": bytes(2 << 20)}}, True),
+        ({"multimodal_type": 1, "multimodal_tensor": {"fp32_data": bytes(1000)}}, True),  # as RTP-LLM's client sends it
+        ({"multimodal_type": 1, "multimodal_tensor": {"fp32_data": bytes(2 << 20)}}, False),
+        ({"multimodal_tensor": {"fp32_data": bytes(2 << 20)}}, False),
+        ({"mm_preprocess_config": {"crop_positions": [0.5] * (1 << 19)}}, False),
+    ],
+)
+def test_what_nobody_reads_takes_little_memory(item: dict[str, Any], is_taken: bool) -> None:
+    data = proto.MultimodalInputsPB(multimodal_inputs=[item]).SerializeToString()
+    parsed = proto._parsed(proto.MultimodalInputsPB, data)
+    assert isinstance(parsed, WrongFormatError) is not is_taken
+    if not is_taken:
+        assert "bytes that nobody reads" in str(parsed)
+    assert isinstance(
+        proto._parsed(proto.MultimodalInputsPB, data + b"\x7a\x80\x80\x80\x01" + bytes(1 << 21)), WrongFormatError
+    )
 
 
 @pytest.mark.parametrize("data", [b"\x0a", b"\x80", b"\xff" * 11])

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import resource
 import signal
 import subprocess
 import sys
@@ -130,6 +131,14 @@ def test_a_thread_that_works_on_does_not_hold_up_the_end() -> None:
         server.popen.send_signal(signal.SIGTERM)
         assert server.exit_status() == 0
         assert "stopped" in "".join(server.log)
+
+
+def test_connections_have_as_many_files_as_the_system_lets_them() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with process() as server:
+        server.wait_for("ok")
+        line = Path(f"/proc/{server.popen.pid}/limits").read_text().split("Max open files")[1].split()
+        assert int(line[0]) >= max(soft, min(hard, 1 << 16) if hard != resource.RLIM_INFINITY else 1 << 16)
 
 
 def test_a_second_signal_ends_at_once() -> None:

@@ -6,7 +6,7 @@ import sys
 import threading
 import weakref
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import prod
@@ -156,7 +156,7 @@ class Admission:
         visit.downloads += 1
 
     @contextmanager
-    def metering(self, visits: Sequence[Visit]) -> Iterator[Callable[[int], None]]:
+    def metering(self, visits: Collection[Visit]) -> Iterator[Callable[[int], None]]:
         """Something that grows, as a download does, for all who wait for it, one at least: to be told its size so far.
         That raises `QueueFullError`.
         """
@@ -192,9 +192,11 @@ class Admission:
         if now + wait_s > visit.ends_at and not self._is_oldest(visit):
             raise self._refusal("deadline", f"{wait_s:.1f} s of work is waiting, more than the deadline leaves")
 
-    def foremost(self, visits: Sequence[Visit]) -> Visit:
+    def foremost(self, visits: Collection[Visit]) -> Visit:
         """Of several that wait for the same, the one that is refused last."""
-        return next(filter(self._is_oldest, visits), None) or max(visits, key=lambda visit: visit.ends_at)
+        with self._lock:
+            oldest = next(iter(self._visits), None)
+        return oldest if oldest is not None and oldest in visits else max(visits, key=lambda visit: visit.ends_at)
 
     def _check(self, visit: Visit, cost: Cost) -> None:
         if self._is_oldest(visit):

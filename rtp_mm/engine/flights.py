@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Coroutine, Hashable
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
@@ -17,7 +18,8 @@ Result = TypeVar("Result")
 class Flight(Generic[Result]):
     """Work under way: for whom, and how far it is."""
 
-    visits: list[Visit] = field(default_factory=list)  # who waits; the last that leaves stays until the work has ended
+    # Who waits, with how many items; the last that leaves stays until the work has ended.
+    visits: Counter[Visit] = field(default_factory=Counter)
     stages: Stages = field(default_factory=Stages)
     task: asyncio.Task[Result] = field(init=False)
 
@@ -50,13 +52,15 @@ class Flights(Generic[Result]):
         and the item's `stages` go on in the work's.
         """
         flight = self._flights.get(key) or self._start(key, work)
-        flight.visits.append(visit)
+        flight.visits[visit] += 1
         stages.go_on_in(flight.stages)
         try:
             return await asyncio.shield(flight.task)  # who is cancelled here leaves the others alone
         finally:
-            if len(flight.visits) > 1:
-                flight.visits.remove(visit)
+            if flight.visits[visit] > 1:
+                flight.visits[visit] -= 1
+            elif len(flight.visits) > 1:
+                del flight.visits[visit]
             elif self._flights.get(key) is flight:
                 del self._flights[key]  # who comes now starts anew, and does not join what is being cancelled
                 flight.task.cancel()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
 from functools import partial
 
 from rtp_mm.config import Settings
@@ -135,7 +135,7 @@ class ItemPipeline:
     async def _fetch(self, item: MultimodalInput, caller: Caller, visit: Visit, stages: Stages) -> Blob:
         """One download for all who want the same now. What came with the message itself is at hand already."""
 
-        async def fetch(visits: Sequence[Visit]) -> Blob:
+        async def fetch(visits: Collection[Visit]) -> Blob:
             with self.admission.metering(visits) as meter:
                 return await self.fetcher.fetch(item, caller, meter)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from rtp_mm.lru import ByteLRU
 from rtp_mm.media.freshness import ResponseHead, lifetime_s
-from rtp_mm.types import Blob, CacheStats
+from rtp_mm.types import Blob, CacheStats, text_nbytes
 
 ENTRY_BYTES = 2048  # of an entry besides its file and its URL: headers, hash, Python objects; roughly
 
@@ -77,6 +77,8 @@ class DownloadCache:
         lifetime = lifetime_s(heads, self._ttl_s)
         if lifetime is None or (lifetime == 0 and not heads[-1].conditions):
             return
-        stored = Stored(blob, heads[-1], asked_at + lifetime, blob.nbytes + len(url) + heads[-1].nbytes + ENTRY_BYTES)
+        stored = Stored(
+            blob, heads[-1], asked_at + lifetime, blob.nbytes + text_nbytes(url) + heads[-1].nbytes + ENTRY_BYTES
+        )
         if stored.nbytes <= self._entries.maxsize:
             self._entries[url] = stored

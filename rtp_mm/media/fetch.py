@@ -35,6 +35,7 @@ FILES_AT_ONCE = (
     16  # local ones, in threads apart from all others: those that a mount leaves hanging are lost for a while
 )
 
+_ESCAPED_WORK = 32  # times as long as without escapes
 _SMALL = 1 << 18  # bytes hashed or decoded in less time (0.1 ms) than a thread takes to answer under load
 
 
@@ -117,7 +118,9 @@ class Fetcher:
         url, limit = item.url, self.limit(item).metered(meter)
         match scheme_of(url):
             case "data":
-                data = await _run(len(url), lambda: DataUrl.parse(url).decode(limit))
+                data_url = DataUrl.parse(url)
+                work = _ESCAPED_WORK * len(url) if data_url.is_escaped else len(url)
+                data = await _run(work, lambda: data_url.decode(limit))
             case "file" | "":
                 data = await self._from_disk(self._files.read, local_path(url), limit)
                 self.fetched_bytes += len(data)

@@ -14,10 +14,13 @@ from email.utils import parsedate_to_datetime
 from http import HTTPStatus
 from typing import TYPE_CHECKING
 
+from rtp_mm.types import text_nbytes
+
 if TYPE_CHECKING:
     from multidict import MultiMapping
 
 _READ = ("Age", "Cache-Control", "Date", "ETag", "Expires", "Last-Modified", "Vary")
+_LONGEST_CACHE_CONTROL = 4096  # characters, in all its headers together: each directive takes its time
 _MOST_DIGITS = 10  # of a number of seconds: three centuries
 
 _TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
@@ -38,7 +41,7 @@ class ResponseHead:
 
     @property
     def nbytes(self) -> int:
-        return len(self.url) + sum(len(name) + len(value) for name, value in self.headers.items())
+        return text_nbytes(self.url) + sum(len(name) + text_nbytes(value) for name, value in self.headers.items())
 
     @property
     def conditions(self) -> dict[str, str]:
@@ -84,6 +87,8 @@ def _parse(cache_control: str) -> dict[str, str] | None:
     one counts.
     """
     directives: dict[str, str] = {}
+    if len(cache_control) > _LONGEST_CACHE_CONTROL:
+        return None
     at = 0
     while at < len(cache_control):
         match = _DIRECTIVES.match(cache_control, at)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 import aiohttp
 from aiohttp.abc import AbstractResolver
+from blake3 import blake3
 from cachetools import TTLCache
 from multidict import CIMultiDict
 from yarl import URL
@@ -34,6 +35,7 @@ from rtp_mm.errors import (
 from rtp_mm.media.addresses import CheckedResolver, Destinations, SystemResolver
 from rtp_mm.media.freshness import ResponseHead
 from rtp_mm.media.http_body import read_body
+from rtp_mm.media.http_connection import bound
 from rtp_mm.media.limits import PixelLimit, SizeLimit
 from rtp_mm.media.redact import redact
 
@@ -52,6 +54,7 @@ MAX_CONNECTIONS_A_HOST = 384  # so that one that has become slow leaves some for
 # Compression wins nothing on media and hides their size, so it is not asked for. Both may be overridden.
 DEFAULT_HEADERS = {"User-Agent": "rtp_mm", "Accept-Encoding": "identity"}
 
+LONGEST_NAME = 253  # characters of a host, as DNS has it
 LONGEST_HOST = 100  # characters of a host, its user and port, where these are not ASCII
 _AUTHORITY = re.compile(r"(?<=//)[^/?#]*")
 _DROPPED = dict.fromkeys(map(ord, "\t\r\n"))  # yarl takes a URL without these
@@ -99,7 +102,7 @@ class HttpSource:
         self._retries = settings.mm_fetch_retries
         self._proxy = settings.mm_fetch_proxy
         self._destinations = Destinations(settings)
-        self._refusals: TTLCache[str, str] = TTLCache(REFUSALS_KEPT, REFUSAL_TTL_S, timer=clock)
+        self._refusals: TTLCache[bytes, str] = TTLCache(REFUSALS_KEPT, REFUSAL_TTL_S, timer=clock)
         self._sleep = sleep
         self._make_resolver = resolver
         self._make_connector = connector
@@ -125,7 +128,8 @@ class HttpSource:
         connection, silence, an early end), `NotSupportedError` (a host or address that is not allowed, a redirect away
         from http), `WrongFormatError` (no URL, or a body over a limit).
         """
-        if (refusal := self._refusals.get(url)) is not None:
+        key = blake3(url.encode(errors="surrogatepass")).digest()
+        if (refusal := self._refusals.get(key)) is not None:
             raise DownloadRefusedError(refusal)
         target = _parse(url)
         tries = 0
@@ -133,8 +137,10 @@ class HttpSource:
             try:
                 return await self._follow(target, limit, pixels, known)
             except DownloadRefusedError as error:
-                self._refusals[url] = str(error)
+                self._refusals[key] = str(error)
                 raise
+            except ValueError:  # of a user, or a zone, that no request can carry
+                raise WrongFormatError("not a URL that can be fetched") from None
             except (_UnavailableError, aiohttp.ClientError, TimeoutError, OSError) as error:
                 pause_s = _pause_s(error, tries) if tries < self._retries else None
                 if pause_s is None:
@@ -181,8 +187,10 @@ class HttpSource:
             self._resolver = CheckedResolver(self._resolver, self._destinations)
         # `connect` covers name, TCP and TLS; `sock_read` is the longest silence, not the whole download.
         return aiohttp.ClientSession(
-            connector=self._make_connector(
-                limit=MAX_CONNECTIONS, limit_per_host=MAX_CONNECTIONS_A_HOST, resolver=self._resolver
+            connector=bound(
+                self._make_connector(
+                    limit=MAX_CONNECTIONS, limit_per_host=MAX_CONNECTIONS_A_HOST, resolver=self._resolver
+                )
             ),
             timeout=aiohttp.ClientTimeout(total=None, connect=self._timeout_s, sock_read=self._timeout_s),
             cookie_jar=aiohttp.DummyCookieJar(),
@@ -283,7 +291,7 @@ def _url(text: str) -> URL:
 
 def _complete(url: URL) -> URL:
     """Raises `ValueError` for one that names no host, or no port that there is."""
-    if not url.host or url.port == 0:
+    if not url.raw_host or len(url.raw_host) > LONGEST_NAME or url.port == 0:  # `host` would decode an xn-- name
         raise ValueError
     return url
 

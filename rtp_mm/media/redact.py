@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 
 from rtp_mm.errors import WrongFormatError
-from rtp_mm.media.data_url import DataUrl
+from rtp_mm.media.data_url import LONGEST_HEAD, DataUrl
 from rtp_mm.media.urls import MAX_URL_CHARACTERS, scheme_of
 
 MAX_CHARACTERS = 120
+MEASURED_CHARACTERS = 1 << 18  # of a data URL
 
 # scheme, [userinfo@], host, port, path, and the rest, which is never shown. It matches whatever follows "scheme://",
 # so that nothing malformed slips through with its credentials.
@@ -43,11 +44,17 @@ def _after_userinfo(text: str) -> str:
 
 
 def _describe_data(url: str) -> str:
+    """Of a long one by its head and length alone, as if nothing were escaped."""
+    is_long = len(url) > MEASURED_CHARACTERS
     try:
-        data = DataUrl.parse(url)
+        data = DataUrl.parse(url[:LONGEST_HEAD] if is_long else url)
     except WrongFormatError:
         return f"data: URL without a comma, {len(url)} characters"
-    return f"data:{data.media_type}, {data.nbytes} bytes{' base64' if data.is_base64 else ''}"
+    nbytes = data.nbytes
+    if is_long:
+        characters = len(url) - LONGEST_HEAD + len(data.payload)
+        nbytes = characters * 3 // 4 - url[-2:].count("=") if data.is_base64 else characters
+    return f"data:{data.media_type}, {nbytes} bytes{' base64' if data.is_base64 else ''}"
 
 
 def _escape(text: str) -> str:

@@ -25,6 +25,8 @@ FILE_NAME = "model_rpc_service.proto"
 SERVICE = "MultimodalRpcService"
 MAX_MESSAGE_BYTES = 1 << 30  # each way, as RTP-LLM's clients and servers set it
 MAX_ITEMS = 1024  # of one request; each costs the event loop 0.1 ms, and its 2 bytes on the wire are 60 once parsed
+LARGEST_UNREAD = 1 << 20  # bytes of a request beside URLs and tensors; RTP-LLM's client sends an empty tensor with each
+_TENSOR = 4  # MMUrlType.TENSOR
 MESSAGE_SIZE_OPTIONS = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -245,27 +247,48 @@ def _parsed(message: Any, data: bytes) -> Any:
     try:
         if sum(1 for _ in islice(tags(data), MAX_ITEMS + 1)) > MAX_ITEMS:
             return WrongFormatError(f"over the limit of {MAX_ITEMS} items: send them in several requests")
+        if len(data) > LARGEST_UNREAD and (unread := sum(_unread(data))) > LARGEST_UNREAD:
+            return WrongFormatError(f"{unread} bytes that nobody reads: a tensor is for items of type TENSOR")
         return message.FromString(data)
     except DecodeError:
         return WrongFormatError("the request does not parse")
 
 
+def _unread(request: bytes) -> Iterator[int]:
+    """Sizes of what a parsed request holds in memory and no budget counts, being neither a URL nor an item's tensor."""
+    for tag, start, end in fields(request):
+        if tag != 1 << 3 | 2:  # no item
+            yield end - start
+            continue
+        parts = [*fields(request, start, end)]
+        kinds = [read_varint(request, at)[0] for part, at, _ in parts if part == 2 << 3]
+        read = (1, 3) if kinds[-1:] == [_TENSOR] else (1,)
+        yield sum(end - start for part, start, end in parts if part >> 3 not in read)
+
+
 def tags(data: bytes) -> Iterator[int]:
     """Those of a message's fields, in order, found without parsing what is in them; `DecodeError` for what is none."""
-    position = 0
-    while position < len(data):
-        tag, position = read_varint(data, position)
-        yield tag
+    return (tag for tag, _, _ in fields(data))
+
+
+def fields(data: bytes, position: int = 0, end: int | None = None) -> Iterator[tuple[int, int, int]]:
+    """(tag, where its value begins, where it ends) of a message's fields. Raises `DecodeError`."""
+    end = len(data) if end is None else min(end, len(data))
+    while position < end:
+        tag, start = read_varint(data, position)
         match tag & 7:
             case 0:
-                _, position = read_varint(data, position)
+                _, position = read_varint(data, start)
             case 1:
-                position += 8
+                position = start + 8
             case 2:
-                length, position = read_varint(data, position)
-                position += length
+                length, start = read_varint(data, start)
+                position = start + length
             case 5:
-                position += 4
+                position = start + 4
+            case _:
+                position = start
+        yield tag, start, position
 
 
 def read_varint(data: bytes, position: int) -> tuple[int, int]:
