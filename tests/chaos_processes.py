@@ -20,7 +20,7 @@ WORKERS, SLAB_MB = 2, 32
 # What may be held more than before. Of shared memory the slab keeps an eighth of its pages, and each worker's inbox
 # those of the largest file.
 SHARED_SLACK = (SLAB_MB << 20) // 8 + WORKERS * (2048 << 10)
-THREAD_SLACK = 8  # pools that grow as they are used
+THREAD_SLACK = 12  # pools that grow as they are used: workers, disks, names, and the event loop's own
 PSS_SLACK = 96 << 20  # caches and pools that fill up
 # What is 0 where nothing is done.
 BUSY = re.compile(

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import io
 import threading
+from base64 import b64decode, b64encode
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -83,5 +84,8 @@ def as_data_url(pixels: NDArray[np.uint8]) -> str:
 
 
 def padded(url: str, nbytes: int) -> str:
-    """The same image in a data URL of `nbytes`."""
-    return url.replace(";base64", f";name={'A' * (nbytes - len(url) - 6)};base64")
+    """The same image, with zeros behind its end, in a data URL of `nbytes`."""
+    head, _, data = url.partition(",")
+    length, filler = divmod(nbytes - len(head) - len(";n=,"), 4)
+    head = head.replace(";base64", f";n={'A' * filler};base64")
+    return f"{head},{b64encode(b64decode(data).ljust(3 * length, bytes(1))).decode()}"
