@@ -139,12 +139,12 @@ class HttpSource:
             except DownloadRefusedError as error:
                 self._refusals[key] = str(error)
                 raise
-            except ValueError:  # of a user, or a zone, that no request can carry
-                raise WrongFormatError("not a URL that can be fetched") from None
             except (_UnavailableError, aiohttp.ClientError, TimeoutError, OSError) as error:
                 pause_s = _pause_s(error, tries) if tries < self._retries else None
                 if pause_s is None:
                     raise self._failure(error) from None
+            except ValueError:  # of a user, or a zone, that no request can carry; certificate errors are some, too
+                raise WrongFormatError("not a URL that can be fetched") from None
             await self._sleep(pause_s)
             tries += 1
 
