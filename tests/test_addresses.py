@@ -259,7 +259,7 @@ async def test_an_allowed_host_is_private_only_where_both_options_say_so(network
 
 
 async def test_a_hostile_host_is_shown_short_and_on_one_line(network: PretendNetwork) -> None:
-    text = await refusal(network, "http://a\x1bb" + "c" * 10_000 + "/")
+    text = await refusal(network, "http://a\x1bb" + "c" * 240 + "/")
     assert len(text) < 200
     assert text.isprintable()
 
