@@ -11,12 +11,12 @@ from fake_engine import serving
 from rtp_mm.cli import main
 
 
-def test_options_of_pixels_are_refused_for_sounds(
+def test_options_of_pictures_are_refused_for_sounds(
     tiny_qwen2_audio: Path, tiny_qwen2_5_vl: Path, sound_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sound, out = [str(sound_path)], ["--out", str(tmp_path / "look.png")]
     heard = ["--checkpoint", str(tiny_qwen2_audio)]
-    for option in ("--min-pixels", "--max-pixels"):
+    for option in ("--min-pixels", "--max-pixels", "--fps", "--min-frames", "--max-frames"):
         for command in (
             ["compare", *sound, *heard],
             ["embed", *sound, *heard],
@@ -25,12 +25,13 @@ def test_options_of_pixels_are_refused_for_sounds(
             ["look", *sound, *heard, *out],
         ):
             assert main([*command, option, "50000"]) == 1
-            assert "--min-pixels and --max-pixels apply to images and to frames of videos" in capsys.readouterr().err
+            assert option in (error := capsys.readouterr().err)
+            assert "to videos; none to sounds" in error
     assert main(["look", *sound, *heard, *out]) == 0
     assert main(["look", *sound, *heard, *out, "--max-pixels", "0"]) == 2, "no area"
 
 
-@pytest.mark.parametrize("option", ["--min-pixels", "--max-pixels"])
+@pytest.mark.parametrize("option", ["--min-pixels", "--max-pixels", "--max-frames"])
 async def test_a_server_of_sounds_is_sent_no_limits_of_pixels(
     option: str, sound_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

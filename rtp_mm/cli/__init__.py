@@ -174,7 +174,9 @@ def embed(
     if server is not None and (source := context.get_parameter_source("checkpoint")) and source.name == "ENVIRONMENT":
         checkpoint = None
     mm_type = MMUrlType[media.name.upper()]
-    options = PreprocessOptions(None, None, min_pixels, max_pixels, fps, min_frames, max_frames)
+    options = PreprocessOptions(
+        min_pixels=min_pixels, max_pixels=max_pixels, fps=fps, min_frames=min_frames, max_frames=max_frames
+    )
     run(urls, checkpoint, server, save, mm_type, options, act_type, device)
 
 
@@ -206,7 +208,9 @@ def compare(
     from rtp_mm.cli.compare import Task, run
     from rtp_mm.types import PreprocessOptions
 
-    options = PreprocessOptions(None, None, min_pixels, max_pixels, fps, min_frames, max_frames)
+    options = PreprocessOptions(
+        min_pixels=min_pixels, max_pixels=max_pixels, fps=fps, min_frames=min_frames, max_frames=max_frames
+    )
     run(Task(url, checkpoint, options, repeat, act_type, device))
 
 
@@ -227,7 +231,9 @@ def look(
     from rtp_mm.cli.look import run
     from rtp_mm.types import PreprocessOptions
 
-    options = PreprocessOptions(None, None, min_pixels, max_pixels, fps, min_frames, max_frames)
+    options = PreprocessOptions(
+        min_pixels=min_pixels, max_pixels=max_pixels, fps=fps, min_frames=min_frames, max_frames=max_frames
+    )
     run(url, checkpoint, out, options)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import rtp_mm
 from rtp_mm.cli.hugging_face import ANY, Peer, peer_for
-from rtp_mm.cli.inputs import check_pixel_limits, family_of, fetch
+from rtp_mm.cli.inputs import check_picture_options, family_of, fetch
 from rtp_mm.config import load_settings
 from rtp_mm.errors import BadItemsError, StartError
 from rtp_mm.media.redact import redact
@@ -83,7 +83,7 @@ def compare(task: Task, report: Callable[[str], None] = lambda step: None) -> Co
     """
     settings = load_settings(checkpoint_path=task.checkpoint)
     peer_type = peer_for(task.checkpoint)
-    check_pixel_limits(task.options, partial(family_of, task.checkpoint))
+    check_picture_options(task.options, partial(family_of, task.checkpoint))
     data = fetch(task.url, settings, peer_type.mm_type).data
     assert isinstance(data, bytes)
     report(f"ours, {task.act_type}")

@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 import rtp_mm
-from rtp_mm.cli.inputs import absolute, check_pixel_limits, enclosed, family_of, is_here
+from rtp_mm.cli.inputs import absolute, check_picture_options, enclosed, family_of, is_here
 from rtp_mm.cli.outputs import check_output, writing
 from rtp_mm.errors import StartError
 from rtp_mm.types import MMEmbeddingRes, MMPreprocessConfig, MMUrlType, PreprocessOptions
@@ -34,7 +34,7 @@ def run(
         raise StartError("name a model: --checkpoint FOLDER, or --server IP:PORT")
     if server is not None and checkpoint is not None:
         raise StartError("--checkpoint and --server name two models: leave one out")
-    check_pixel_limits(options, partial(_family, checkpoint, server), mm_type)
+    check_picture_options(options, partial(_family, checkpoint, server), mm_type)
 
     console = Console(stderr=True)
     with console.status("connecting" if server else "loading the tower") as status:

@@ -1,4 +1,4 @@
-"""What a command is given: a URL and its bytes, a checkpoint's family, limits that go together with neither."""
+"""What a command is given: a URL and its bytes, a checkpoint's family, options that do not go together with them."""
 
 from __future__ import annotations
 
@@ -73,13 +73,16 @@ def takes_sounds(checkpoint: Path) -> bool:
     return family_of(checkpoint) == FAMILY
 
 
-def check_pixel_limits(
+def check_picture_options(
     options: PreprocessOptions, family: Callable[[], str | None], mm_type: MMUrlType = MMUrlType.DEFAULT
 ) -> None:
-    """Raises `StartError` for limits of pixels where a sound is asked for, or the model takes sounds. Its family is
-    asked for only then.
+    """Raises `StartError` for any options where a sound is asked for, or the model takes sounds. Its family is asked
+    for only then.
     """
-    if not (options.min_pixels or options.max_pixels):
+    if options == PreprocessOptions():
         return
     if mm_type is MMUrlType.AUDIO or family() == FAMILY:
-        raise StartError("--min-pixels and --max-pixels apply to images and to frames of videos, not to sounds")
+        raise StartError(
+            "--min-pixels and --max-pixels apply to images and to frames of videos, --fps, --min-frames and "
+            "--max-frames to videos; none to sounds"
+        )

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from rich.console import Console
 
-from rtp_mm.cli.inputs import check_pixel_limits, family_of, fetch, takes_sounds
+from rtp_mm.cli.inputs import check_picture_options, family_of, fetch, takes_sounds
 from rtp_mm.cli.outputs import check_output, writing
 from rtp_mm.cli.spectrogram import describe, draw_spectrogram
 from rtp_mm.config import load_settings
@@ -44,7 +44,7 @@ def run(url: str, checkpoint: Path, out: Path, options: PreprocessOptions) -> No
     check_output("--out", out, SUFFIXES)
     if (family := family_of(checkpoint)) not in FAMILIES:
         raise StartError(f"look knows what {', '.join(FAMILIES)} see, not {family}")
-    check_pixel_limits(options, partial(family_of, checkpoint))
+    check_picture_options(options, partial(family_of, checkpoint))
     if takes_sounds(checkpoint):
         rule = mel_rule(checkpoint, PUBLISHED_RULE)
         sound = AudioPreprocessor(rule)(fetch(url, settings, MMUrlType.AUDIO), MMUrlType.AUDIO, options)

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
 
@@ -68,8 +69,8 @@ class Engine(Protocol):
         """Closes it."""
 
 
-class ClosedByWith:
-    """An engine that a `with` statement closes."""
+class ClosedByWith(ABC):
+    """What a `with` statement closes, for engines to inherit."""
 
     def __enter__(self) -> Self:
         return self
@@ -77,8 +78,8 @@ class ClosedByWith:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def close(self) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def close(self) -> None: ...
 
 
 def as_inputs(

@@ -25,8 +25,8 @@ _JP2_COLOURS = {1: 17, 3: 16}  # enumerated grey and sRGB, by components
 
 
 def is_plain(data: bytes, image_format: str) -> bool:
-    """`image_format` as `probe` names it. Looks at headers and,
-    of JPEG and PNG, at the last bytes; what is plain may still be broken.
+    """`image_format` as `probe` names it. Looks at headers and, of JPEG and PNG, at the last bytes; what is plain may
+    still be broken.
     """
     judge = _JUDGES.get(image_format)
     try:

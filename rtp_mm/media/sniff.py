@@ -54,7 +54,9 @@ def sniff(data: bytes) -> MMUrlType | None:
 
 
 def kind_of_text(data: bytes) -> str | None:
-    """ "HTML" or "text", for an error to name: a page that asks to log in is not what its URL promised; else `None`."""
+    """For an error to name: "HTML", as of a page that asks to log in where a picture was promised, "text", or `None`
+    for other bytes.
+    """
     try:
         start = codecs.getincrementaldecoder("utf-8")().decode(data[:_TEXT_BYTES])  # which may end within a character
     except UnicodeDecodeError:

@@ -18,6 +18,7 @@ from google.protobuf.descriptor_pool import DescriptorPool
 from google.protobuf.message import DecodeError
 
 from rtp_mm.errors import WrongFormatError
+from rtp_mm.types import MMUrlType
 
 WireForm = Literal["items", "concat"]
 
@@ -26,7 +27,6 @@ SERVICE = "MultimodalRpcService"
 MAX_MESSAGE_BYTES = 1 << 30  # each way, as RTP-LLM's clients and servers set it
 MAX_ITEMS = 1024  # of one request; each costs the event loop 0.1 ms, and its 2 bytes on the wire are 60 once parsed
 LARGEST_UNREAD = 1 << 20  # bytes of a request beside URLs and tensors; RTP-LLM's client sends an empty tensor with each
-_TENSOR = 4  # MMUrlType.TENSOR
 MESSAGE_SIZE_OPTIONS = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -262,7 +262,7 @@ def _unread(request: bytes) -> Iterator[int]:
             continue
         parts = [*fields(request, start, end)]
         kinds = [read_varint(request, at)[0] for part, at, _ in parts if part == 2 << 3]
-        read = (1, 3) if kinds[-1:] == [_TENSOR] else (1,)
+        read = (1, 3) if kinds[-1:] == [MMUrlType.TENSOR] else (1,)
         yield sum(end - start for part, start, end in parts if part >> 3 not in read)
 
 
