@@ -151,6 +151,12 @@ py::tuple animation_of_bytes(const py::buffer& data) {
   return py::make_tuple(animation.width, animation.height, py::array(frames, animation.milliseconds.data()));
 }
 
+size_t jpeg_scans(const py::buffer& data) {
+  const py::buffer_info file = bytes_of(data, "jpeg_scans");
+  py::gil_scoped_release release;
+  return count_jpeg_scans(static_cast<const uint8_t*>(file.ptr), file.size);
+}
+
 py::object unfilter_png_array(const py::buffer& filtered, int64_t height, int64_t width, int64_t channels) {
   const py::buffer_info data = filtered.request();
   const int64_t row_bytes = width * channels;
@@ -192,6 +198,7 @@ PYBIND11_MODULE(_core, m) {
         "An image file's first bytes -> (format, width, height, frames), bytes needed to tell, or None.");
   m.def("animation", &rtp_mm::animation_of_bytes, py::arg("data"),
         "A GIF, WebP, PNG or AVIF file -> width and height of its canvas, [frames] milliseconds.");
+  m.def("jpeg_scans", &rtp_mm::jpeg_scans, py::arg("data"), "Scans of a whole JPEG file, its thumbnails' included.");
   m.def("over_white", &rtp_mm::over_white_array, py::arg("rgba"),
         "[H, W, 4] -> [H, W, 3] uint8: RGBA over opaque white, rounded as Pillow does.");
   m.def("unfilter_png", &rtp_mm::unfilter_png_array, py::arg("filtered"), py::arg("height"), py::arg("width"),

@@ -55,6 +55,9 @@ def animation(data: Buffer) -> tuple[int, int, NDArray[np.float64]]:
     says what is wrong with the file.
     """
 
+def jpeg_scans(data: Buffer) -> int:
+    """Scans of a whole JPEG file, those of its thumbnails too: by their markers, without decoding; releases the GIL."""
+
 def over_white(rgba: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """[H, W, 4] over opaque white to [H, W, 3], rounded as Pillow's `alpha_composite` does; releases the GIL."""
 

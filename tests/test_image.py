@@ -144,6 +144,24 @@ def test_a_jpegs_scans_are_limited(chelsea: Image.Image, scans: int) -> None:
         np.testing.assert_array_equal(pixels(repeated), np.asarray(Image.open(io.BytesIO(repeated)).convert("RGB")))
 
 
+def tiff_of_one_tile(tile: int, kind: int = 4) -> bytes:
+    """An image of 64x64 in a tile of `tile` a side, a value of this TIFF type."""
+    data = zlib.compress(bytes(64 * 64 * 3))
+    tags = {256: 64, 257: 64, 258: 8, 259: 8, 262: 2, 277: 3, 322: tile, 323: tile, 324: 0, 325: len(data)}
+    tags[324] = 8 + 2 + 12 * len(tags) + 4
+    entries = [struct.pack("<HHII", tag, kind if tag in (322, 323) else 4, 1, value) for tag, value in tags.items()]
+    return struct.pack("<4sIH", b"II*\0", 8, len(tags)) + b"".join(entries) + bytes(4) + data
+
+
+def test_a_tiffs_tiles_are_limited() -> None:
+    """libtiff takes memory for all of a tile, however little of it the image covers."""
+    assert pixels(tiff_of_one_tile(64)).shape == (64, 64, 3)
+    with pytest.raises(WrongFormatError, match="30000x30000 is 900000000 pixels, over the limit"):
+        pixels(tiff_of_one_tile(30000))
+    with pytest.raises(WrongFormatError, match="broken image"):
+        pixels(tiff_of_one_tile(30000, kind=2))  # a text, which is libtiff's to refuse
+
+
 def test_a_jpeg_that_is_not_plain_is_left_to_pillow(chelsea: Image.Image, photo: bytes) -> None:
     assert decode_jpeg(photo, 451, 300) is not None
     assert decode_jpeg(photo, 451, 299) is None  # Pillow read another header than libjpeg-turbo does

@@ -27,6 +27,9 @@ using ProbeResult = std::variant<std::monostate, NeedsMore, ImageHeader>;
 // Allocates nothing, and looks at no more than a fixed number of segments, blocks or entries, whatever the header says.
 ProbeResult probe(const uint8_t* data, size_t size);
 
+// Scans of a whole JPEG file, those of its thumbnails too: how often a marker of one stands in it.
+size_t count_jpeg_scans(const uint8_t* data, size_t size);
+
 // The frames of a GIF, WebP, PNG or AVIF file, by its own headers.
 struct Animation {
   uint64_t width, height;  // pixels of the canvas that holds every frame, those of a GIF that leave its screen too

@@ -1,5 +1,6 @@
 // JPEG and TIFF. They share a directory of tags: a JPEG of several pictures (MPO) tells their number in one.
 
+#include <algorithm>
 #include <array>
 #include <optional>
 
@@ -108,3 +109,20 @@ ImageHeader tiff(const Bytes& file) {
 }
 
 }  // namespace rtp_mm::probing
+
+namespace rtp_mm {
+
+size_t count_jpeg_scans(const uint8_t* data, size_t size) {
+  constexpr size_t kBlock = 255;  // as many as a byte counts, by which the compiler vectorises
+  size_t scans = 0;
+  for (size_t at = 1; at < size;) {
+    uint8_t in_block = 0;
+    for (const size_t end = std::min(size, at + kBlock); at < end; ++at) {
+      in_block += (data[at - 1] == 0xff) & (data[at] == 0xda);
+    }
+    scans += in_block;
+  }
+  return scans;
+}
+
+}  // namespace rtp_mm

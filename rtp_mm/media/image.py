@@ -28,7 +28,7 @@ from rtp_mm.types import MMUrlType
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "ICO", "PPM", "QOI", "TGA")
 KEPT_BYTES = 48 << 20  # an image of 12 megapixels, in Pillow's four bytes each
 MAX_SCANS = 200  # of a JPEG; encoders make a dozen, and each, of a few bytes, may take as long as the whole image
-_SCAN = b"\xff\xda"  # nothing else in a JPEG but a thumbnail's
+_TILE_SIDES = (322, 323)  # tags of a TIFF: TileWidth, TileLength
 _MODES = {1: "L", 2: "LA", 4: "RGBA"}  # Pillow's, by channels
 _HEIC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx"}
 
@@ -82,14 +82,23 @@ def decode(
             image = Image.open(BytesIO(data), formats=(*formats, *_heif_format(data)))
         with image:
             check_pixels(*image.size, max_pixels)
-            if (scans := data.count(_SCAN) if image.format in ("JPEG", "MPO") else 0) > MAX_SCANS:
-                raise WrongFormatError(f"a JPEG of {scans} scans, over the limit of {MAX_SCANS}")
+            _check_work(data, image, max_pixels)
             pixels = None if exif_transpose else _decode_faster(data, image)
             if pixels is None:
                 with named_errors(data, formats):
                     pixels = _decode(image, exif_transpose)
             pixels.flags.writeable = False
             return pixels
+
+
+def _check_work(data: bytes, image: ImageFile.ImageFile, max_pixels: int) -> None:
+    """Raises `WrongFormatError` for a file that takes far more time or memory than its pixels."""
+    if image.format in ("JPEG", "MPO") and (scans := _core.jpeg_scans(data)) > MAX_SCANS:
+        raise WrongFormatError(f"a JPEG of {scans} scans, over the limit of {MAX_SCANS}")
+    if image.format == "TIFF":
+        tile = [image.tag_v2.get(side) for side in _TILE_SIDES]  # type: ignore[attr-defined]
+        if all(isinstance(side, int) for side in tile):  # libtiff takes no others
+            check_pixels(tile[0], tile[1], max_pixels)
 
 
 def _decode(image: ImageFile.ImageFile, exif_transpose: bool) -> NDArray[np.uint8]:
