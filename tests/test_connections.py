@@ -1,4 +1,4 @@
-"""A gRPC connection ends some day, and with it what a caller left unread; callers that behave notice nothing."""
+"""A connection ends some day, and with it what a caller left unread or unsaid; callers that behave notice nothing."""
 
 from __future__ import annotations
 
@@ -84,6 +84,24 @@ async def test_half_a_message_is_waited_for_no_longer(monkeypatch: pytest.Monkey
             await asyncio.wait_for(reader.read(), 10)
         await until(lambda: len(asyncio.all_tasks()) == before)
         assert not server.engine.asked
+
+
+@pytest.mark.parametrize(
+    "start", [b"", b"GET /health HTTP/1.1\r\nHost: a", b"GET /health HTTP/1.1\r\nHost: a\r\n\r\nGET /"]
+)
+async def test_half_an_http_request_is_waited_for_no_longer(monkeypatch: pytest.MonkeyPatch, start: bytes) -> None:
+    """Nor one that comes in drops."""
+    monkeypatch.setattr(app, "_HTTP_IDLE_S", AGE_MS / 1e3)
+    async with serving() as server:
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.settings.start_port)
+        writer.write(start)
+        ends = asyncio.ensure_future(reader.read())
+        while start and not ends.done():
+            writer.write(b"a")
+            await asyncio.sleep(AGE_MS / 5e3)
+        answer = await asyncio.wait_for(ends, 10)
+        assert answer.startswith(b"HTTP/1.1 200") if start.count(b"GET") == 2 else answer == b""
+        writer.close()
 
 
 async def test_calls_go_on_over_the_next_connection() -> None:

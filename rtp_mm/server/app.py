@@ -41,6 +41,7 @@ _HEALTH_NAMES = ("", SERVICE)  # "" stands for the server as a whole
 LoadEngine = Callable[[Settings, asyncio.AbstractEventLoop], Loaded]  # blocks; the engine then lives on that loop
 _HEALTH_PERIOD_S = 0.5
 _LAST_WORDS_S = 0.2  # after the drain: for health watchers and refusals to reach their clients
+_HTTP_IDLE_S = 75.0  # that an HTTP connection may wait for a request's head to end: longer than between two scrapes
 _NEVER_MS = (1 << 31) - 1  # as gRPC takes it; a larger number it does not take
 _CARRIAGE_MS = 60_000  # for the messages of a call, both ways, beside its MM_TIMEOUT_MS
 
@@ -108,7 +109,9 @@ async def open_ports(state: ServerState, settings: Settings) -> AsyncIterator[he
     spans = tracing(settings)
     is_mutual = tls is not None and tls.is_mutual
     app = http_app(state, settings, metrics, guard, is_mutual=is_mutual)
-    runner = web.AppRunner(app, access_log=None, logger=http_logger(), shutdown_timeout=_LAST_WORDS_S)
+    runner = web.AppRunner(
+        app, access_log=None, logger=http_logger(), shutdown_timeout=_LAST_WORDS_S, keepalive_timeout=_HTTP_IDLE_S
+    )
     await runner.setup()
     interceptors = [TokenInterceptor(guard, lambda: metrics.refused("grpc"))] if guard.is_on else []
     server = grpc.aio.server(options=grpc_options(settings), interceptors=interceptors)
