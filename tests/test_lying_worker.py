@@ -74,6 +74,25 @@ async def test_of_what_is_not_predicted_only_what_can_be_is_taken(
     await until_slab_is_free(liar)
 
 
+class Broken(LyingPreprocessor):
+    def is_possible(self, layout: Layout, blob: Blob, mm_type: MMUrlType) -> bool:
+        return bool(blob.source == "honest" or 1 // 0)
+
+
+async def test_a_check_that_fails_costs_its_item_alone(
+    media: MediaPreprocessor, photo: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    pool = WorkerPool(count=1, memory_mb=MEMORY_MB, slab_mb=64, inbox_bytes=1 << 20, cores=ONE_CORE)
+    pool.open(Broken(media))
+    with pytest.raises(ProcessError, match="while it held this item: the engine failed with ZeroDivisionError"):
+        await pool.run(Blob(photo, b"", "a"), MMUrlType.IMAGE, OPTIONS)
+    assert "1 // 0" in caplog.text
+    assert len((await pool.run(Blob(photo, b"", "honest"), MMUrlType.IMAGE, OPTIONS)).rows)
+    assert pool.restarts == {"crash": 1}
+    await until_slab_is_free(pool)
+    pool.close()
+
+
 async def test_neither_answer_nor_cost_is_a_liars(
     tiny_qwen2_5_vl: Path, tmp_path: Path, photos: dict[str, Pixels]
 ) -> None:

@@ -179,6 +179,10 @@ class WorkerPool:
             worker.clear(job.blob.nbytes)
         except WorkerDiedError as error:
             return await self._bury(worker, job, str(error))
+        except Exception as error:  # noqa: BLE001  # a bug: ours, or a third party's, in its `is_possible`
+            _log.error("preprocessing of %s failed", job.blob.source, exc_info=error)
+            worker.kill()  # for nobody knows how far the conversation came
+            return await self._bury(worker, job, f"the engine failed with {type(error).__name__}")
         finally:
             del self._busy[job]
             self._jobs.end(job)
