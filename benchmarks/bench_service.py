@@ -6,10 +6,12 @@
     python -m benchmarks.bench_service mixed    the tiny tower, JPEGs from 112x112 to 4K, half of them as data URLs
     python -m benchmarks.bench_service overload        three times our own capacity for a minute, then normal load again
     python -m benchmarks.bench_service overload-tower  the same, tower-bound
+    python -m benchmarks.bench_service overload --apart    the same, callers and images on a core of their own
 
 Every image is distinct and comes over HTTP from a server of its own, or within the request; caches are off. First the
 capacity of both, in turns, with `--callers` requests at once; then Poisson arrivals at 0.3, 0.6 and 0.9 of the peer's
-capacity, and at one and a half of it. The client and the web server share the machine's cores with whoever is measured.
+capacity, and at one and a half of it. The client and the web server share the machine's cores with whoever is measured;
+with `--apart` they have the last core, which that one does not have.
 """
 
 from __future__ import annotations
@@ -17,12 +19,13 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import random
 import shutil
 import statistics
 import tempfile
 from base64 import b64encode
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,11 +104,27 @@ class Contender:
 
 
 @contextmanager
+def on_cores(cores: Collection[int]) -> Iterator[None]:
+    """For this thread and what it starts, processes included."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)
+    yield
+    os.sched_setaffinity(0, before)
+
+
+@contextmanager
 def contenders(options: argparse.Namespace, checkpoint: Path) -> Iterator[tuple[list[Contender], str]]:
-    """Both servers and the source of photographs, running; the source's base URL."""
+    """Both servers and the source of photographs, running; the source's base URL. With `--apart`, from here on this
+    thread runs on the last core, as the source does, and the servers on the others.
+    """
     own, peer, photos = free_ports(3)
+    *most, last = cores = sorted(os.sched_getaffinity(0))
+    callers, measured = ([last], most) if options.apart else (cores, cores)
     with ExitStack() as stack:
+        stack.enter_context(on_cores(callers))
         stack.enter_context(started(["benchmarks.photo_source", "--port", str(photos)], lambda: is_listening(photos)))
+        on_measured = stack.enter_context(ExitStack())
+        on_measured.enter_context(on_cores(measured))
         command = ours(checkpoint, own, options.dtype, *SCENARIOS[options.scenario].options, *options.option)
         servers = [
             Contender("ours", f"127.0.0.1:{own + 1}", stack.enter_context(started(command, lambda: is_healthy(own))))
@@ -116,6 +135,7 @@ def contenders(options: argparse.Namespace, checkpoint: Path) -> Iterator[tuple[
             name, command = "Hugging Face", hugging_face(checkpoint, peer, options.dtype)
         process = stack.enter_context(started(command, lambda: is_listening(peer)))
         servers.append(Contender(name, f"127.0.0.1:{peer}", process))
+        on_measured.close()
         yield servers, f"http://127.0.0.1:{photos}"
 
 
@@ -328,11 +348,15 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=10, help="of each run")
     parser.add_argument("--answers", type=int, default=150, help="at least so many arrivals a level")
     parser.add_argument("--overload-seconds", type=float, default=60)
+    parser.add_argument("--apart", action="store_true", help="callers and images on a core of their own, the last")
     parser.add_argument("--option", action="append", default=[], help="a flag for our server, --name=value")
     options = parser.parse_args()
+    if options.apart and len(os.sched_getaffinity(0)) < 2:
+        parser.error("--apart takes two cores or more")
+    name = options.scenario + "-apart" * options.apart
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = Path(folder) / "checkpoint"
-        result: dict[str, Any] = {"scenario": options.scenario, "dtype": options.dtype, "callers": options.callers}
+        result: dict[str, Any] = {"scenario": name, "dtype": options.dtype, "callers": options.callers}
         write_tower(checkpoint, SCENARIOS[options.scenario].tower)
         if options.scenario == "tower":
             result["tower_ms"] = tower_ratio(checkpoint, options.dtype)
@@ -340,7 +364,7 @@ def main() -> None:
         with contenders(options, checkpoint) as (servers, photos):
             result |= asyncio.run(measure(options, servers, photos))
     show(result)
-    name = f"service_{options.scenario.replace('-', '_')}" + ("" if options.dtype == "bf16" else f"_{options.dtype}")
+    name = f"service_{name.replace('-', '_')}" + ("" if options.dtype == "bf16" else f"_{options.dtype}")
     if "Hugging Face" in result["capacity_per_second"]:
         plot(RESULTS / f"{name}.png", result)
     write_result(name, result)
