@@ -20,7 +20,7 @@ from rtp_mm.media.jpeg import decode_jpeg
 from rtp_mm.media.limits import check_pixels
 from rtp_mm.media.png import decode_png
 from rtp_mm.media.probe import probe
-from rtp_mm.media.sniff import kind_of_text, sniff
+from rtp_mm.media.sniff import HEIC_BRANDS, kind_of_text, sniff
 from rtp_mm.media.truncation import TRUNCATION
 from rtp_mm.types import MMUrlType
 
@@ -30,7 +30,6 @@ KEPT_BYTES = 48 << 20  # an image of 12 megapixels, in Pillow's four bytes each
 MAX_SCANS = 200  # of a JPEG; encoders make a dozen, and each, of a few bytes, may take as long as the whole image
 _TILE_SIDES = (322, 323)  # tags of a TIFF: TileWidth, TileLength
 _MODES = {1: "L", 2: "LA", 4: "RGBA"}  # Pillow's, by channels
-_HEIC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx"}
 
 # What Pillow's readers raise for broken files. RuntimeError and ArithmeticError (a time scale of 0) are AVIF's. The
 # warning is an exception where warnings are errors. A MemoryError is for the caller, who knows the memory's limit.
@@ -119,7 +118,7 @@ def _decode_faster(data: bytes, image: ImageFile.ImageFile) -> NDArray[np.uint8]
 
 
 def _heif_format(data: bytes) -> tuple[str, ...]:
-    if data[4:8] != b"ftyp" or data[8:12] not in _HEIC_BRANDS:
+    if data[4:8] != b"ftyp" or data[8:12] not in HEIC_BRANDS:
         return ()
     try:
         from pillow_heif import register_heif_opener

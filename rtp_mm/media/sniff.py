@@ -8,7 +8,8 @@ import re
 from rtp_mm.types import MMUrlType
 
 # ISO base media files (`....ftyp` and a brand) hold any of the three; the brand tells. Everything else is video.
-_IMAGE_BRANDS = {b"avif", b"avis", b"mif1", b"msf1", b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx"}
+HEIC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx"}
+_IMAGE_BRANDS = HEIC_BRANDS | {b"avif", b"avis", b"mif1", b"msf1"}
 _AUDIO_BRANDS = {b"M4A ", b"M4B ", b"M4P "}
 
 _TEXT_BYTES = 64  # that are looked at
