@@ -6,6 +6,7 @@ Imports what the tests of kernels need, which run on GPUs where little is instal
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import io
 import os
@@ -21,6 +22,7 @@ import skimage.data
 import torch
 from no_network import forbidden_calls, watch_sockets
 from numpy.typing import NDArray
+from packaging.version import Version
 from PIL import Image
 
 from rtp_mm.random_checkpoint import write_checkpoint
@@ -39,10 +41,20 @@ def _is_installed(module: str) -> bool:
         return False
 
 
+def _has_interpreter() -> bool:
+    """Of Triton's kernels: that of 3.6, with torch 2.11, takes no array of one element for an index, as numpy 2.4 does
+    not.
+    """
+    version = importlib.metadata.version
+    has_numpys_strictness = Version(version("numpy")) >= Version("2.4")
+    return _is_installed("triton") and (not has_numpys_strictness or Version(version("triton")) >= Version("3.7"))
+
+
 FEATURES: dict[str, Callable[[], bool]] = {
     "cuda": torch.cuda.is_available,
     "nvcc": lambda: shutil.which("nvcc") is not None,
     "triton": lambda: _is_installed("triton"),
+    "triton_interpreter": _has_interpreter,
     "flash": lambda: _is_installed("flash_attn"),
     "heif": lambda: _is_installed("pillow_heif"),
     "dali": lambda: _is_installed("nvidia.dali"),

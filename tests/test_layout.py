@@ -142,4 +142,4 @@ def test_blanket_excepts_stand_at_the_edge_of_a_process_or_around_a_third_partys
         for path, tree in nodes.items()
         if any(isinstance(node, ast.ExceptHandler) and swallows_all(node) for node in tree)
     }
-    assert blanket == {"rtp_mm.server.servicer", "rtp_mm.preprocess.worker", "rtp_mm.engine.workers"}
+    assert blanket == {"rtp_mm.server.servicer", "rtp_mm.preprocess.worker", "rtp_mm.engine.third_party"}

@@ -30,7 +30,7 @@ def run(script: str, *arguments: object, **environment: str) -> None:
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_kernels_are_as_exact_as_pytorch_in_the_interpreter(script: str) -> None:
-    require("triton")
+    require("triton_interpreter")
     run(script, TRITON_INTERPRET="1")
 
 
@@ -41,7 +41,7 @@ def test_kernels_are_as_exact_as_pytorch_on_a_gpu(script: str) -> None:
 
 
 def test_towers_through_triton_equal_those_of_a_cpu(tiny_qwen2_vl: Path, tiny_qwen2_5_vl: Path) -> None:
-    require("triton")
+    require("triton_interpreter")
     run("triton_tower.py", tiny_qwen2_vl, tiny_qwen2_5_vl, TRITON_INTERPRET="1")
 
 

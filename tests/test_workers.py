@@ -15,8 +15,9 @@ from worker_pools import IMAGE, NO_OPTIONS, is_gone
 
 from rtp_mm.config import load_settings
 from rtp_mm.engine import worker_pool
+from rtp_mm.engine.third_party import as_mm_error
 from rtp_mm.engine.worker_pool import WorkerPool
-from rtp_mm.engine.workers import PreprocessWorkers, _as_mm_error
+from rtp_mm.engine.workers import PreprocessWorkers
 from rtp_mm.errors import NotSupportedError, ProcessError, StartError, WrongFormatError
 from rtp_mm.library import create_engine
 from rtp_mm.models.multimodal_common import MultiModalEmbeddingInterface
@@ -105,7 +106,7 @@ class Panic(BaseException):
 def test_a_third_partys_error_is_a_word_to_the_caller_and_a_stack_in_the_log(
     error: BaseException, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with pytest.raises(ProcessError) as caught, _as_mm_error("photo"):
+    with pytest.raises(ProcessError) as caught, as_mm_error("photo"):
         raise error
     assert str(caught.value) == f"preprocessing failed with {type(error).__name__}"
     assert caught.value.__cause__ is None
@@ -122,7 +123,7 @@ def test_a_third_partys_error_is_a_word_to_the_caller_and_a_stack_in_the_log(
     ids=repr,
 )
 def test_what_is_ours_or_ends_the_work_passes_as_it_is(error: BaseException, caplog: pytest.LogCaptureFixture) -> None:
-    with pytest.raises(type(error)) as caught, _as_mm_error("photo"):
+    with pytest.raises(type(error)) as caught, as_mm_error("photo"):
         raise error
     assert caught.value is error
     assert not caplog.records

@@ -21,6 +21,7 @@ from rtp_mm.cores import CoreShare, available_cores
 from rtp_mm.engine import worker_protocol
 from rtp_mm.engine.job_queue import Check, ChecksLayout, Job, JobQueue, no_check
 from rtp_mm.engine.slab import Slab, Slot
+from rtp_mm.engine.third_party import as_mm_error
 from rtp_mm.engine.worker_process import WorkerDiedError, WorkerProcess
 from rtp_mm.errors import DrainingError, MMError, ProcessError, StartError, WrongFormatError
 from rtp_mm.logs import log_event
@@ -179,10 +180,6 @@ class WorkerPool:
             worker.clear(job.blob.nbytes)
         except WorkerDiedError as error:
             return await self._bury(worker, job, str(error))
-        except Exception as error:  # noqa: BLE001  # a bug: ours, or a third party's, in its `is_possible`
-            _log.error("preprocessing of %s failed", job.blob.source, exc_info=error)
-            worker.kill()  # for nobody knows how far the conversation came
-            return await self._bury(worker, job, f"the engine failed with {type(error).__name__}")
         finally:
             del self._busy[job]
             self._jobs.end(job)
@@ -257,10 +254,14 @@ class WorkerPool:
         return Place(slot.offset, shape)
 
     def _check_layout(self, job: Job, layout: Layout) -> None:
-        """Raises `WorkerDiedError` for one that is not as predicted, or can be no such item's."""
+        """Raises `WorkerDiedError` for one that is not as predicted, or can be no such item's, and `ProcessError` where
+        that cannot be told.
+        """
         if job.layout is not None and layout != job.layout:
             raise WorkerDiedError(f"it gave {layout}, predicted was {job.layout}")
-        if self._judge is not None and not self._judge.is_possible(layout, job.blob, job.mm_type):
+        with as_mm_error(job.blob.source):
+            is_possible = self._judge is None or self._judge.is_possible(layout, job.blob, job.mm_type)
+        if not is_possible:
             raise WorkerDiedError(f"it gave {layout}, which no such item has")
 
     async def _bury(self, worker: WorkerProcess, job: Job, breach: str) -> str:

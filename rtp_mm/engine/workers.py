@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from rtp_mm.config import Settings
 from rtp_mm.cores import CoreShare, available_cores
 from rtp_mm.engine.job_queue import Check, no_check
 from rtp_mm.engine.pinning import PinnedBytes
+from rtp_mm.engine.third_party import as_mm_error
 from rtp_mm.engine.worker_pool import WorkerPool
-from rtp_mm.errors import MMError, ProcessError, WrongFormatError
 from rtp_mm.media.decode_threads import DECODE_THREADS
 from rtp_mm.models.multimodal_common import MultiModalEmbeddingInterface
 from rtp_mm.models.registry import thread_on
 from rtp_mm.types import Blob, Layout, MMPreprocessConfig, MMUrlType, PreprocessOptions
-
-_log = logging.getLogger(__name__)
 
 DEVICE_DECODES = 4  # at once: each has a thread, a stream and a decoder's memory
 
@@ -93,7 +89,7 @@ class PreprocessWorkers:
         Raises `MMError`; a third party's own exception becomes `ProcessError`. Cancelled, a process that still runs a
         second later is killed; a thread goes on to its end.
         """
-        with _as_mm_error(blob.source):
+        with as_mm_error(blob.source):
             if self._processes is None:
                 config = MMPreprocessConfig.from_options(options)
                 return await self._in_thread(self._mm_part.prepare, blob, mm_type, config)
@@ -136,17 +132,3 @@ class PreprocessWorkers:
         """Once the device reads rows no more, on any thread: a copy from memory that is unregistered under it fails."""
         if self._pinned is not None:
             self._pinned.close()
-
-
-@contextmanager
-def _as_mm_error(source: str) -> Iterator[None]:
-    """What a third party's code raises inside it leaves as `MMError`; its own text and stack stay in the log."""
-    try:
-        yield
-    except (MMError, asyncio.CancelledError, KeyboardInterrupt, SystemExit, GeneratorExit):
-        raise
-    except MemoryError:
-        raise WrongFormatError("preprocessing needs more memory than there is") from None
-    except BaseException as error:  # noqa: BLE001  # a third party's: a panic of Rust code is no `Exception`
-        _log.error("preprocessing of %s failed", source, exc_info=error)
-        raise ProcessError(f"preprocessing failed with {type(error).__name__}") from None
