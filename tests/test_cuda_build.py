@@ -29,19 +29,24 @@ def test_no_kernel_spills(stem: str, arch: str) -> None:
         assert not [i for i in instructions if i.startswith(("LDL", "STL"))], name
 
 
+MULTIPLY = re.compile(r"multiply_mmaILi(\d)ELi(\d)ELb(\d)E(\d+__(?:half|nv_bfloat16))(.*?)EEv")
+
+
 @pytest.mark.parametrize("arch", ARCHS)
 def test_patch_embed_multiplies_on_tensor_cores_and_moves_16_bytes(arch: str) -> None:
     kernels = compiled("patch_embed_mma", arch).instructions()
-    assert len(kernels) == 6  # two weights, three outputs
+    assert len(kernels) == 2 * 3 * 2 * 3  # weights, outputs, terms, alignments
     for name, instructions in kernels.items():
-        weight, out = re.search(r"multiply_mmaI(\d+__(?:half|nv_bfloat16))(.*?)EEv", name).groups()  # type: ignore[union-attr]
+        terms, row_bytes, is_aligned, weight, out = MULTIPLY.search(name).groups()  # type: ignore[union-attr]
         product = "HMMA.16816.F32.BF16" if "bfloat" in weight else "HMMA.16816.F32"
-        assert instructions[product] >= 32, name
-        assert count(instructions, "LDGSTS", "128") >= 2, name  # rows and weight, global to shared
+        assert instructions[product] == 32 * int(terms), name  # a step of k, and one only
         assert count(instructions, "LDS", "128") >= 8, name  # a column's eight k
-        assert count(instructions, "LDG.E", "128") >= 1, name  # bias and position embedding
-        assert count(instructions, "STG.E", "128" if out == "f" else "64") >= 16, name  # four neighbours
         assert not count(instructions, "I2F", "U8"), name  # bytes are widened without conversions
+        assert bool(count(instructions, "LDGSTS", "64")) == (row_bytes == "8"), name  # rows, global to shared
+        if is_aligned == "1":
+            assert count(instructions, "LDGSTS", "128") >= 2 * int(terms), name  # weight, global to shared
+            assert count(instructions, "LDG.E", "128") >= 1, name  # bias and position embedding
+            assert count(instructions, "STG.E", "128" if out == "f" else "64") >= 16, name  # four neighbours
 
 
 def count(instructions: dict[str, int], *parts: str) -> int:

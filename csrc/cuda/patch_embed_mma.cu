@@ -7,6 +7,9 @@
 // tile, one 8-byte load of a row and one 16-byte load of a column, and makes two instructions' operands of them. So is
 // which column goes where: lane t ends up with columns 4t to 4t + 3 of every 16, which it stores at once.
 
+#include <initializer_list>
+#include <type_traits>
+
 #include "cuda/patch_embed_device.h"
 #include "cuda/patch_embed_mma.h"
 #include "cuda/ptx.h"
@@ -17,7 +20,7 @@ namespace {
 constexpr int kWarp = 32, kWarps = 4, kThreads = kWarp * kWarps;
 constexpr int kRows = 128, kColumns = 64, kDepth = 32;                         // of a block's tile
 constexpr int kRowBlocks = kRows / kWarps / 16, kColumnBlocks = kColumns / 8;  // of a warp: mma's 16 x 8
-constexpr int kStages = 3;  // two tiles on their way while one is used: 36 KB, four blocks on an SM of sm_80
+constexpr int kStages = 3;  // two tiles on their way while one is used: 36 KB, three blocks on an SM
 constexpr int kMaxTerms = 2;
 
 struct alignas(16) Stage {
@@ -25,33 +28,38 @@ struct alignas(16) Stage {
   uint16_t weight[kMaxTerms][kColumns][kDepth];
 };
 
-// The part of `count` elements from `begin` that a copy of kBytes finds.
+// Of a copy of kBytes from byte `begin` of a line of `end` bytes: those that there are.
 template <int kBytes>
-__device__ int bytes_there(int64_t begin, int64_t count, int element_size) {
-  const int64_t bytes = (count - begin) * element_size;
-  return bytes < 0 ? 0 : bytes < kBytes ? static_cast<int>(bytes) : kBytes;
+__device__ int bytes_there(int begin, int end) {
+  return min(max(end - begin, 0), kBytes);
 }
 
-// starts: where the tile's rows begin in job.rows, -1 for those past the last.
-template <int kBytes, class Weight>
-__device__ void copy_rows(const CudaPatchEmbed<Weight>& job, const int64_t* starts, int64_t first_k, Stage& stage) {
-  constexpr int kCopies = kDepth / kBytes;  // of a row
-  for (int i = threadIdx.x; i < kRows * kCopies; i += kThreads) {
-    const int row = i / kCopies, byte = i % kCopies * kBytes;
-    const int there = starts[row] < 0 ? 0 : bytes_there<kBytes>(first_k + byte, job.k, 1);
-    copy_async<kBytes>(&stage.rows[row][byte], there ? job.rows + starts[row] + first_k + byte : job.rows, there);
+// lines: where the tile's rows begin.
+template <int kBytes>
+__device__ void copy_rows(const uint8_t* const* lines, int first_k, int k, Stage& stage) {
+  constexpr int kCopies = kDepth / kBytes, kAtOnce = kThreads / kCopies;  // copies of a row, rows
+  const int row = threadIdx.x / kCopies, byte = threadIdx.x % kCopies * kBytes;
+  const int there = bytes_there<kBytes>(first_k + byte, k), offset = there ? first_k + byte : 0;
+#pragma unroll
+  for (int j = 0; j < kRows; j += kAtOnce) {
+    copy_async<kBytes>(&stage.rows[row + j][byte], lines[row + j] + offset, there);
   }
 }
 
-template <int kBytes, class Weight>
-__device__ void copy_weight(const CudaPatchEmbed<Weight>& job, int64_t first_column, int64_t first_k, Stage& stage) {
-  constexpr int kElements = kBytes / sizeof(Weight), kCopies = kDepth / kElements;  // of a column
-  for (int i = threadIdx.x; i < job.terms * kColumns * kCopies; i += kThreads) {
-    const int term = i / (kColumns * kCopies), column = i / kCopies % kColumns, element = i % kCopies * kElements;
-    const int there = first_column + column < job.d ? bytes_there<kBytes>(first_k + element, job.k, sizeof(Weight)) : 0;
-    const Weight* from =
-        job.weight + term * job.term_stride + (first_column + column) * job.column_stride + first_k + element;
-    copy_async<kBytes>(&stage.weight[term][column][element], there ? from : job.weight, there);
+// lines: where the tile's columns begin in the first term.
+template <int kTerms, int kBytes, class Weight>
+__device__ void copy_weight(const Weight* const* lines, int64_t term_stride, int first_k, int k, Stage& stage) {
+  constexpr int kElements = kBytes / sizeof(Weight), kCopies = kDepth / kElements, kAtOnce = kThreads / kCopies;
+  const int column = threadIdx.x / kCopies, element = threadIdx.x % kCopies * kElements;
+  const int size = sizeof(Weight), there = bytes_there<kBytes>((first_k + element) * size, k * size);
+  const int offset = there ? first_k + element : 0;
+#pragma unroll
+  for (int j = 0; j < kColumns; j += kAtOnce) {
+#pragma unroll
+    for (int term = 0; term < kTerms; ++term) {
+      const Weight* from = lines[column + j] + offset + term * term_stride;
+      copy_async<kBytes>(&stage.weight[term][column + j][element], from, there);
+    }
   }
 }
 
@@ -80,8 +88,8 @@ __device__ void centre<__half>(uint32_t bytes, uint32_t& first, uint32_t& second
 }
 
 // A warp's rows by all columns, over one tile of k.
-template <class Weight>
-__device__ void multiply_tile(const Stage& stage, int terms, float (&sums)[kRowBlocks][kColumnBlocks][4]) {
+template <int kTerms, class Weight>
+__device__ void multiply_tile(const Stage& stage, float (&sums)[kRowBlocks][kColumnBlocks][4]) {
   const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
   const int first_row = threadIdx.x / kWarp * 16 * kRowBlocks;
   uint32_t pixels[2][kRowBlocks][4];  // the operands of both halves of the lane's k
@@ -98,7 +106,8 @@ __device__ void multiply_tile(const Stage& stage, int terms, float (&sums)[kRowB
 #pragma unroll
   for (int j = 0; j < kColumnBlocks; ++j) {
     const int column = 16 * (j / 2) + 4 * (g / 2) + 2 * (j % 2) + g % 2;
-    for (int term = 0; term < terms; ++term) {
+#pragma unroll
+    for (int term = 0; term < kTerms; ++term) {
       const uint4 weight = *reinterpret_cast<const uint4*>(stage.weight[term][column] + 8 * t);
 #pragma unroll
       for (int block = 0; block < kRowBlocks; ++block) {
@@ -164,29 +173,27 @@ __device__ void finish_tile(const CudaPatchEmbed<Weight>& job, int64_t first_row
   }
 }
 
-struct Copies {
-  bool is_row_wide, is_weight_wide;  // 16 bytes, else 4
-  bool is_store_wide;                // four elements, else one
-};
-
-template <class Weight, class Out>
-__global__ void __launch_bounds__(kThreads, 4) multiply_mma(CudaPatchEmbed<Weight> job, Copies copies, Out* out) {
+// Straight code for a step: what a job is like stands in the type. kRowBytes: that a copy of the rows takes;
+// kIsAligned: the weight's copies take 16 bytes, and stores four elements. Rows and columns past the last are read as
+// the last, and not stored.
+template <int kTerms, int kRowBytes, bool kIsAligned, class Weight, class Out>
+__global__ void __launch_bounds__(kThreads, 3) multiply_mma(CudaPatchEmbed<Weight> job, Out* out) {
   __shared__ Stage stages[kStages];
-  __shared__ int64_t starts[kRows];
+  __shared__ const uint8_t* rows[kRows];
+  __shared__ const Weight* columns[kColumns];
   const int64_t first_row = int64_t{blockIdx.x} * kRows, first_column = int64_t{blockIdx.y} * kColumns;
-  const int64_t row = first_row + threadIdx.x;
-  static_assert(kRows == kThreads);
-  starts[threadIdx.x] = row < job.n ? input_row(job, row) * job.k : -1;
+  const int thread = threadIdx.x;
+  static_assert(kRows == kThreads && kColumns <= kThreads);
+  rows[thread] = job.rows + input_row(job, min(first_row + thread, job.n - 1)) * job.k;
+  if (thread < kColumns) columns[thread] = job.weight + min(first_column + thread, job.d - 1) * job.column_stride;
   __syncthreads();
 
-  const int steps = static_cast<int>((job.k + kDepth - 1) / kDepth);
+  const int k = static_cast<int>(job.k), steps = (k + kDepth - 1) / kDepth;
   const auto copy_step = [&](int step) {
     if (step < steps) {
-      const int64_t first_k = int64_t{step} * kDepth;
       Stage& stage = stages[step % kStages];
-      copies.is_row_wide ? copy_rows<16>(job, starts, first_k, stage) : copy_rows<4>(job, starts, first_k, stage);
-      copies.is_weight_wide ? copy_weight<16>(job, first_column, first_k, stage)
-                            : copy_weight<4>(job, first_column, first_k, stage);
+      copy_rows<kRowBytes>(rows, step * kDepth, k, stage);
+      copy_weight<kTerms, kIsAligned ? 16 : 4>(columns, job.term_stride, step * kDepth, k, stage);
     }
     close_copies();  // past the last step too, so that the count of groups stays
   };
@@ -196,10 +203,9 @@ __global__ void __launch_bounds__(kThreads, 4) multiply_mma(CudaPatchEmbed<Weigh
     wait_copies<kStages - 2>();
     __syncthreads();  // this step's tile is there, and the one before is used up
     copy_step(step + kStages - 1);
-    multiply_tile<Weight>(stages[step % kStages], static_cast<int>(job.terms), sums);
+    multiply_tile<kTerms, Weight>(stages[step % kStages], sums);
   }
-  copies.is_store_wide ? finish_tile<true>(job, first_row, first_column, sums, out)
-                       : finish_tile<false>(job, first_row, first_column, sums, out);
+  finish_tile<kIsAligned>(job, first_row, first_column, sums, out);
 }
 
 bool divides(uintptr_t bytes, std::initializer_list<uintptr_t> values) {
@@ -224,20 +230,28 @@ bool are_rows_aligned(const CudaPatchEmbed<Weight>& job, uintptr_t bytes) {
 
 template <class Weight>
 bool fits_tensor_cores(const CudaPatchEmbed<Weight>& job) {
-  return job.k % 4 == 0 && is_weight_aligned(job, 4);
+  return job.k % 4 == 0 && job.k < (1 << 30) && is_weight_aligned(job, 4);
 }
 
 template <class Weight, class Out>
 cudaError_t launch_patch_embed_mma(const CudaPatchEmbed<Weight>& job, Out* out, cudaStream_t stream) {
   const auto address = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer); };
-  const Copies copies{are_rows_aligned(job, 16), is_weight_aligned(job, 16),
-                      divides(16, {address(job.bias), address(job.pos), address(out)}) && job.d % 4 == 0};
+  const bool is_aligned =
+      is_weight_aligned(job, 16) && job.d % 4 == 0 && divides(16, {address(job.bias), address(job.pos), address(out)});
+  const auto kernel = [&]<int kTerms>(std::integral_constant<int, kTerms>) {
+    if (!is_aligned) return multiply_mma<kTerms, 4, false, Weight, Out>;
+    return are_rows_aligned(job, 8) ? multiply_mma<kTerms, 8, true, Weight, Out>
+                                    : multiply_mma<kTerms, 4, true, Weight, Out>;
+  };
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>((job.n + kRows - 1) / kRows),
                         static_cast<unsigned>((job.d + kColumns - 1) / kColumns));
   config.blockDim = dim3(kThreads);
   config.stream = stream;
-  return cudaLaunchKernelEx(&config, multiply_mma<Weight, Out>, job, copies, out);
+  return cudaLaunchKernelEx(
+      &config,
+      job.terms == 1 ? kernel(std::integral_constant<int, 1>{}) : kernel(std::integral_constant<int, kMaxTerms>{}), job,
+      out);
 }
 
 #define RTP_MM_INSTANTIATE(Weight)                                                                          \

@@ -9,7 +9,7 @@
 
 namespace rtp_mm {
 
-// Copies kBytes, 4 or 16, from global to shared memory in the background, both aligned to as many: the first `there`
+// Copies kBytes, 4, 8 or 16, from global to shared memory in the background, both aligned to as many: the first `there`
 // bytes, then zeros.
 template <int kBytes>
 __device__ void copy_async(void* shared, const void* global, int there) {

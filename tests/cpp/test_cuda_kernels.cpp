@@ -200,4 +200,6 @@ int main() {
   test_patch_embed<__half, __half>({3, 80, 62, 2, 1, 82, false});
   test_patch_embed<__nv_bfloat16, __nv_bfloat16>({4, 4, 8, 1, 2, 4, true});
   test_patch_embed<__half, float>({1, 112, 4, 2, 1, 112, false});
+  test_patch_embed<__half, __nv_bfloat16>({9, 40, 72, 1, 3, 40, true});
+  test_patch_embed<__nv_bfloat16, __half>({2, 588, 8, 1, 1, 592, false});  // a still image's
 }

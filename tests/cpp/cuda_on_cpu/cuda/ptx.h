@@ -12,7 +12,7 @@ namespace rtp_mm {
 
 template <int kBytes>
 void copy_async(void* shared, const void* global, int there) {
-  static_assert(kBytes == 4 || kBytes == 16);
+  static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
   const auto address = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer); };
   if (address(shared) % kBytes || address(global) % kBytes || there < 0 || there > kBytes) __trap();
   std::memset(shared, 0, kBytes);
