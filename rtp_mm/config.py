@@ -282,7 +282,8 @@ class Settings(BaseSettings):
         "VNNI or ARM's i8mm, 1.5 to 2 times as fast, with 0.85 of the error of Hugging Face's bf16 (random weights)",
     )
     mm_cuda_graphs: Literal["auto", "0", "1"] = Field(
-        "auto", description="1: replay small batches on CUDA as graphs; auto: where the attention backend allows it"
+        "auto",
+        description="1: replay small batches on CUDA as graphs; auto: in a server whose attention backend allows it",
     )
     mm_cuda_graphs_mb: Positive = Field(1024, description="device memory for CUDA graphs, MiB")
     mm_torch_compile: bool = Field(

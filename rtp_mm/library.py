@@ -29,6 +29,8 @@ def create_engine(**options: Any) -> Engine:
         raise StartError("vit_separation=1 is the server: run python -m rtp_mm.start_server")
     if is_asked and settings.vit_separation == 2:
         return _remote_engine(settings)
+    if settings.mm_cuda_graphs == "auto":  # a capture fails where another engine waits for the device meanwhile
+        settings = settings.model_copy(update={"mm_cuda_graphs": "0"})
     return load_engine(settings).engine
 
 

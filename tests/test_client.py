@@ -5,6 +5,7 @@ import threading
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from unittest.mock import Mock
 
 import grpc
 import pytest
@@ -14,8 +15,8 @@ from test_servicer import TABLE
 from test_wire import assert_same
 from waiting import until
 
-from rtp_mm import errors
-from rtp_mm.config import load_settings
+from rtp_mm import errors, library
+from rtp_mm.config import Settings, load_settings
 from rtp_mm.errors import StartError
 from rtp_mm.library import create_engine
 from rtp_mm.server import wire
@@ -219,6 +220,17 @@ async def test_create_engine_2_calls_a_server(monkeypatch: pytest.MonkeyPatch) -
             engine.close()
             engine.close()
     assert answer.embeddings[0].shape == (6, 5)
+
+
+@pytest.mark.parametrize(("asked", "used"), [({}, "0"), ({"mm_cuda_graphs": "1"}, "1")])
+def test_beside_another_engine_graphs_are_for_those_who_ask(
+    asked: dict[str, str], used: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A capture fails where that one waits for the device meanwhile."""
+    loaded: list[Settings] = []
+    monkeypatch.setattr(library, "load_engine", lambda settings: loaded.append(settings) or Mock())
+    create_engine(checkpoint_path="/anywhere", **asked)
+    assert [settings.mm_cuda_graphs for settings in loaded] == [used]
 
 
 @pytest.mark.parametrize(

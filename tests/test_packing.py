@@ -42,8 +42,8 @@ def test_a_gpu_that_is_busy_is_not_waited_for(count: int) -> None:
     require("cuda")
     device = torch.device("cuda")
     rows = np.random.default_rng(0).integers(0, 255, (count, 12)).astype(np.uint8)
-    for cycles in (1, 1 << 31):  # once to have the memory, which may take a wait; then behind a second's work
-        torch.cuda._sleep(cycles)
+    for _ in range(2):  # behind a second's work; once to have the memory, which may take a wait
+        torch.cuda._sleep(1 << 31)
         moved = packed_rows([rows, rows], device), packing.to_device(torch.from_numpy(rows), device)
         is_busy = not torch.cuda.current_stream().query()
         torch.cuda.synchronize()
@@ -59,11 +59,13 @@ def test_a_gpu_that_is_busy_is_not_waited_for(count: int) -> None:
 def test_a_copy_reads_one_kind_of_memory(
     registered: int, dtype: torch.dtype, is_first: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """CUDA refuses others. As in a slab, the registered part ends somewhere, maybe within a row."""
+    """CUDA refuses others. As in a slab, the registered part ends somewhere, maybe within a row; torch tells how the
+    storage of a tensor begins.
+    """
     rows = torch.arange(36, dtype=dtype).reshape(3, 12)
     end = rows.data_ptr() + registered * rows.itemsize
     read: list[Tensor] = []
-    monkeypatch.setattr(Tensor, "is_pinned", lambda tensor: (tensor.data_ptr() < end) == is_first)
+    monkeypatch.setattr(Tensor, "is_pinned", lambda tensor: (tensor.untyped_storage().data_ptr() < end) == is_first)
     monkeypatch.setattr(packing, "_readable", lambda source, device: read.append(source) or source)
     assert torch.equal(packed_rows([rows.numpy(), rows.numpy()], torch.device("cpu")), torch.cat([rows, rows]))
     sizes = [registered, 36 - registered] if 0 < registered < 36 else [36]

@@ -53,6 +53,16 @@ def urls(photos: dict[str, NDArray[np.uint8]], tmp_path: Path) -> list[str]:
     return [str(tmp_path / f"{name}.png") for name in photos]
 
 
+def test_its_part_knows_the_servers_device(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though its `__init__` may not call ours, and the machine may have a GPU."""
+    settings = load_settings(checkpoint_path=checkpoint, mm_model_module=str(MODEL), act_type="fp32", device="cpu")
+    engine = load_engine(settings).engine
+    assert isinstance(engine, MMProcessEngine)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert engine._items._mm_part._device == torch.device("cpu")
+    engine.close()
+
+
 def test_it_answers_in_process(checkpoint: Path, urls: list[str], photos: dict[str, NDArray[np.uint8]]) -> None:
     settings = load_settings(checkpoint_path=checkpoint, mm_model_module=str(MODEL), act_type="fp32", device="cpu")
     loaded = load_engine(settings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from rtp_mm.errors import StartError
 from rtp_mm.models.multimodal_common import ACT_DTYPES
 from rtp_mm.models.registry import load_model
 from rtp_mm.types import Patches
+from rtp_mm.vit import attention as attention_backends
 from rtp_mm.vit.attention import Attention, Segments, choose_attention
 from rtp_mm.vit.linear import (
     Bf16Gemm,
@@ -230,6 +232,25 @@ def test_the_fastest_backend_is_the_one_with_the_shortest_trial() -> None:
 def test_a_forced_backend_that_cannot_run_is_refused() -> None:
     with pytest.raises(StartError, match=r"MM_ATTENTION=flash cannot run .* usable: packed, sdpa"):
         choose_attention("flash", torch.float32, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("source", "choice"),
+    [
+        ("def flash_attn_varlen_func(): ...", "flash"),
+        ("", "torch"),  # another generation's package
+        ("raise ImportError('undefined symbol: _ZN3c10')", "torch"),  # built for another torch
+    ],
+)
+def test_a_flash_attn_that_cannot_be_used_is_left_alone(
+    source: str, choice: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "flash_attn.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "flash_attn", raising=False)
+    monkeypatch.setattr(attention_backends, "_has_flash", attention_backends._has_flash.__wrapped__)  # asks anew
+    assert choose_attention("auto", torch.bfloat16, torch.device("cuda")) == choice
+    sys.modules.pop("flash_attn", None)
 
 
 class EmulatedFp8Gemm(PackedGemm):

@@ -21,6 +21,7 @@ constexpr int kThreads = 256;
 constexpr int kTileRows = 32, kTileColumns = 64;            // pixels at most; a patch of 14 or 16 fills 28 or 32 rows
 constexpr int kTileBytes = 3 * kTileRows * kTileColumns;    // 6 KB, of the tile and of a band in front of it
 constexpr int kQuadsPerThread = kTileBytes / 4 / kThreads;  // a thread sums up four neighbours at once
+constexpr int kManyTiles = 128;                             // about as many as there are SMs
 constexpr int kHalf = 1 << (kFractionBits - 1);
 constexpr int64_t kCacheBytes = 16 << 20;
 static_assert(kTileRows >= kLargestCudaPatch && kQuadsPerThread * 4 * kThreads == kTileBytes);
@@ -28,14 +29,18 @@ static_assert(kTileRows >= kLargestCudaPatch && kQuadsPerThread * 4 * kThreads =
 struct Window {
   int first, count;
   const int32_t* taps;
+  int stride;  // from one to the next
+
+  __device__ int tap(int i) const { return taps[i * stride]; }
 };
 
 struct Axis {
   const int32_t *outputs, *taps;
+  int size;  // outputs
 
   __device__ Window operator[](int output) const {
     const int32_t* entry = outputs + 3 * output;
-    return {entry[0], entry[1], taps + entry[2]};
+    return {entry[0], entry[1], taps + entry[2], size};
   }
 };
 
@@ -63,7 +68,7 @@ __device__ void first_pass(const uint8_t* frame, const Side& first, const Side& 
     const uint8_t* pixel = frame + window.first * first.stride + (begin + position) * second.stride;
     int sums[3] = {kHalf, kHalf, kHalf};
     for (int tap = 0; tap < window.count; ++tap, pixel += first.stride) {
-      const int weight = window.taps[tap];
+      const int weight = window.tap(tap);
 #pragma unroll
       for (int channel = 0; channel < 3; ++channel) sums[channel] += weight * pixel[channel];
     }
@@ -84,7 +89,7 @@ __device__ void second_pass(const Side& second, int quads, int begin, int count,
     const Window window = second.axis[second.begin + i / quads];
     const int from = max(window.first, begin), to = min(window.first + window.count, begin + count);
     for (int position = from; position < to; ++position) {
-      const int weight = window.taps[position - window.first];
+      const int weight = window.tap(position - window.first);
       const uint32_t bytes = *reinterpret_cast<const uint32_t*>(lines + (position - begin) * kPitch + i % quads * 4);
 #pragma unroll
       for (int byte = 0; byte < 4; ++byte) sums[j][byte] += weight * static_cast<int>(bytes >> 8 * byte & 255);
@@ -136,8 +141,8 @@ __global__ void __launch_bounds__(kThreads)
   tile.width = min(tile_columns, job.width - tile.left);
 
   const int32_t* taps = job.table + 3 * (job.width + job.height);
-  const Side columns{{job.table, taps}, tile.left, tile.width, job.pixel_stride};
-  const Side lines_down{{job.table + 3 * job.width, taps}, tile.top, tile.height, job.row_stride};
+  const Side columns{{job.table, taps, job.width}, tile.left, tile.width, job.pixel_stride};
+  const Side lines_down{{job.table + 3 * job.width, taps, job.height}, tile.top, tile.height, job.row_stride};
   const Side& first = kIsVerticalFirst ? lines_down : columns;
   const Side& second = kIsVerticalFirst ? columns : lines_down;
   const int quads = (3 * first.length + 3) / 4;
@@ -197,11 +202,17 @@ std::shared_ptr<const std::vector<int32_t>> resize_table(int64_t height, int64_t
   return cache.get({height, width, out_height, out_width, filter}, [&] {
     Table outputs, taps;
     for (const auto& [size, out_size] : {std::pair{width, out_width}, std::pair{height, out_height}}) {
-      for (const ResizeWindow& window : resize_windows(size, out_size, filter)) {
+      const std::vector<ResizeWindow> windows = resize_windows(size, out_size, filter);
+      const auto first_tap = static_cast<int64_t>(taps.size());
+      size_t most = 0;
+      for (const ResizeWindow& window : windows) most = std::max(most, window.coefficients.size());
+      taps.resize(first_tap + most * out_size);
+      for (int64_t output = 0; output < out_size; ++output) {
+        const std::vector<int32_t>& coefficients = windows[output].coefficients;
         outputs.insert(outputs.end(),
-                       {static_cast<int32_t>(window.first), static_cast<int32_t>(window.coefficients.size()),
-                        static_cast<int32_t>(taps.size())});
-        taps.insert(taps.end(), window.coefficients.begin(), window.coefficients.end());
+                       {static_cast<int32_t>(windows[output].first), static_cast<int32_t>(coefficients.size()),
+                        static_cast<int32_t>(first_tap + output)});
+        for (size_t i = 0; i < coefficients.size(); ++i) taps[first_tap + i * out_size + output] = coefficients[i];
       }
     }
     outputs.insert(outputs.end(), taps.begin(), taps.end());
@@ -211,11 +222,15 @@ std::shared_ptr<const std::vector<int32_t>> resize_table(int64_t height, int64_t
 }
 
 cudaError_t launch_resize_patchify(const CudaResizePatchify& job, uint8_t* rows, cudaStream_t stream) {
-  const int tile_rows = tile_side(kTileRows, job.patch, job.merge);
-  const int tile_columns = tile_side(kTileColumns, job.patch, job.merge);
-  const int tiles = ((job.height + tile_rows - 1) / tile_rows) * ((job.width + tile_columns - 1) / tile_columns);
+  int tile_rows = tile_side(kTileRows, job.patch, job.merge);
+  int tile_columns = tile_side(kTileColumns, job.patch, job.merge);
+  const auto tiles = [&] {
+    const int down = (job.height + tile_rows - 1) / tile_rows, across = (job.width + tile_columns - 1) / tile_columns;
+    return job.count * down * across;
+  };
+  if (tiles() < kManyTiles) tile_rows = tile_columns = job.patch;  // a patch each, for more SMs to have some
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(job.count * tiles));
+  config.gridDim = dim3(static_cast<unsigned>(tiles()));
   config.blockDim = dim3(kThreads);
   config.stream = stream;
   return cudaLaunchKernelEx(&config, job.is_vertical_first ? resize<true> : resize<false>, job, tile_rows, tile_columns,

@@ -13,7 +13,8 @@ namespace rtp_mm {
 constexpr int64_t kLargestCudaPatch = 32;  // pixels: a block holds a whole patch
 
 // The coefficients of both axes in one piece of memory, to be copied to the device: three integers for each column,
-// then for each row (first pixel, count, index of the first coefficient), then the coefficients.
+// then for each row (first pixel, count, index of the first coefficient), then the coefficients: the first ones of an
+// axis side by side, so that neighbouring threads read neighbours, then the second ones and so on.
 std::shared_ptr<const std::vector<int32_t>> resize_table(int64_t height, int64_t width, int64_t out_height,
                                                          int64_t out_width, ResizeFilter filter);
 

@@ -65,6 +65,8 @@ class ItemPipeline:
         self.limits = device_limits(mm_part, settings)
         bound_clips(mm_part, self.limits)
         self._predictor = mm_part.preprocessor if isinstance(mm_part.preprocessor, PredictsLayout) else None
+        if seal is None and mm_part._device.type == "cuda":
+            seal = Embedded.copy  # out of page-locked memory, of which torch takes up to twice as much
         self._seal = seal
         self.batcher = Batcher(forward, self.limits.batch)
         self.admission = Admission(

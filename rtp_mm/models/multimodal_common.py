@@ -75,6 +75,7 @@ class MultiModalEmbeddingInterface:
     settings: Settings | None = None  # the server's
     preprocessor: Preprocessor | None = None  # runs instead of `_mm_preprocess` where it is set
     device_preprocessor: DevicePreprocessor | None = None  # is asked first where it is set
+    assigned_device: torch.device | None = None  # by `init_multimodal`
 
     def __init__(self, config: GptInitModelParameters | None = None) -> None:
         if config:
@@ -86,7 +87,7 @@ class MultiModalEmbeddingInterface:
 
     @property
     def _device(self) -> torch.device:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return self.assigned_device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     @property
     def is_reentrant(self) -> bool:

@@ -109,6 +109,7 @@ class MultimodalMixin:
         try:
             with torch.device(device):
                 self._init_multimodal(config)
+                self.mm_part.assigned_device = torch.get_default_device()
             # Also where a third party's __init__ does not call ours.
             self.mm_part.data_type, self.mm_part.settings = config.data_type, config.settings
         finally:

@@ -57,7 +57,8 @@ def patch_embed(
     dtype:  float32, bfloat16 or float16.
 
     Accumulated in float32 and rounded once. A row's bits do not depend on its neighbours, its place or N. Tensors must
-    be contiguous but for the weight, and on one device; else, and for an order out of range, `RuntimeError`.
+    be contiguous but for the weight, and on one device; else, and for an order out of range, `RuntimeError`. On CUDA
+    the kernel finds such an order, which ends the process's use of the device.
     """
     out: Tensor = torch.ops.rtp_mm.patch_embed.default(rows, weight, bias, scale, order, pos, dtype)
     return out

@@ -5,7 +5,6 @@ Backends are a table; `choose_attention` picks one per tower and dtype, and a se
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 import logging
 import time
@@ -21,6 +20,7 @@ from torch.nn import functional as F
 
 from rtp_mm import ops
 from rtp_mm.errors import StartError
+from rtp_mm.logs import log_event
 from rtp_mm.vit.packing import to_device
 from rtp_mm.vit.rope import RotaryTable
 
@@ -95,9 +95,19 @@ def sdpa(qkv: Tensor, rotary: RotaryTable, segments: Segments) -> Tensor:
     for length, rows in segments.groups:
         # [N, heads, dim] -> [segments, heads, length, dim]
         q_, k_, v_ = (t.index_select(0, rows).unflatten(0, (-1, length)).transpose(1, 2) for t in (q, k, v))
-        attended = F.scaled_dot_product_attention(q_, k_, v_)
+        attended = _attend(q_, k_, v_)
         out.index_copy_(0, rows, attended.transpose(1, 2).flatten(0, 1))
     return out
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """On CUDA by the one kernel whose bits do not depend on how many segments there are: FlashAttention splits the keys
+    of few, and cuDNN makes a plan for every number of them.
+    """
+    if not q.is_cuda:
+        return F.scaled_dot_product_attention(q, k, v)
+    attended: Tensor = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, False)[0]
+    return attended
 
 
 def packed(qkv: Tensor, rotary: RotaryTable, segments: Segments) -> Tensor:
@@ -152,7 +162,20 @@ def is_usable(name: str, dtype: torch.dtype, device: torch.device) -> bool:
         return device.type == "cpu" and dtype != torch.float16
     if device.type != "cuda" or dtype not in HALF:
         return False
-    return name == "torch" or importlib.util.find_spec("flash_attn") is not None
+    return name == "torch" or _has_flash()
+
+
+@cache
+def _has_flash() -> bool:
+    """Whether flash-attn can be used: one that was built for another torch, or of another generation, is found too."""
+    try:
+        from flash_attn import flash_attn_varlen_func  # noqa: F401
+    except ModuleNotFoundError:
+        return False
+    except (ImportError, OSError) as error:
+        log_event(_log, "flash-attn is left alone", logging.WARNING, reason=str(error).partition("\n")[0])
+        return False
+    return True
 
 
 def time_attention(

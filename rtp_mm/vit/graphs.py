@@ -184,9 +184,11 @@ class CudaCapture:
     def __call__(self, function: Callable[[], Tensor]) -> Captured:
         stream = self._stream
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # compiles kernels and makes handles, which a capture must not
-            function()
-        torch.cuda.current_stream().wait_stream(stream)
+        try:
+            with torch.cuda.stream(stream):  # compiles kernels and makes handles, which a capture must not
+                function()
+        finally:  # what it reads is given back to this stream
+            torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.empty_cache()  # as the capture does: what it frees must not hide what the capture takes
         free, _ = torch.cuda.mem_get_info()
         graph = torch.cuda.CUDAGraph()

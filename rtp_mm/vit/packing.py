@@ -43,22 +43,31 @@ def as_tensors(items: Sequence[NDArray[Any] | Tensor]) -> list[Tensor]:
 
 
 def _copy(source: Tensor, target: Tensor) -> None:
-    parts, places = (source,), (target,)
-    if cut := _cut(source):
-        sizes = [cut, source.numel() - cut]
-        parts, places = source.reshape(-1).split(sizes), target.view(-1).split(sizes)
-    for part, place in zip(parts, places, strict=True):
-        place.copy_(_readable(part, target.device), non_blocking=True)
+    if not (cut := _cut(source)):
+        target.copy_(_readable(source, target.device), non_blocking=True)
+        return
+    sizes = [cut, source.numel() - cut]
+    for part, place in zip(source.reshape(-1).split(sizes), target.view(-1).split(sizes), strict=True):
+        place.copy_(_readable(_alone(part), target.device), non_blocking=True)
 
 
 def _cut(source: Tensor) -> int:
     """Elements before memory of another kind, registered or not, follows; 0 where all is of one. A pointer tells of its
     own byte alone, so this asks in halves.
     """
-    flat = source.reshape(-1)
-    if flat.is_cuda or not len(flat) or (kind := flat[:1].is_pinned()) == flat[-1:].is_pinned():
+    if source.is_cuda or not source.numel():
         return 0
-    return bisect(range(len(flat)), False, key=lambda i: flat[i : i + 1].is_pinned() != kind)
+    flat, last = source.reshape(-1), source.numel() - 1
+
+    def kind(i: int) -> bool:
+        return _alone(flat[i : i + 1]).is_pinned()
+
+    return bisect(range(last), False, key=lambda i: kind(i) != kind(0)) if kind(0) != kind(last) else 0
+
+
+def _alone(part: Tensor) -> Tensor:
+    """The same memory as the beginning of a storage, of which alone `is_pinned` tells."""
+    return torch.from_numpy(part.view(torch.uint8).numpy()).view(part.dtype)
 
 
 def to_device(host: Tensor, device: torch.device) -> Tensor:

@@ -143,14 +143,14 @@ struct Resize {
   ResizeFilter filter;
 };
 
-void test_resize_patchify(const Resize& r) {
-  const int64_t row_stride = r.width * r.pixel_stride + 5, count = 2 * r.temporal;
+void test_resize_patchify(const Resize& r, int64_t clips) {
+  const int64_t row_stride = r.width * r.pixel_stride + 5, count = clips * r.temporal;
   const int64_t frame_stride = r.height * row_stride;
   // Not one byte more than the last pixel has: what is read past it is seen.
   const int64_t size = count * frame_stride - 5 - (r.pixel_stride - 3);
   const std::vector<uint8_t> frames = random_bytes(size);
   const int64_t frame_bytes = r.out_height * r.out_width * 3 * r.temporal;
-  std::vector<uint8_t> cpu(2 * frame_bytes), cuda(2 * frame_bytes);
+  std::vector<uint8_t> cpu(clips * frame_bytes), cuda(clips * frame_bytes);
   for (int64_t frame = 0; frame < count; ++frame) {
     const PixelView view{frames.data() + frame * frame_stride, r.height, r.width, row_stride, r.pixel_stride};
     const ResizePatchify job{r.out_height, r.out_width,         r.patch,
@@ -182,13 +182,15 @@ int main() {
   }
   for (const bool is_vertical_first : {false, true}) {
     using enum ResizeFilter;
-    test_resize_patchify({70, 90, 56, 84, 14, 2, 1, 3, is_vertical_first, kBicubic});  // cut tiles
-    test_resize_patchify({5, 7, 32, 64, 16, 1, 2, 4, is_vertical_first, kLanczos});
-    test_resize_patchify({300, 40, 28, 28, 14, 2, 1, 3, is_vertical_first, kBicubic});  // several bands
-    test_resize_patchify({33, 400, 21, 21, 7, 3, 2, 4, is_vertical_first, kBilinear});  // patches of odd area
-    test_resize_patchify({64, 32, 64, 32, 32, 1, 1, 3, is_vertical_first, kNearest});   // no pass
-    test_resize_patchify({1, 1, 20, 40, 5, 4, 1, 3, is_vertical_first, kBox});
-    test_resize_patchify({9, 8, 3, 70, 1, 1, 1, 4, is_vertical_first, kHamming});
+    test_resize_patchify({70, 90, 56, 84, 14, 2, 1, 3, is_vertical_first, kBicubic}, 2);
+    test_resize_patchify({5, 7, 32, 64, 16, 1, 2, 4, is_vertical_first, kLanczos}, 2);
+    test_resize_patchify({300, 40, 28, 28, 14, 2, 1, 3, is_vertical_first, kBicubic}, 2);  // several bands
+    test_resize_patchify({33, 400, 21, 21, 7, 3, 2, 4, is_vertical_first, kBilinear}, 2);  // patches of odd area
+    test_resize_patchify({64, 32, 64, 32, 32, 1, 1, 3, is_vertical_first, kNearest}, 2);   // no pass
+    test_resize_patchify({1, 1, 20, 40, 5, 4, 1, 3, is_vertical_first, kBox}, 2);
+    test_resize_patchify({9, 8, 3, 70, 1, 1, 1, 4, is_vertical_first, kHamming}, 2);
+    // Enough for tiles of several patches.
+    test_resize_patchify({70, 90, 56, 84, 14, 2, 1, 3, is_vertical_first, kBicubic}, 32);
   }
   // Without tensor cores.
   test_patch_embed<float, float>({1, 1, 1, 1, 1, 1, false});
