@@ -5,8 +5,8 @@
     rtp_mm/_C_cuda.so   the same on CUDA, where nvcc is and torch has CUDA
 
 Environment: RTP_MM_CUDA=1 builds _C_cuda whatever torch has, 0 never does; RTP_MM_CUDA_ARCHS is its list of CMake
-architectures (default 80-real;90a-real;90-virtual); RTP_MM_WERROR=1 makes warnings errors; CXX, CUDACXX and CUDA_HOME
-choose the compilers.
+architectures (default 80-real;90a-real;100-real;90-virtual, without 100 from nvcc below 12.8); RTP_MM_WERROR=1 makes
+warnings errors; CXX, CUDACXX and CUDA_HOME choose the compilers.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 OPERATORS = ("_C", "_C_cuda")  # loaded by torch, not by Python: no ABI tag in their names
 OLDEST_TORCH = (2, 11)  # the stable ABI that csrc is written against
-DEFAULT_CUDA_ARCHS = "80-real;90a-real;90-virtual"  # A100 and H100/H200 code, PTX for what comes after
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +35,7 @@ class Torch:
 
     folder: Path
     version: str
-    has_cuda: bool
+    cuda: str | None  # that it was built with, as in "13.0"
 
 
 def find_torch() -> Torch | None:
@@ -47,8 +46,9 @@ def find_torch() -> Torch | None:
         if version_file.is_file():
             text = version_file.read_text()
             version = re.search(r"^__version__ = '(.+)'", text, re.MULTILINE)
+            cuda = re.search(r"^cuda.* = '(.+)'", text, re.MULTILINE)
             if version:
-                return Torch(version_file.parent, version[1], bool(re.search(r"^cuda.* = '", text, re.MULTILINE)))
+                return Torch(version_file.parent, version[1], cuda[1] if cuda else None)
     return None
 
 
@@ -59,12 +59,34 @@ def find_nvcc() -> str | None:
     return next((path for name in candidates if name and (path := shutil.which(name))), None)
 
 
+def nvcc_release(nvcc: str) -> tuple[int, int]:
+    """As in (13, 0)."""
+    told = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout
+    if (release := re.search(r"release (\d+)\.(\d+)", told)) is None:
+        raise SystemExit(f"rtp_mm: {nvcc} --version tells no release")
+    return int(release[1]), int(release[2])
+
+
+def default_cuda_archs(nvcc: str) -> str:
+    """Code for A100, H100/H200 and B200, PTX for what comes after."""
+    blackwell = "100-real;" if nvcc_release(nvcc) >= (12, 8) else ""
+    return f"80-real;90a-real;{blackwell}90-virtual"
+
+
 def wants_cuda() -> bool:
     """What RTP_MM_CUDA says; unset, whether torch has CUDA and nvcc is there."""
     match os.environ.get("RTP_MM_CUDA"):
         case None | "":
             torch = find_torch()
-            return torch is not None and torch.has_cuda and find_nvcc() is not None
+            nvcc = find_nvcc()
+            if torch is None or torch.cuda is None or nvcc is None:
+                return False
+            if (major := nvcc_release(nvcc)[0]) != int(torch.cuda.partition(".")[0]):
+                raise SystemExit(  # a driver that is new enough for the one may be too old for the other
+                    f"rtp_mm: {nvcc} is of CUDA {major}, torch of {torch.cuda}: name another in CUDA_HOME, or set "
+                    "RTP_MM_CUDA=1 to build with it all the same, RTP_MM_CUDA=0 to build without CUDA"
+                )
+            return True
         case "0" | "1" as flag:
             return flag == "1"
         case other:
@@ -131,10 +153,11 @@ class CMakeBuild(build_ext):
             "RTP_MM_CUDA": "OFF",
         }
         if "rtp_mm._C_cuda" in (extension.name for extension in self.extensions):
+            nvcc = require_nvcc()
             definitions |= {
                 "RTP_MM_CUDA": "ON",
-                "CMAKE_CUDA_COMPILER": require_nvcc(),
-                "CMAKE_CUDA_ARCHITECTURES": os.environ.get("RTP_MM_CUDA_ARCHS") or DEFAULT_CUDA_ARCHS,
+                "CMAKE_CUDA_COMPILER": nvcc,
+                "CMAKE_CUDA_ARCHITECTURES": os.environ.get("RTP_MM_CUDA_ARCHS") or default_cuda_archs(nvcc),
             }
         program = Path(cmake.CMAKE_BIN_DIR, "cmake")
         flags = [f"-D{name}={value}" for name, value in definitions.items()]

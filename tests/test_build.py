@@ -73,7 +73,8 @@ def test_cuda_operators_hold_code_for_every_architecture(cuda_operators: Path) -
         output = subprocess.run([cuobjdump, kind, cuda_operators], capture_output=True, text=True, check=True).stdout
         return set(re.findall(r"\.(sm_\w+)\.", output))
 
-    wanted = os.environ.get("RTP_MM_CUDA_ARCHS") or load_setup().DEFAULT_CUDA_ARCHS
+    setup = load_setup()
+    wanted = os.environ.get("RTP_MM_CUDA_ARCHS") or setup.default_cuda_archs(setup.require_nvcc())
     named = listed("--list-elf")
     if "V12." in subprocess.run([cuobjdump, "--version"], capture_output=True, text=True, check=True).stdout:
         named |= {f"{name}a" for name in named}  # this one leaves the a of sm_90a out
@@ -126,16 +127,16 @@ def test_torch_is_found_without_importing_it_even_under_build_isolation(monkeypa
     found = setup.find_torch()
     assert found.version == torch.__version__
     assert found.folder == Path(torch.__file__).parent
-    assert found.has_cuda == (torch.version.cuda is not None)
+    assert found.cuda == torch.version.cuda
 
 
 def test_no_torch_or_an_old_one_is_one_line_that_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     setup = load_setup()
     monkeypatch.setattr(setup, "find_torch", lambda: None)
     assert "pip install 'torch>=2.11'" in one_line(setup.require_torch)
-    monkeypatch.setattr(setup, "find_torch", lambda: setup.Torch(Path("torch"), "2.9.1+cu128", True))
+    monkeypatch.setattr(setup, "find_torch", lambda: setup.Torch(Path("torch"), "2.9.1+cu128", "12.8"))
     assert "torch 2.9.1+cu128 is too old: run `pip install 'torch>=2.11'`" in one_line(setup.require_torch)
-    monkeypatch.setattr(setup, "find_torch", lambda: setup.Torch(Path("torch"), "2.11.0a0+git", True))
+    monkeypatch.setattr(setup, "find_torch", lambda: setup.Torch(Path("torch"), "2.11.0a0+git", "13.0"))
     assert setup.require_torch().version == "2.11.0a0+git"
 
 
@@ -147,24 +148,36 @@ def test_no_compiler_is_one_line_that_names_the_remedy(monkeypatch: pytest.Monke
 
 def test_cuda_is_built_when_torch_has_it_or_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     setup = load_setup()
-    for flag, has_cuda, nvcc, wanted in [
-        (None, True, "nvcc", True),
-        (None, True, None, False),
-        (None, False, "nvcc", False),
-        ("1", False, "nvcc", True),
-        ("0", True, "nvcc", False),
+    monkeypatch.setattr(setup, "nvcc_release", lambda _: (13, 0))
+    for flag, cuda, nvcc, wanted in [
+        (None, "13.1", "nvcc", True),
+        (None, "13.0", None, False),
+        (None, None, "nvcc", False),
+        ("1", None, "nvcc", True),
+        ("1", "12.6", "nvcc", True),
+        ("0", "13.0", "nvcc", False),
     ]:
-        monkeypatch.setattr(setup, "find_torch", lambda has=has_cuda: setup.Torch(Path("torch"), "2.13.0", has))
+        monkeypatch.setattr(setup, "find_torch", lambda cuda=cuda: setup.Torch(Path("torch"), "2.13.0", cuda))
         monkeypatch.setattr(setup, "find_nvcc", lambda path=nvcc: path)
         if flag is None:
             monkeypatch.delenv("RTP_MM_CUDA", raising=False)
         else:
             monkeypatch.setenv("RTP_MM_CUDA", flag)
         assert setup.wants_cuda() == wanted
+    monkeypatch.delenv("RTP_MM_CUDA")
+    monkeypatch.setattr(setup, "find_torch", lambda: setup.Torch(Path("torch"), "2.13.0", "12.6"))
+    assert "nvcc is of CUDA 13, torch of 12.6: name another in CUDA_HOME" in one_line(setup.wants_cuda)
     monkeypatch.setattr(setup, "find_nvcc", lambda: None)
     assert "no nvcc" in one_line(setup.require_nvcc)
     monkeypatch.setenv("RTP_MM_CUDA", "yes")
     assert "RTP_MM_CUDA='yes' must be 0 or 1" in one_line(setup.wants_cuda)
+
+
+def test_code_for_blackwell_takes_an_nvcc_that_knows_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    setup = load_setup()
+    for release, archs in [((12, 6), "80-real;90a-real;90-virtual"), ((12, 8), "80-real;90a-real;100-real;90-virtual")]:
+        monkeypatch.setattr(setup, "nvcc_release", lambda _, release=release: release)
+        assert setup.default_cuda_archs("nvcc") == archs
 
 
 def test_a_missing_library_is_one_line_that_names_the_remedy(tmp_path: Path) -> None:

@@ -23,16 +23,19 @@ template <class Weight, class Out>
 __global__ void __launch_bounds__(kSide* kSide) multiply(CudaPatchEmbed<Weight> job, Out* out) {
   __shared__ float pixels[kDepth][kTile + 1];
   __shared__ float weights[kDepth][kTile + 1];
+  __shared__ int64_t starts[kTile];  // of the tile's rows in job.rows
   const int64_t first_row = int64_t{blockIdx.x} * kTile, first_column = int64_t{blockIdx.y} * kTile;
   const int thread = threadIdx.y * kSide + threadIdx.x;
   float sums[kPerThread][kPerThread] = {};
+  if (thread < kTile) starts[thread] = input_row(job, min(first_row + thread, job.n - 1)) * job.k;
+  __syncthreads();
 
   for (int64_t first_k = 0; first_k < job.k; first_k += kDepth) {
     for (int i = thread; i < kTile * kDepth; i += kSide * kSide) {
       const int line = i / kDepth, depth = i % kDepth;
-      const int64_t row = first_row + line, column = first_column + line, k = first_k + depth;
-      const bool is_pixel = row < job.n && k < job.k, is_weight = column < job.d && k < job.k;
-      pixels[depth][line] = is_pixel ? static_cast<float>(job.rows[input_row(job, row) * job.k + k]) - 128.0f : 0.0f;
+      const int64_t column = first_column + line, k = first_k + depth;
+      const bool is_pixel = k < job.k, is_weight = column < job.d && is_pixel;
+      pixels[depth][line] = is_pixel ? static_cast<float>(job.rows[starts[line] + k]) - 128.0f : 0.0f;
       float sum = 0;
       for (int64_t term = 0; is_weight && term < job.terms; ++term) {
         sum += to_float(job.weight[term * job.term_stride + column * job.column_stride + k]);

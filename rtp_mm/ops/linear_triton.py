@@ -35,6 +35,7 @@ class Tile(NamedTuple):
     k: int
     stages: int
     warps: int
+    programs: int = 1  # on a multiprocessor
 
 
 class Tiles(NamedTuple):
@@ -70,7 +71,7 @@ TILES: dict[tuple[int, int], Tiles] = {
     (10, 0): HOPPER._replace(gated=Tile(128, 64, 64, 3, 8)),
     (12, 0): SMALL_MEMORY,
 }
-FLOAT32 = Tile(64, 64, 32, 3, 8)  # no tensor cores: they would round to 10 bits
+FLOAT32 = Tile(64, 64, 32, 3, 8, programs=2)  # no tensor cores: they would round to 10 bits
 
 
 @triton.jit
@@ -152,7 +153,7 @@ def _scratch(device: torch.device, size: int, alignment: int, stream: int | None
 
 @cache
 def _device(device: torch.device) -> tuple[tuple[int, int], int]:
-    """Compute capability, and how many programs run at once."""
+    """Compute capability, and how many multiprocessors there are."""
     properties = torch.cuda.get_device_properties(device)
     return (properties.major, properties.minor), properties.multi_processor_count
 
@@ -202,12 +203,12 @@ def linear(
         out = torch.empty(rows, width, dtype=dtype or x.dtype, device=x.device)
     x_scale, weight_scale = scales or (None, None)
     is_interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    capability, programs = ((8, 0), INTERPRETED_PROGRAMS) if is_interpreted else _device(x.device)
+    capability, multiprocessors = ((8, 0), INTERPRETED_PROGRAMS) if is_interpreted else _device(x.device)
     tile, has_tma = choose_tile(capability, x.dtype, width, activation, adds)
     if has_tma:  # its descriptors are made on the device, in memory that Triton asks for at the launch
         triton.set_allocator(partial(_scratch, x.device))
     tiles = triton.cdiv(rows, tile.m) * triton.cdiv(width, tile.n)
-    _linear[(min(programs, tiles),)](
+    _linear[(min(tile.programs * multiprocessors, tiles),)](
         *(x, weight, bias, x_scale, weight_scale, out, rows, width, depth),
         ACTIVATION=activation, ADDS=adds, IS_SCALED=scales is not None, HAS_TMA=has_tma,
         BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, GROUP=GROUP, num_warps=tile.warps, num_stages=tile.stages,
