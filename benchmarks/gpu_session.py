@@ -9,20 +9,24 @@ that is killed leaves behind. What --minutes leave no time for is left out, and 
 is there already, its other steps are kept: one file from several calls, if it is copied there between them.
 Within a step, what fails is its own figure, and what comes after it is measured still (`gpu_common.attempt`).
 The exit status is 1 where anything failed: a step, a case or variant of one, a test, a sanitizer, an image's bits; the
-last table names these first. Steps that a machine cannot do (no GPU, no DALI) say so, which is no failure.
+last table names these first. What is not installed is named before any step begins. Steps that a machine cannot do (no
+GPU, no DALI) say so, which is no failure.
 """
 
 from __future__ import annotations
 
 import argparse
 import faulthandler
+import importlib.metadata
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+import tomllib
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
@@ -149,12 +153,28 @@ def summarize(steps: dict[str, dict[str, Any]]) -> int:
     return int(bool(failed))
 
 
+def missing_packages() -> list[str]:
+    """That pyproject.toml asks for, for the library and its tests, and that are not here."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"], *project["optional-dependencies"]["test"]]
+    names = [re.split(r"[>=<]", requirement)[0] for requirement in wanted if "[" not in requirement]
+    return [name for name in names if not _is_installed(name)]
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return bool(importlib.metadata.version(package))
+    except importlib.metadata.PackageNotFoundError:
+        return False
+
+
 def parse() -> Options:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", help=f"steps, comma-separated: {', '.join(STEPS)}")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--size", default="3b", help="tiny, 3b or 7b")
     parser.add_argument("--minutes", type=float, default=8.5, help="for all steps together")
+    parser.add_argument("--anyway", action="store_true", help="though packages are missing that some steps take")
     parser.add_argument(
         "--out", type=Path, default=Path(os.environ.get("OUT", RESULTS)), help="folder of gpu_session.json"
     )
@@ -171,6 +191,8 @@ def main() -> int:
     names = options.only.split(",") if options.only else [*STEPS]
     if unknown := set(names) - STEPS.keys():
         raise SystemExit(f"no such steps: {', '.join(sorted(unknown))}")
+    if (missing := missing_packages()) and not options.anyway:
+        raise SystemExit(f"not installed: {', '.join(missing)}; with --anyway the steps that take them fail")
     options.until = time.time() + 60 * options.minutes
     options.out.mkdir(parents=True, exist_ok=True)
     lines_of(options).unlink(missing_ok=True)

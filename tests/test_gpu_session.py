@@ -44,6 +44,17 @@ def test_a_step_goes_on_after_a_case_that_fails(tmp_path: Path, monkeypatch: pyt
     assert [*failures(figures)] == ["bad: ValueError: at 12:4:", "and a page of source"]
 
 
+def test_what_is_not_installed_is_told_before_a_minute_is_spent(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert gpu_session.missing_packages() == []
+    installed = gpu_session._is_installed
+    monkeypatch.setattr(
+        gpu_session, "_is_installed", lambda name: name not in ("deflate", "pytest") and installed(name)
+    )
+    monkeypatch.setattr(sys, "argv", ["gpu_session", "--only", "build"])
+    with pytest.raises(SystemExit, match="not installed: deflate, pytest; with --anyway"):
+        gpu_session.main()
+
+
 def test_a_step_killed_amid_a_line_costs_no_other_its_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = Namespace(**vars(OPTIONS) | {"out": tmp_path, "until": time.time() + 60})
     gpu_session.lines_of(options).write_text('["build", "seconds", 1.0]\n["build", "cu')
