@@ -18,7 +18,7 @@ help:
 	@echo 'make test     lint, then the tests'
 	@echo 'make lint     ruff, mypy --strict, clang-format'
 	@echo 'make format   format Python and C++'
-	@echo 'make fuzz     header probe and resize under libFuzzer, SECONDS=60 each (needs clang)'
+	@echo 'make fuzz     header probe, resize and PNG rows under libFuzzer, SECONDS=60 each (needs clang)'
 	@echo 'make clean    remove .venv, builds and the output of the demo'
 	@echo
 	@echo 'PYTHON=$(PYTHON)   interpreter that makes .venv, 3.11 or newer'

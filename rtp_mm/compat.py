@@ -36,7 +36,12 @@ _SOURCES = {
     f"{_ROOT}.config.gpt_init_model_parameters": (
         "from rtp_mm.models.gpt_init_model_parameters import GptInitModelParameters, VitParameters\n"
     ),
-    f"{_ROOT}.model_factory_register": "from rtp_mm.models.registry import register_model\n",
+    f"{_ROOT}.model_factory_register": """from rtp_mm.models import registry
+
+
+def register_model(name, model_type, support_architectures=(), support_hf_repos=()):
+    registry.register_model(name, model_type, support_architectures or ())
+""",
     f"{_ROOT}.models.multimodal.multimodal_common": """from rtp_mm.models.multimodal_common import (
     AudioEmbeddingInterface, ImageEmbeddingInterface, MultiModalEmbeddingInterface, VideoEmbeddingInterface,
 )

@@ -117,6 +117,9 @@ class MultimodalInput:
     config: MMPreprocessConfig = field(default_factory=MMPreprocessConfig)
     tensor: Any = None
 
+    def __post_init__(self) -> None:
+        self.mm_type = MMUrlType(self.mm_type)  # a plain number will do
+
     @property
     def nbytes(self) -> int:
         """What its message holds in memory, about."""

@@ -73,6 +73,34 @@ def test_bytes_just_below_at_and_above_the_limit(way: str, nbytes: int) -> None:
     assert admission.nbytes == 0
 
 
+@pytest.mark.parametrize("nbytes", [1099, 1100, 1101])
+def test_the_oldest_requests_items_take_twice_the_limit_together(nbytes: int) -> None:
+    """1000 may be in flight; another request holds 400, and the oldest 500 of its own beside what comes."""
+    admission = new_admission()
+    with ExitStack() as held:
+        oldest = held.enter_context(admission.visiting(0, 0))
+        held.enter_context(admission.visiting(400, 0))
+        held.enter_context(admission.holding(oldest, Cost(0, 500)))
+        if nbytes > 1100:
+            held.enter_context(pytest.raises(QueueFullError, match="send its items in several requests"))
+        held.enter_context(admission.metering([oldest]))(nbytes)
+        assert admission.nbytes == 900 + nbytes
+    assert admission.nbytes == 0
+
+
+@pytest.mark.parametrize("nbytes", [599, 600, 601])
+def test_a_requests_answers_take_the_limit_together(nbytes: int) -> None:
+    admission = new_admission()
+    with admission.visiting(0, 0) as visit, ExitStack() as outcome:
+        admission.keep_answer(visit, 400)
+        if nbytes > 600:
+            outcome.enter_context(pytest.raises(QueueFullError, match="its answers take over 0 MiB"))
+        admission.keep_answer(visit, nbytes)
+    with admission.visiting(0, 0) as visit:
+        admission.keep_answer(visit, 10**6)  # one is welcome
+    assert admission.nbytes == 0
+
+
 def test_a_download_begins_only_where_its_patches_will_probably_fit() -> None:
     """Before anything is known an item counts as a thirty-second of the queue; then as items have been of late."""
     admission = new_admission()

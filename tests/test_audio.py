@@ -228,3 +228,13 @@ def test_channels_come_as_they_are_for_a_third_party() -> None:
     assert np.array_equal(waveform, both)
     with pytest.raises(WrongFormatError, match="more than"):
         decode_channels(encode(both, 22050), max_seconds=0.5)
+
+
+@pytest.mark.parametrize(("samples", "is_taken"), [(21999, True), (22000, True), (22001, False)])
+def test_a_third_partys_sound_is_as_long_as_it_may_be(samples: int, is_taken: bool) -> None:
+    sound = encode(sine(2, 22000)[:samples], 22000, codec="pcm_f32le")
+    if is_taken:
+        assert decode_channels(sound, max_seconds=1)[0].shape == (1, samples)
+    else:
+        with pytest.raises(WrongFormatError, match="more than"):
+            decode_channels(sound, max_seconds=1)

@@ -12,6 +12,8 @@ from fake_engine import serving
 
 import rtp_mm
 from rtp_mm import compat
+from rtp_mm.models import registry
+from rtp_mm.models.multimodal_mixin import MultimodalMixin
 
 ROOT = Path(__file__).parents[1]
 DEBUG_CLIENT = ROOT / "tests" / "data" / "debug_client.py"
@@ -61,6 +63,20 @@ def test_classes_are_ours_and_one() -> None:
 
     assert TensorPB is Other
     assert MMUrlType is rtp_mm.MMUrlType
+
+
+def test_models_are_registered_with_rtp_llms_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of which the names of repositories say nothing here."""
+    compat.install()
+    from rtp_llm.model_factory_register import register_model
+
+    for name in ("_classes", "_types_by_architecture"):
+        monkeypatch.setattr(registry, name, {})
+    register_model("a", MultimodalMixin, ["A"], ["maker/a"])
+    register_model("b", MultimodalMixin, support_architectures=["B"])
+    register_model("c", MultimodalMixin, None)
+    assert [*registry._classes] == ["a", "b", "c"]
+    assert registry._types_by_architecture == {"A": "a", "B": "b"}
 
 
 def test_what_rtp_llm_has_besides_is_not_there() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -102,6 +103,27 @@ async def test_half_an_http_request_is_waited_for_no_longer(monkeypatch: pytest.
         answer = await asyncio.wait_for(ends, 10)
         assert answer.startswith(b"HTTP/1.1 200") if start.count(b"GET") == 2 else answer == b""
         writer.close()
+
+
+async def test_a_call_that_has_ended_waits_for_no_garbage_collector() -> None:
+    """Sixteen objects each, which make it look through everything the more often."""
+    async with serving() as server, grpc.aio.insecure_channel(server.grpc_address) as channel:
+        call = channel.unary_unary(EMBED)
+        await call(request("img:1").SerializeToString())
+        gc.collect()
+        gc.disable()
+        try:
+            for _ in range(3):
+                await call(request("img:1").SerializeToString())
+            await until(lambda: server.state.calls == 0)
+            gc.set_debug(gc.DEBUG_SAVEALL)
+            gc.collect()
+            left = {type(found).__name__ for found in gc.garbage}
+        finally:
+            gc.set_debug(0)
+            gc.garbage.clear()
+            gc.enable()
+        assert not left & {"_ServicerContext", "RPCState"}
 
 
 async def test_calls_go_on_over_the_next_connection() -> None:

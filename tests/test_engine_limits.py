@@ -92,10 +92,23 @@ async def test_nothing_is_downloaded_for_a_full_queue(tiny_qwen2_5_vl: Path, url
         assert len(source.requests) == 1
 
 
-async def test_an_idle_server_takes_one_request_however_large(tiny_qwen2_5_vl: Path, urls: list[str]) -> None:
+async def test_an_idle_server_takes_one_item_however_large(tiny_qwen2_5_vl: Path, urls: list[str]) -> None:
     async with watched(tiny_qwen2_5_vl, mm_max_queue_patches=1, mm_max_bytes_in_flight_mb=1) as w:
-        long = padded(urls[0], 4 << 20)
-        assert len((await w.ask(*urls, long)).embeddings) == 9
+        assert len((await w.ask(padded(urls[0], 4 << 20))).embeddings) == 1
+        assert len((await w.ask(*urls)).embeddings) == len(urls)
+
+
+async def test_one_request_holds_no_more_than_the_server_may(
+    tiny_qwen2_5_vl: Path, urls: list[str], source: Source
+) -> None:
+    """Not even on an idle server: of many files that come at once."""
+    body = b"x" * (3 << 19)
+    many = [source.answers_with(f"/{number}", body=body) for number in range(8)]
+    async with watched(tiny_qwen2_5_vl, mm_max_bytes_in_flight_mb=1) as w:
+        with pytest.raises(QueueFullError, match=r"MM_MAX_BYTES_IN_FLIGHT_MB\): send its items in several requests"):
+            await w.ask(*many)
+        assert w.engine.stats().bytes_in_flight == 0
+        assert await w.ask(urls[0])
 
 
 async def test_bytes_in_flight_are_limited(tiny_qwen2_5_vl: Path, urls: list[str]) -> None:

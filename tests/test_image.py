@@ -127,7 +127,7 @@ def test_a_jpeg_of_4_to_4_to_1_is_left_to_pillow() -> None:
     np.testing.assert_array_equal(pixels(bytes(data)), np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
 
 
-@pytest.mark.parametrize("scans", [200, 201])
+@pytest.mark.parametrize("scans", [199, 200, 201])
 def test_a_jpegs_scans_are_limited(chelsea: Image.Image, scans: int) -> None:
     """Each costs a few bytes, and as much time as the image."""
     file = io.BytesIO()
@@ -146,7 +146,7 @@ def test_a_jpegs_scans_are_limited(chelsea: Image.Image, scans: int) -> None:
 
 def tiff_of_one_tile(tile: int, kind: int = 4) -> bytes:
     """An image of 64x64 in a tile of `tile` a side, a value of this TIFF type."""
-    data = zlib.compress(bytes(64 * 64 * 3))
+    data = zlib.compress(bytes(min(tile, 80) ** 2 * 3))
     tags = {256: 64, 257: 64, 258: 8, 259: 8, 262: 2, 277: 3, 322: tile, 323: tile, 324: 0, 325: len(data)}
     tags[324] = 8 + 2 + 12 * len(tags) + 4
     entries = [struct.pack("<HHII", tag, kind if tag in (322, 323) else 4, 1, value) for tag, value in tags.items()]
@@ -155,7 +155,10 @@ def tiff_of_one_tile(tile: int, kind: int = 4) -> bytes:
 
 def test_a_tiffs_tiles_are_limited() -> None:
     """libtiff takes memory for all of a tile, however little of it the image covers."""
-    assert pixels(tiff_of_one_tile(64)).shape == (64, 64, 3)
+    for limit in (6401, 6400):
+        assert pixels(tiff_of_one_tile(80), limit).shape == (64, 64, 3)
+    with pytest.raises(WrongFormatError, match="80x80 is 6400 pixels, over the limit of 6399"):
+        pixels(tiff_of_one_tile(80), 6399)
     with pytest.raises(WrongFormatError, match="30000x30000 is 900000000 pixels, over the limit"):
         pixels(tiff_of_one_tile(30000))
     with pytest.raises(WrongFormatError, match="broken image"):

@@ -4,6 +4,7 @@ the engine's tests, of bytes in flight in `test_admission.py`, of what PNG holds
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,12 @@ from fake_engine import serving
 from numpy.typing import NDArray
 from server_calls import call_raw, request
 from test_error_table import REFUSED, WRONG_FORMAT, data_url, item, message, png, said, served
+from waiting import until
+from watched_engine import watched
 from web_source import Source
 
 from rtp_mm.config import Settings, load_settings
+from rtp_mm.engine.caches import CountedCache
 from rtp_mm.errors import MAX_DETAILS_BYTES, ProcessError, StartError, WrongFormatError
 from rtp_mm.models.multimodal_mixin import MultimodalMixin
 from rtp_mm.models.qwen2_vl import PUBLISHED_PROCESSOR
@@ -142,6 +146,51 @@ async def test_bytes_of_an_image_file(model: MultimodalMixin, tmp_path: Path, wh
         for size in (1023, 1024):
             await call_raw(server.grpc_address, message(item(url(size))).SerializeToString())
         await said(server, message(item(url(1025))), WRONG_FORMAT, "1024.*MM_IMAGE_MAX_FILE_SIZE_KB")
+
+
+async def test_bytes_of_a_clips_file(model: MultimodalMixin, frames: list[NDArray[np.uint8]], tmp_path: Path) -> None:
+    """Twice as many as an image's may have; an item that does not say what it is counts as what its bytes tell."""
+    clip = encode([frame[:112, :112] for frame in frames[:4]])
+    kilobytes = -(-len(clip) // 1024)
+    limits = {"mm_video_max_file_size_kb": kilobytes, "mm_image_max_file_size_kb": 1}
+    async with served(model, **limits) as server:
+        for beyond in (-1, 0, 1):
+            path = tmp_path / f"{beyond}.mp4"
+            path.write_bytes(clip + bytes(1024 * kilobytes + beyond - len(clip)))
+            for kind in (MMUrlType.VIDEO, MMUrlType.DEFAULT):
+                if beyond <= 0:
+                    await call_raw(server.grpc_address, message(item(str(path), kind)).SerializeToString())
+                else:
+                    pattern = f"{1024 * kilobytes + 1} bytes.*limit of {1024 * kilobytes}.*MM_VIDEO_MAX_FILE_SIZE_KB"
+                    await said(server, message(item(str(path), kind)), WRONG_FORMAT, pattern)
+
+
+@pytest.mark.parametrize("nbytes", [99, 100, 101])
+def test_bytes_of_a_cache(nbytes: int) -> None:
+    """200 in all, of which a value may have half; 100 are there, and used last."""
+    cache = CountedCache[str, Any](200, largest_share=1 / 2)
+    cache.put("old", np.zeros(100, np.uint8))
+    cache.put("kept", np.zeros(100, np.uint8))
+    assert cache.get("old") is not None
+    cache.put("new", np.zeros(nbytes, np.uint8))
+    assert ("new" in cache) == cache.has_room_for(nbytes) == (nbytes <= 100)
+    assert "old" in cache
+    assert ("kept" in cache) == (nbytes > 100)
+    assert cache.stats().used_bytes <= 200
+
+
+@pytest.mark.parametrize("patches", [31, 32, 33])
+async def test_patches_of_a_batch(patches: int, tiny_qwen2_5_vl: Path, urls: list[str]) -> None:
+    """Two images of 16 fit into a batch of 32 and 33, and not of 31."""
+    async with watched(tiny_qwen2_5_vl, vit_max_batch_patches=patches) as w:
+        w.may_forward.clear()
+        first = w.ask(urls[0])
+        await until(lambda: len(w.forwards) == 1)
+        others = [w.ask(url) for url in urls[1:3]]
+        await until(lambda: w.engine.stats().items_waiting == 2)
+        w.may_forward.set()
+        await asyncio.gather(first, *others)
+        assert sorted(map(len, w.forwards)) == ([1, 2] if patches >= 32 else [1, 1, 1])
 
 
 async def test_redirects(model: MultimodalMixin) -> None:

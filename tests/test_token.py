@@ -92,6 +92,13 @@ async def test_refusals_are_counted_and_no_token_is_logged(caplog: pytest.LogCap
     assert TOKEN not in repr(server.settings)
 
 
+async def test_no_line_for_a_refusal_where_calls_have_none(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    async with serving(mm_auth_token=TOKEN, disable_access_log=True) as server:
+        await refusal(server.grpc_address, request("img:1"))
+    assert not [record for record in caplog.records if record.name == "rtp_mm.access"]
+
+
 async def test_a_new_token_in_the_file_counts_at_once(tmp_path: Path) -> None:
     file = tmp_path / "token"
     file.write_text(f"{TOKEN}\n")

@@ -93,7 +93,7 @@ async def test_third_parties_stay_in_threads() -> None:
 
     workers = PreprocessWorkers(Theirs(), load_settings())
     assert await prepare(workers, Blob(b"", b"", "")) == (os.getpid(), None)
-    with pytest.raises(WrongFormatError, match="more memory than there is"):
+    with pytest.raises(ProcessError, match="more memory than there is"):
         await prepare(workers, Blob(b"too much", b"", ""))
     workers.close()
 

@@ -18,6 +18,7 @@ from rtp_mm.types import Blob, RowsShape
 
 FIRST_GUESS_SHARE = 1 / 32  # of the patches that may wait: what a download comes to, before any has shown it
 AVERAGED_ITEMS = 16  # that this is learnt from, about: an exponential average
+OLDEST_SHARE = 2  # of the bytes in flight, of which the oldest request's items may make so many
 DOWNLOADS_SHARE = 1 / 2  # of the patches that may wait, at most, for what downloads come to: slow ones idle no device
 MIN_RETRY_AFTER_MS = 100  # before any forward has shown how long one takes
 
@@ -41,6 +42,7 @@ class Visit:
     nbytes: int
     ends_at: float  # its deadline, by the loop's clock
     downloads: int = 0  # that it was granted
+    answers: int = 0  # their bytes
     stages: list[Stages] = field(default_factory=list)  # of what was begun for it
 
 
@@ -80,8 +82,8 @@ class Admission:
     """Counts what requests in progress hold and refuses what would be too much, at once. For one event loop, save that
     a download may tell its size from any thread.
 
-    The oldest request is never refused: an idle server takes any, however large, and of several that together are too
-    large for it one always goes on.
+    The oldest request is never refused for what others hold: of several that together are too large for the server one
+    always goes on. Nor is its one item, however large; of many at once the limits on bytes are its limits too.
     """
 
     def __init__(
@@ -94,6 +96,7 @@ class Admission:
         self.patches = 0
         self._usual_patches = FIRST_GUESS_SHARE * max_patches  # of an item
         self._nbytes = 0
+        self._under_way = 0  # downloads and items that hold something
         self._lock = threading.RLock()  # over `_visits`, `_nbytes` and `rejections`
         self._returned: deque[int] = deque()  # bytes that are held no more
         self.rejections: Counter[str] = Counter()
@@ -135,11 +138,20 @@ class Admission:
     def holding(self, visit: Visit, cost: Cost) -> Iterator[Held]:
         """Work for `visit` that costs so much while it is under way. Raises `QueueFullError`."""
         held = Held(self)
-        held.expect(cost, visit)
+        with self._counted():
+            held.expect(cost, visit)
+            try:
+                yield held
+            finally:
+                held.end()
+
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        self._under_way += 1
         try:
-            yield held
+            yield
         finally:
-            held.end()
+            self._under_way -= 1
 
     def _learn(self, cost: Cost) -> None:
         if cost.patches:  # else they are not known
@@ -171,7 +183,8 @@ class Admission:
                     held = nbytes
 
         try:
-            yield grow
+            with self._counted():
+                yield grow
         finally:
             with self._lock:
                 self._add(-held)
@@ -187,6 +200,13 @@ class Admission:
         visit.nbytes += nbytes
         self._add(nbytes)
 
+    def keep_answer(self, visit: Visit, nbytes: int) -> None:
+        """The same for one of its answers. Raises `QueueFullError` where all of them would be too many bytes."""
+        if visit.answers and visit.answers + nbytes > self._max_bytes:
+            raise self._own_refusal(f"its answers take over {visit.answers >> 20} MiB")
+        visit.answers += nbytes
+        self.keep(visit, nbytes)
+
     def check_in_time(self, visit: Visit, wait_s: float, now: float) -> None:
         """Refuses what would wait past its deadline: who is told now can still ask another server."""
         if now + wait_s > visit.ends_at and not self._is_oldest(visit):
@@ -200,6 +220,8 @@ class Admission:
 
     def _check(self, visit: Visit, cost: Cost) -> None:
         if self._is_oldest(visit):
+            if cost.nbytes and self._under_way > 1 and self.nbytes + cost.nbytes > OLDEST_SHARE * self._max_bytes:
+                raise self._own_refusal(f"{self.nbytes >> 20} MiB are in flight, most of them its own")
             return
         if cost.patches and self.patches + cost.patches > self._max_patches:
             raise self._patches_refusal()
@@ -212,6 +234,9 @@ class Admission:
 
     def _patches_refusal(self, more: str = "") -> QueueFullError:
         return self._refusal("patches", f"{self.patches} patches are waiting or running{more} (MM_MAX_QUEUE_PATCHES)")
+
+    def _own_refusal(self, text: str) -> QueueFullError:
+        return self._refusal("bytes", f"{text} (MM_MAX_BYTES_IN_FLIGHT_MB): send its items in several requests")
 
     def _refusal(self, reason: str, text: str) -> QueueFullError:
         with self._lock:

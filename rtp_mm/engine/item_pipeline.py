@@ -95,9 +95,9 @@ class ItemPipeline:
                 if blob is None:
                     self._check_room(item, visit)
                 return Begun(None, options, blob)
+            self.admission.keep_answer(visit, known.nbytes)
         except MMError as error:
             return Begun(error)
-        self.admission.keep(visit, known.nbytes)
         return Begun(Answer(known, {}))
 
     async def end(
@@ -108,9 +108,9 @@ class ItemPipeline:
             return begun.outcome
         try:
             answer = await self._embed_item(item, begun, caller, visit, stages)
+            self.admission.keep_answer(visit, answer.embedded.nbytes)
         except MMError as error:
             return error
-        self.admission.keep(visit, answer.embedded.nbytes)
         return answer
 
     async def _embed_item(

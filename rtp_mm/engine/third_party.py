@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from rtp_mm.errors import MMError, ProcessError, WrongFormatError
+from rtp_mm.errors import MMError, ProcessError
 
 _log = logging.getLogger(__name__)
 
@@ -22,7 +22,7 @@ def as_mm_error(source: str) -> Iterator[None]:
     except (MMError, asyncio.CancelledError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except MemoryError:
-        raise WrongFormatError("preprocessing needs more memory than there is") from None
+        raise ProcessError("preprocessing needs more memory than there is") from None
     except BaseException as error:  # noqa: BLE001  # a third party's: a panic of Rust code is no `Exception`
         _log.error("preprocessing of %s failed", source, exc_info=error)
         raise ProcessError(f"preprocessing failed with {type(error).__name__}") from None

@@ -115,7 +115,7 @@ class MultiModalEmbeddingInterface:
 
         An engine runs the same steps spread over its stages. Raises `MMError`.
         """
-        configs = kwargs.setdefault("configs", MMPreprocessConfig())
+        configs, mm_type = kwargs.setdefault("configs", MMPreprocessConfig()), MMUrlType(mm_type)
         blob = _fetch(MultimodalInput(url, mm_type, configs, kwargs.pop("tensor", None)), self.settings)
         prepared = self.prepare(blob, mm_type, configs)
         return as_embedding(self.mm_process(prepared, mm_type=mm_type, **kwargs))

@@ -52,6 +52,7 @@ class Qwen2AudioEmbedding(TowerEmbedding):
                 f"{2 * tower.max_source_positions}) in its config.json, ({rule.bins}, {rule.max_frames}) for its sounds"
             )
         self.preprocessor = AudioPreprocessor(rule)
+        self._leave_to_subclass()
         if importlib.util.find_spec("av") is None:
             log_event(
                 _log, "no PyAV: sounds are refused, tensors are not; pip install 'rtp_mm[media]'", logging.WARNING
@@ -64,6 +65,8 @@ class Qwen2AudioEmbedding(TowerEmbedding):
     def mm_process_batch(
         self, mm_inputs: Sequence[LogMel], mm_types: Sequence[MMUrlType], configs: Sequence[MMPreprocessConfig]
     ) -> list[Tensor | Embedding]:
+        if self._is_by_item:
+            return super().mm_process_batch(mm_inputs, mm_types, configs)
         return self.tower(mm_inputs)  # type: ignore[no-any-return]
 
     def patches(self, mm_input: LogMel) -> int:

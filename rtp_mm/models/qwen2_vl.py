@@ -55,6 +55,7 @@ class Qwen2VLEmbedding(TowerEmbedding):
         self.preprocessor = MediaPreprocessor.from_checkpoint(Path(config.ckpt_path), self.processor, settings)
         self.tower = VisionTower(tower, self._data_type, device, TowerOptions.of(settings))
         self.device_preprocessor = DevicePreprocessor.for_device(self.preprocessor, device, settings)
+        self._leave_to_subclass()
         self._tokens_per_second = self._time_scale(config) if settings.mm_pos_t == "scaled" else None
 
     @property
@@ -71,6 +72,8 @@ class Qwen2VLEmbedding(TowerEmbedding):
         mm_types: Sequence[MMUrlType],
         configs: Sequence[MMPreprocessConfig],
     ) -> list[Tensor | Embedding]:
+        if self._is_by_item:
+            return super().mm_process_batch(mm_inputs, mm_types, configs)
         return [*self._embed(mm_inputs)]
 
     def _embed(self, items: Sequence[Patches | DevicePatches]) -> list[Embedding]:

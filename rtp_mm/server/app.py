@@ -113,8 +113,8 @@ async def open_ports(state: ServerState, settings: Settings) -> AsyncIterator[he
         app, access_log=None, logger=http_logger(), shutdown_timeout=_LAST_WORDS_S, keepalive_timeout=_HTTP_IDLE_S
     )
     await runner.setup()
-    interceptors = [TokenInterceptor(guard, lambda: metrics.refused("grpc"))] if guard.is_on else []
-    server = grpc.aio.server(options=grpc_options(settings), interceptors=interceptors)
+    by_token = TokenInterceptor(guard, lambda: metrics.refused("grpc"), is_logged=not settings.disable_access_log)
+    server = grpc.aio.server(options=grpc_options(settings), interceptors=[by_token] if guard.is_on else [])
     healths = health.aio.HealthServicer()
     await _set_health(healths, state)
     health_pb2_grpc.add_HealthServicer_to_server(healths, server)

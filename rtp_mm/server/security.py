@@ -245,8 +245,8 @@ class Guard:
 class TokenInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc has no types
     """Refuses calls without the token before a byte of their request is read; all but health checks need it."""
 
-    def __init__(self, guard: Guard, on_refused: Callable[[], None]) -> None:
-        self._guard, self._on_refused = guard, on_refused
+    def __init__(self, guard: Guard, on_refused: Callable[[], None], *, is_logged: bool = True) -> None:
+        self._guard, self._on_refused, self._is_logged = guard, on_refused, is_logged
 
     async def intercept_service(self, continuation: Any, details: grpc.HandlerCallDetails) -> Any:
         is_open = details.method.startswith(f"/{health.SERVICE_NAME}/")
@@ -256,7 +256,8 @@ class TokenInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grp
 
     async def _refuse(self, _requests: Any, context: Any) -> None:
         self._on_refused()
-        log_event(_access, "refused", peer=context.peer(), status=UnauthenticatedError.status)
+        if self._is_logged:
+            log_event(_access, "refused", peer=context.peer(), status=UnauthenticatedError.status)
         error = UnauthenticatedError("metadata authorization must be Bearer and the server's token")
         await context.abort(grpc.StatusCode[error.status], error.wire_message)
 

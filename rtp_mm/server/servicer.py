@@ -58,7 +58,7 @@ class MultimodalServicer(MultimodalRpcServiceServicer):
     async def _embed(self, request: Any, context: Any, call: Call) -> bytes:
         call.items = len(request.multimodal_inputs)
         engine = self._state.admit()
-        unsent: list[MMEmbeddingRes] = []  # held, and so counted by the engine; the context itself is a cycle's
+        unsent: list[MMEmbeddingRes] = []  # held, and so counted by the engine
 
         def leave(_: Any) -> None:
             """The reply is sent, or the caller gone."""
@@ -66,7 +66,11 @@ class MultimodalServicer(MultimodalRpcServiceServicer):
             self._state.leave()
 
         self._state.enter()
-        context.add_done_callback(leave)
+        # gRPC's own task ends as the call does. A callback of the context would make a cycle of it, for the garbage
+        # collector to find.
+        task = asyncio.current_task()
+        assert task is not None
+        task.add_done_callback(leave)
         form = wire.choose_form(request, call.metadata, self._settings)
         inputs = (
             await asyncio.to_thread(wire.read_inputs, request) if _has_tensors(request) else wire.read_inputs(request)

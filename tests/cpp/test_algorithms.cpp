@@ -12,7 +12,9 @@
 #include "check.h"
 #include "check_attention.h"
 #include "check_pointwise.h"
+#include "cpu/over_white.h"
 #include "cpu/packed_linear.h"
+#include "cpu/probe.h"
 #include "cpu/vision_positions.h"
 #include "random_data.h"
 
@@ -206,6 +208,24 @@ void test_int8_linear(Isa isa, int64_t m, int64_t k, int64_t width) {
   }
 }
 
+void test_over_white(int64_t pixels) {
+  const std::vector<uint8_t> rgba = random_bytes(4 * pixels);
+  std::vector<uint8_t> rgb(3 * pixels);
+  over_white(rgba.data(), pixels, rgb.data());
+  for (int64_t i = 0; i < 3 * pixels; ++i) {
+    const int alpha = rgba[i / 3 * 4 + 3], exact = alpha * rgba[i / 3 * 4 + i % 3] + (255 - alpha) * 255;
+    CHECK(std::abs(255 * rgb[i] - exact) <= 255);
+  }
+}
+
+void test_jpeg_scans(size_t size) {
+  std::vector<uint8_t> data(size);
+  for (uint8_t& byte : data) byte = random_bytes(1)[0] % 2 ? 0xff : 0xda;
+  size_t scans = 0;
+  for (size_t i = 1; i < size; ++i) scans += data[i - 1] == 0xff && data[i] == 0xda;
+  CHECK(count_jpeg_scans(data.data(), size) == scans);
+}
+
 }  // namespace
 }  // namespace rtp_mm
 
@@ -215,6 +235,10 @@ int main() {
     test_vision_positions({1, 2, 2, 2, 18, 10, 1, 8, 16, 3, 2, 40}, 2, window);
     test_vision_positions({2, 5, 7}, 1, window);
     test_vision_positions({}, 2, window);
+  }
+  for (const int64_t count : {0, 1, 2, 63, 64, 65, 255, 256, 257, 1021}) {
+    test_over_white(count);
+    test_jpeg_scans(count);
   }
   for (int level = 0; level <= static_cast<int>(best_isa()); ++level) {
     const Isa isa{level};

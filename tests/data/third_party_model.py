@@ -4,6 +4,7 @@ of the image, times a weight from the checkpoint.
 
 from io import BytesIO
 
+import numpy as np
 import torch
 from PIL import Image
 from rtp_llm.config.gpt_init_model_parameters import GptInitModelParameters
@@ -27,7 +28,7 @@ class QuarterMeans(ImageEmbeddingInterface):
 
     @torch.inference_mode()
     def image_embedding(self, images):
-        pixels = [torch.tensor(list(image.get_flattened_data()), dtype=self.scale.weight.dtype) for image in images]
+        pixels = [torch.tensor(np.array(image), dtype=self.scale.weight.dtype).view(-1, 3) for image in images]
         return [self.scale(p) for p in pixels]
 
 

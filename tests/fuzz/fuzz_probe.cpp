@@ -1,6 +1,6 @@
 // The header probe on any bytes: it stays within them (a heap block of their exact size), its answer is well-formed,
 // and that of a file's beginning is that of the file, or asks for more. The same for the frames of an animation: as
-// many as the probe counts, on a canvas no smaller, or a word of what is wrong.
+// many as the probe counts, on a canvas no smaller, or a word of what is wrong. And for the scans of a JPEG.
 
 #include <algorithm>
 #include <cmath>
@@ -57,12 +57,20 @@ void check_animation(const uint8_t* data, size_t size, const ProbeResult& whole)
   }
 }
 
+void check_scans(const uint8_t* data, size_t size) {
+  const auto block = exactly(data, size);
+  size_t scans = 0;
+  for (size_t i = 1; i < size; ++i) scans += data[i - 1] == 0xff && data[i] == 0xda;
+  require(count_jpeg_scans(block.get(), size) == scans);
+}
+
 }  // namespace
 }  // namespace rtp_mm
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   const rtp_mm::ProbeResult whole = rtp_mm::probe_exactly(data, size);
   rtp_mm::check_animation(data, size, whole);
+  rtp_mm::check_scans(data, size);
   // Where files are cut: at the input's choice, its last byte, and where the probe says that it stopped.
   size_t cut = size ? data[size - 1] * size / 256 : 0;
   for (int i = 0; i < 8 && cut < size; ++i) {
