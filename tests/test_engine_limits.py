@@ -102,7 +102,7 @@ async def test_one_request_holds_no_more_than_the_server_may(
     tiny_qwen2_5_vl: Path, urls: list[str], source: Source
 ) -> None:
     """Not even on an idle server: of many files that come at once."""
-    body = b"x" * (3 << 19)
+    body = base64.b64decode(urls[0].partition(",")[2]) + bytes(3 << 19)
     many = [source.answers_with(f"/{number}", body=body) for number in range(8)]
     async with watched(tiny_qwen2_5_vl, mm_max_bytes_in_flight_mb=1) as w:
         with pytest.raises(QueueFullError, match=r"MM_MAX_BYTES_IN_FLIGHT_MB\): send its items in several requests"):

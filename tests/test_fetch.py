@@ -177,8 +177,9 @@ async def test_a_video_of_type_default_has_the_limit_of_videos(way: str, tmp_pat
 async def test_a_url_has_a_limit_that_data_urls_have_not(start: str) -> None:
     longest = start + "a" * (MAX_URL_CHARACTERS - len(start))
     fetcher = Fetcher(load_settings(mm_allowed_schemes="s3"))
-    for url in (longest[:-1], longest):
-        fetcher.check_access(MultimodalInput(url), LIBRARY_CALLER)
+    if start in ("http://h/", "s3://b/"):  # no path is as long
+        for url in (longest[:-1], longest):
+            fetcher.check_access(MultimodalInput(url), LIBRARY_CALLER)
     with pytest.raises(WrongFormatError, match="a URL of 16385 characters, over the limit of 16384"):
         fetcher.check_access(MultimodalInput(longest + "a"), LIBRARY_CALLER)
     assert len((await fetch("data:," + "a" * MAX_URL_CHARACTERS)).data) == MAX_URL_CHARACTERS

@@ -149,7 +149,7 @@ async def test_bytes_of_an_image_file(model: MultimodalMixin, tmp_path: Path, wh
 
 
 async def test_bytes_of_a_clips_file(model: MultimodalMixin, frames: list[NDArray[np.uint8]], tmp_path: Path) -> None:
-    """Twice as many as an image's may have; an item that does not say what it is counts as what its bytes tell."""
+    """Not those of an image's; an item that does not say what it is counts as what its bytes tell."""
     clip = encode([frame[:112, :112] for frame in frames[:4]])
     kilobytes = -(-len(clip) // 1024)
     limits = {"mm_video_max_file_size_kb": kilobytes, "mm_image_max_file_size_kb": 1}
@@ -158,11 +158,12 @@ async def test_bytes_of_a_clips_file(model: MultimodalMixin, frames: list[NDArra
             path = tmp_path / f"{beyond}.mp4"
             path.write_bytes(clip + bytes(1024 * kilobytes + beyond - len(clip)))
             for kind in (MMUrlType.VIDEO, MMUrlType.DEFAULT):
+                request_ = message(item(str(path), kind, width=112, height=56))
                 if beyond <= 0:
-                    await call_raw(server.grpc_address, message(item(str(path), kind)).SerializeToString())
+                    await call_raw(server.grpc_address, request_.SerializeToString())
                 else:
                     pattern = f"{1024 * kilobytes + 1} bytes.*limit of {1024 * kilobytes}.*MM_VIDEO_MAX_FILE_SIZE_KB"
-                    await said(server, message(item(str(path), kind)), WRONG_FORMAT, pattern)
+                    await said(server, request_, WRONG_FORMAT, pattern)
 
 
 @pytest.mark.parametrize("nbytes", [99, 100, 101])
@@ -190,7 +191,7 @@ async def test_patches_of_a_batch(patches: int, tiny_qwen2_5_vl: Path, urls: lis
         await until(lambda: w.engine.stats().items_waiting == 2)
         w.may_forward.set()
         await asyncio.gather(first, *others)
-        assert sorted(map(len, w.forwards)) == ([1, 2] if patches >= 32 else [1, 1, 1])
+        assert sorted(w.forwards) == ([1, 2] if patches >= 32 else [1, 1, 1])
 
 
 async def test_redirects(model: MultimodalMixin) -> None:
