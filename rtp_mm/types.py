@@ -109,7 +109,8 @@ def _crop_box(positions: list[float]) -> CropBox | None:
 @dataclass(slots=True)
 class MultimodalInput:
     """One item of a request. `tensor` (numpy or torch) counts only when `mm_type` is `TENSOR`:
-    int32 or uint8 [H, W, 3] or [T, H, W, 3] pixels of 0..255, or float32 [S] mono samples at the model's rate.
+    int32 or uint8 [H, W, 3] or [T, H, W, 3] pixels of 0..255, or float32 [S] mono samples at the model's rate. A type
+    may be its number; `ValueError` for one that there is not.
     """
 
     url: str

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 import pytest
 
 from rtp_mm.engine.admission import Admission, Cost, Visit
-from rtp_mm.errors import QueueFullError
+from rtp_mm.errors import QueueFullError, ReplyTooLargeError, WrongFormatError
 
 
 def new_admission() -> Admission:
@@ -73,19 +73,28 @@ def test_bytes_just_below_at_and_above_the_limit(way: str, nbytes: int) -> None:
     assert admission.nbytes == 0
 
 
-@pytest.mark.parametrize("nbytes", [1099, 1100, 1101])
-def test_the_oldest_requests_items_take_twice_the_limit_together(nbytes: int) -> None:
-    """1000 may be in flight; another request holds 400, and the oldest 500 of its own beside what comes."""
+@pytest.mark.parametrize("nbytes", [499, 500, 501])
+def test_the_oldest_requests_files_are_no_more_than_all_may_be(nbytes: int) -> None:
+    """1000; another request holds 900 of its own, which is no matter, and one file of the oldest has 500."""
     admission = new_admission()
     with ExitStack() as held:
         oldest = held.enter_context(admission.visiting(0, 0))
-        held.enter_context(admission.visiting(400, 0))
-        held.enter_context(admission.holding(oldest, Cost(0, 500)))
-        if nbytes > 1100:
-            held.enter_context(pytest.raises(QueueFullError, match="send its items in several requests"))
+        held.enter_context(admission.visiting(900, 0))
+        held.enter_context(admission.holding(oldest, Cost(0, 10_500, 500)))
+        if nbytes > 500:
+            held.enter_context(pytest.raises(WrongFormatError, match="the request's files take more than 0 MiB"))
         held.enter_context(admission.metering([oldest]))(nbytes)
-        assert admission.nbytes == 900 + nbytes
-    assert admission.nbytes == 0
+        assert admission.nbytes == 900 + 10_500 + nbytes
+    assert (admission.nbytes, oldest.file_bytes, oldest.items) == (0, 0, 0)
+
+
+def test_the_oldest_requests_only_file_may_be_of_any_size() -> None:
+    admission = new_admission()
+    with admission.visiting(0, 0) as oldest, admission.visiting(900, 0):
+        with admission.metering([oldest]) as grow:
+            grow(5000)
+        with admission.holding(oldest, Cost(10, 6000, 5000)):
+            assert admission.nbytes == 6900
 
 
 @pytest.mark.parametrize("nbytes", [599, 600, 601])
@@ -94,7 +103,7 @@ def test_a_requests_answers_take_the_limit_together(nbytes: int) -> None:
     with admission.visiting(0, 0) as visit, ExitStack() as outcome:
         admission.keep_answer(visit, 400)
         if nbytes > 600:
-            outcome.enter_context(pytest.raises(QueueFullError, match="its answers take over 0 MiB"))
+            outcome.enter_context(pytest.raises(ReplyTooLargeError, match="the answers take more than 0 MiB"))
         admission.keep_answer(visit, nbytes)
     with admission.visiting(0, 0) as visit:
         admission.keep_answer(visit, 10**6)  # one is welcome

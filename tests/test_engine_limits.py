@@ -105,7 +105,7 @@ async def test_one_request_holds_no_more_than_the_server_may(
     body = base64.b64decode(urls[0].partition(",")[2]) + bytes(3 << 19)
     many = [source.answers_with(f"/{number}", body=body) for number in range(8)]
     async with watched(tiny_qwen2_5_vl, mm_max_bytes_in_flight_mb=1) as w:
-        with pytest.raises(QueueFullError, match=r"MM_MAX_BYTES_IN_FLIGHT_MB\): send its items in several requests"):
+        with pytest.raises(BadItemsError, match=r"more than 1 MiB \(MM_MAX_BYTES_IN_FLIGHT_MB\): send fewer at once"):
             await w.ask(*many)
         assert w.engine.stats().bytes_in_flight == 0
         assert await w.ask(urls[0])

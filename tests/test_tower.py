@@ -240,6 +240,7 @@ def test_a_forced_backend_that_cannot_run_is_refused() -> None:
         ("def flash_attn_varlen_func(): ...", "flash"),
         ("", "torch"),  # another generation's package
         ("raise ImportError('undefined symbol: _ZN3c10')", "torch"),  # built for another torch
+        ("import flash_attn_2_cuda", "torch"),  # built without its kernels
     ],
 )
 def test_a_flash_attn_that_cannot_be_used_is_left_alone(

@@ -13,12 +13,11 @@ from math import prod
 from typing import NamedTuple
 
 from rtp_mm.engine.response import Stages
-from rtp_mm.errors import QueueFullError
+from rtp_mm.errors import QueueFullError, ReplyTooLargeError, WrongFormatError
 from rtp_mm.types import Blob, RowsShape
 
 FIRST_GUESS_SHARE = 1 / 32  # of the patches that may wait: what a download comes to, before any has shown it
 AVERAGED_ITEMS = 16  # that this is learnt from, about: an exponential average
-OLDEST_SHARE = 2  # of the bytes in flight, of which the oldest request's items may make so many
 DOWNLOADS_SHARE = 1 / 2  # of the patches that may wait, at most, for what downloads come to: slow ones idle no device
 MIN_RETRY_AFTER_MS = 100  # before any forward has shown how long one takes
 
@@ -28,11 +27,13 @@ class Cost(NamedTuple):
 
     patches: int
     nbytes: int
+    file_bytes: int = 0  # of these
 
     @classmethod
     def of(cls, blob: Blob, rows: RowsShape | None) -> Cost:
         """`rows`, where they are predicted."""
-        return cls(0, blob.nbytes) if rows is None else cls(rows[0], blob.nbytes + prod(rows))
+        patches, row_bytes = (0, 0) if rows is None else (rows[0], prod(rows))
+        return cls(patches, blob.nbytes + row_bytes, blob.nbytes)
 
 
 @dataclass(slots=True, eq=False)
@@ -42,22 +43,24 @@ class Visit:
     nbytes: int
     ends_at: float  # its deadline, by the loop's clock
     downloads: int = 0  # that it was granted
-    answers: int = 0  # their bytes
+    items: int = 0  # that are under way
+    file_bytes: int = 0  # of these, as far as they are here
+    answer_bytes: int = 0
     stages: list[Stages] = field(default_factory=list)  # of what was begun for it
 
 
 class Held:
     """What an item under way costs in all, as far as is known; nothing once it is over."""
 
-    def __init__(self, admission: Admission) -> None:
-        self._admission = admission
+    def __init__(self, admission: Admission, visit: Visit) -> None:
+        self._admission, self._visit = admission, visit
         self._is_over = False
         self.cost = Cost(0, 0)
 
     def expect(self, cost: Cost, visit: Visit) -> None:
         """Before it is spent, for `visit`. Raises `QueueFullError`."""
         self._admission._learn(cost)
-        more = Cost(cost.patches - self.cost.patches, cost.nbytes - self.cost.nbytes)
+        more = Cost(*(new - old for new, old in zip(cost, self.cost, strict=True)))
         self._admission._check(visit, more)
         self._count(cost)
 
@@ -75,6 +78,7 @@ class Held:
             return
         self._admission.patches += cost.patches - self.cost.patches
         self._admission._add(cost.nbytes - self.cost.nbytes)
+        self._visit.file_bytes += cost.file_bytes - self.cost.file_bytes
         self.cost = cost
 
 
@@ -83,7 +87,8 @@ class Admission:
     a download may tell its size from any thread.
 
     The oldest request is never refused for what others hold: of several that together are too large for the server one
-    always goes on. Nor is its one item, however large; of many at once the limits on bytes are its limits too.
+    always goes on. An idle server takes any item, however large; but the files of many at once may not be more bytes
+    than all may be, nor may a request's answers.
     """
 
     def __init__(
@@ -96,7 +101,6 @@ class Admission:
         self.patches = 0
         self._usual_patches = FIRST_GUESS_SHARE * max_patches  # of an item
         self._nbytes = 0
-        self._under_way = 0  # downloads and items that hold something
         self._lock = threading.RLock()  # over `_visits`, `_nbytes` and `rejections`
         self._returned: deque[int] = deque()  # bytes that are held no more
         self.rejections: Counter[str] = Counter()
@@ -137,21 +141,14 @@ class Admission:
     @contextmanager
     def holding(self, visit: Visit, cost: Cost) -> Iterator[Held]:
         """Work for `visit` that costs so much while it is under way. Raises `QueueFullError`."""
-        held = Held(self)
-        with self._counted():
-            held.expect(cost, visit)
-            try:
-                yield held
-            finally:
-                held.end()
-
-    @contextmanager
-    def _counted(self) -> Iterator[None]:
-        self._under_way += 1
+        held = Held(self, visit)
+        visit.items += 1
         try:
-            yield
+            held.expect(cost, visit)
+            yield held
         finally:
-            self._under_way -= 1
+            held.end()
+            visit.items -= 1
 
     def _learn(self, cost: Cost) -> None:
         if cost.patches:  # else they are not known
@@ -172,22 +169,26 @@ class Admission:
         """Something that grows, as a download does, for all who wait for it, one at least: to be told its size so far.
         That raises `QueueFullError`.
         """
-        held = 0
+        held, owner = 0, self.foremost(visits)
+        owner.items += 1
 
         def grow(nbytes: int) -> None:
             nonlocal held
             with self._lock:
                 if nbytes > held:
-                    self._check(self.foremost(visits), Cost(0, nbytes - held))
-                    self._add(nbytes - held)
+                    more = nbytes - held
+                    self._check(self.foremost(visits), Cost(0, more, more))
+                    self._add(more)
+                    owner.file_bytes += more
                     held = nbytes
 
         try:
-            with self._counted():
-                yield grow
+            yield grow
         finally:
+            owner.items -= 1
             with self._lock:
                 self._add(-held)
+                owner.file_bytes -= held
                 held = sys.maxsize  # a thread whose download was given up may still tell: of no interest any more
 
     def follow(self, answer: object, nbytes: int) -> None:
@@ -201,10 +202,10 @@ class Admission:
         self._add(nbytes)
 
     def keep_answer(self, visit: Visit, nbytes: int) -> None:
-        """The same for one of its answers. Raises `QueueFullError` where all of them would be too many bytes."""
-        if visit.answers and visit.answers + nbytes > self._max_bytes:
-            raise self._own_refusal(f"its answers take over {visit.answers >> 20} MiB")
-        visit.answers += nbytes
+        """The same for one of its answers. Raises `ReplyTooLargeError` where all of them are too many bytes."""
+        if visit.answer_bytes and visit.answer_bytes + nbytes > self._max_bytes:
+            raise ReplyTooLargeError(f"the answers take more than {self._limit}: send fewer or smaller items")
+        visit.answer_bytes += nbytes
         self.keep(visit, nbytes)
 
     def check_in_time(self, visit: Visit, wait_s: float, now: float) -> None:
@@ -220,8 +221,8 @@ class Admission:
 
     def _check(self, visit: Visit, cost: Cost) -> None:
         if self._is_oldest(visit):
-            if cost.nbytes and self._under_way > 1 and self.nbytes + cost.nbytes > OLDEST_SHARE * self._max_bytes:
-                raise self._own_refusal(f"{self.nbytes >> 20} MiB are in flight, most of them its own")
+            if cost.file_bytes and visit.items > 1 and visit.file_bytes + cost.file_bytes > self._max_bytes:
+                raise WrongFormatError(f"the request's files take more than {self._limit}: send fewer at once")
             return
         if cost.patches and self.patches + cost.patches > self._max_patches:
             raise self._patches_refusal()
@@ -235,8 +236,9 @@ class Admission:
     def _patches_refusal(self, more: str = "") -> QueueFullError:
         return self._refusal("patches", f"{self.patches} patches are waiting or running{more} (MM_MAX_QUEUE_PATCHES)")
 
-    def _own_refusal(self, text: str) -> QueueFullError:
-        return self._refusal("bytes", f"{text} (MM_MAX_BYTES_IN_FLIGHT_MB): send its items in several requests")
+    @property
+    def _limit(self) -> str:
+        return f"{self._max_bytes >> 20} MiB (MM_MAX_BYTES_IN_FLIGHT_MB)"
 
     def _refusal(self, reason: str, text: str) -> QueueFullError:
         with self._lock:

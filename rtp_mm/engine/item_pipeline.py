@@ -196,7 +196,8 @@ class ItemPipeline:
             if prepared.patches is not None:
                 self.limits.check_item(prepared.patches)
                 if not held.cost.patches:  # nobody predicted them
-                    held.settle(Cost(prepared.patches, blob.nbytes + getattr(prepared.value, "nbytes", 0)))
+                    nbytes = blob.nbytes + getattr(prepared.value, "nbytes", 0)
+                    held.settle(Cost(prepared.patches, nbytes, blob.nbytes))
             with stages.inside("queue"):  # and the forward, which only the batcher tells apart
                 embedded, on_device = await self.batcher.run(*prepared, key.patches.mm_type, config)
         if isinstance(prepared.value, Patches | DevicePatches):

@@ -56,8 +56,9 @@ def device_limits(mm_part: MultiModalEmbeddingInterface, settings: Settings) -> 
 
 def bound_clips(mm_part: MultiModalEmbeddingInterface, limits: DeviceLimits) -> None:
     """Has clips that no forward will take refused before their frames are decoded."""
-    if isinstance(mm_part.preprocessor, MediaPreprocessor):
-        mm_part.preprocessor = mm_part.preprocessor.bounded(limits.item)
+    for name in ("preprocessor", "_family_preprocessor"):  # the second where a subclass calls it
+        if isinstance(whole := getattr(mm_part, name, None), MediaPreprocessor):
+            setattr(mm_part, name, whole.bounded(limits.item))
     if mm_part.device_preprocessor is not None:
         mm_part.device_preprocessor.bound(limits.item)
 

@@ -21,7 +21,7 @@ def as_mm_error(source: str) -> Iterator[None]:
         yield
     except (MMError, asyncio.CancelledError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
-    except MemoryError:
+    except MemoryError:  # of the server's: a worker's, which has a limit of its own, is the item's fault
         raise ProcessError("preprocessing needs more memory than there is") from None
     except BaseException as error:  # noqa: BLE001  # a third party's: a panic of Rust code is no `Exception`
         _log.error("preprocessing of %s failed", source, exc_info=error)

@@ -28,7 +28,7 @@ from rtp_mm.types import MMUrlType
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "ICO", "PPM", "QOI", "TGA")
 KEPT_BYTES = 48 << 20  # an image of 12 megapixels, in Pillow's four bytes each
 MAX_SCANS = 200  # of a JPEG; encoders make a dozen, and each, of a few bytes, may take as long as the whole image
-_TILE_SIDES = (322, 323)  # tags of a TIFF: TileWidth, TileLength
+_TILE_SIDES, _TILE_OFFSETS = (322, 323), 324  # tags of a TIFF: TileWidth and TileLength
 _MODES = {1: "L", 2: "LA", 4: "RGBA"}  # Pillow's, by channels
 
 # What Pillow's readers raise for broken files. RuntimeError and ArithmeticError (a time scale of 0) are AVIF's. The
@@ -95,9 +95,12 @@ def _check_work(data: bytes, image: ImageFile.ImageFile, max_pixels: int) -> Non
     if image.format in ("JPEG", "MPO") and (scans := _core.jpeg_scans(data)) > MAX_SCANS:
         raise WrongFormatError(f"a JPEG of {scans} scans, over the limit of {MAX_SCANS}")
     if image.format == "TIFF":
-        tile = [image.tag_v2.get(side) for side in _TILE_SIDES]  # type: ignore[attr-defined]
-        if all(isinstance(side, int) for side in tile):  # libtiff takes no others
-            check_pixels(tile[0], tile[1], max_pixels)
+        tags = image.tag_v2  # type: ignore[attr-defined]
+        width, height = (tags.get(side) for side in _TILE_SIDES)
+        if isinstance(width, int) and isinstance(height, int):
+            check_pixels(width, height, max_pixels)
+        elif _TILE_OFFSETS in tags:  # libtiff may read what Pillow does not
+            raise WrongFormatError("broken image: a TIFF in tiles of no size")
 
 
 def _decode(image: ImageFile.ImageFile, exif_transpose: bool) -> NDArray[np.uint8]:

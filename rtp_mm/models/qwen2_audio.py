@@ -69,9 +69,9 @@ class Qwen2AudioEmbedding(TowerEmbedding):
             return super().mm_process_batch(mm_inputs, mm_types, configs)
         return self.tower(mm_inputs)  # type: ignore[no-any-return]
 
-    def patches(self, mm_input: LogMel) -> int:
-        """Steps, which are rows of the tower as patches are."""
-        return mm_input.steps
+    def patches(self, mm_input: Any) -> int | None:
+        """Steps, which are rows of the tower as patches are; `None` for what a subclass made."""
+        return mm_input.steps if isinstance(mm_input, LogMel) else None
 
 
 class Qwen2Audio(MultimodalMixin):

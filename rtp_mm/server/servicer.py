@@ -43,8 +43,10 @@ class MultimodalServicer(MultimodalRpcServiceServicer):
         metadata = context.invocation_metadata() or ()  # made anew each time it is asked for
         trace = self._tracing.begin(metadata)
         call = Call(self._caller_of(context.peer()), metadata, trace_id=trace.id)
+        answer = self._answer(request, context, call, self._embed)
+        del context, request  # see there
         try:
-            return await self._answer(request, context, call, self._embed)
+            return await answer
         finally:
             call.ended()
             asyncio.get_running_loop().call_soon(self._observe, call, trace)
@@ -148,8 +150,10 @@ class MultimodalServicer(MultimodalRpcServiceServicer):
         else:
             context.set_trailing_metadata(call.trailing_metadata())
             return reply
-        call.failed(failure)
-        return await context.abort(grpc.StatusCode[call.status], failure.wire_message, call.trailing_metadata())
+        call.failed(failure.with_traceback(None))
+        end = context.abort(grpc.StatusCode[call.status], failure.wire_message, call.trailing_metadata())
+        del context, request, failure  # the context keeps the error that ends the call, which keeps this frame
+        return await end
 
 
 def _has_tensors(request: Any) -> bool:

@@ -104,7 +104,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """On CUDA by the one kernel whose bits do not depend on how many segments there are: FlashAttention splits the keys
     of few, and cuDNN makes a plan for every number of them.
     """
-    if not q.is_cuda:
+    if not q.is_cuda or q.shape[-1] * q.element_size() % 16:  # it takes no other heads
         return F.scaled_dot_product_attention(q, k, v)
     attended: Tensor = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, False)[0]
     return attended
@@ -170,9 +170,9 @@ def _has_flash() -> bool:
     """Whether flash-attn can be used: one that was built for another torch, or of another generation, is found too."""
     try:
         from flash_attn import flash_attn_varlen_func  # noqa: F401
-    except ModuleNotFoundError:
-        return False
-    except (ImportError, OSError) as error:
+    except (ImportError, OSError, AttributeError, RuntimeError, TypeError) as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == "flash_attn":
+            return False
         log_event(_log, "flash-attn is left alone", logging.WARNING, reason=str(error).partition("\n")[0])
         return False
     return True
