@@ -155,8 +155,8 @@ def test_an_image_without_an_orientation_is_predicted_where_a_look_through_it_is
 
 
 def test_a_cost_is_the_file_and_its_rows() -> None:
-    assert Cost.of(blob(bytes(7)), (3, 1176)) == (3, 7 + 3 * 1176)
-    assert Cost.of(blob(bytes(7)), None) == (0, 7)
+    assert Cost.of(blob(bytes(7)), (3, 1176)) == (3, 7 + 3 * 1176, 7)
+    assert Cost.of(blob(bytes(7)), None) == (0, 7, 7)
 
 
 # --- what comes of it
