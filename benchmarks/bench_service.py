@@ -108,8 +108,10 @@ def on_cores(cores: Collection[int]) -> Iterator[None]:
     """For this thread and what it starts, processes included."""
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, cores)
-    yield
-    os.sched_setaffinity(0, before)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 @contextmanager

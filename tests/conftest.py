@@ -42,12 +42,10 @@ def _is_installed(module: str) -> bool:
 
 
 def _has_interpreter() -> bool:
-    """Of Triton's kernels: that of 3.6, with torch 2.11, takes no array of one element for an index, as numpy 2.4 does
-    not.
-    """
+    """Of Triton's kernels. Triton 3.6's makes a number of an array of one element, which numpy 2.4 refuses."""
     version = importlib.metadata.version
-    has_numpys_strictness = Version(version("numpy")) >= Version("2.4")
-    return _is_installed("triton") and (not has_numpys_strictness or Version(version("triton")) >= Version("3.7"))
+    is_numpy_strict = Version(version("numpy")) >= Version("2.4")
+    return _is_installed("triton") and (not is_numpy_strict or Version(version("triton")) >= Version("3.7"))
 
 
 FEATURES: dict[str, Callable[[], bool]] = {

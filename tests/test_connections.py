@@ -106,7 +106,7 @@ async def test_half_an_http_request_is_waited_for_no_longer(monkeypatch: pytest.
 
 
 async def test_a_call_that_has_ended_waits_for_no_garbage_collector() -> None:
-    """Sixteen objects each, which make it look through everything the more often."""
+    """Whether it was answered or refused: a cycle of gRPC's objects would stay until the next collection."""
     async with serving() as server, grpc.aio.insecure_channel(server.grpc_address) as channel:
         call = channel.unary_unary(EMBED)
         await call(request("img:1").SerializeToString())

@@ -84,6 +84,15 @@ def test_the_first_step_can_be_had_by_its_name(tiny_qwen2_5_vl: Path, photo: byt
     assert part._mm_preprocess(torch.from_numpy(frame), mm_type=MMUrlType.TENSOR).grid_thw == (1, 4, 4)
 
 
+def test_a_clips_bound_counts_for_the_familys_step_too(tiny_qwen2_5_vl: Path) -> None:
+    """Which a subclass's own calls."""
+    part = registry.load_model(load_settings(checkpoint_path=tiny_qwen2_5_vl, device="cpu", act_type="fp32")).mm_part
+    assert isinstance(part, Qwen2VLEmbedding)
+    unbounded = part._family_preprocessor
+    part.bound_clips(10)
+    assert part._family_preprocessor == part.preprocessor != unbounded
+
+
 def test_types_may_be_the_numbers_that_the_documentation_uses(
     tiny_qwen2_5_vl: Path, photo: bytes, tmp_path: Path
 ) -> None:

@@ -250,8 +250,10 @@ def test_a_flash_attn_that_cannot_be_used_is_left_alone(
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "flash_attn", raising=False)
     monkeypatch.setattr(attention_backends, "_has_flash", attention_backends._has_flash.__wrapped__)  # asks anew
-    assert choose_attention("auto", torch.bfloat16, torch.device("cuda")) == choice
-    sys.modules.pop("flash_attn", None)
+    try:
+        assert choose_attention("auto", torch.bfloat16, torch.device("cuda")) == choice
+    finally:
+        sys.modules.pop("flash_attn", None)
 
 
 class EmulatedFp8Gemm(PackedGemm):

@@ -58,7 +58,7 @@ class Held:
         self.cost = Cost(0, 0)
 
     def expect(self, cost: Cost, visit: Visit) -> None:
-        """Before it is spent, for `visit`. Raises `QueueFullError`."""
+        """Before it is spent, for `visit`. Raises `QueueFullError` and `WrongFormatError`."""
         self._admission._learn(cost)
         more = Cost(*(new - old for new, old in zip(cost, self.cost, strict=True)))
         self._admission._check(visit, more)
@@ -78,7 +78,7 @@ class Held:
             return
         self._admission.patches += cost.patches - self.cost.patches
         self._admission._add(cost.nbytes - self.cost.nbytes)
-        self._visit.file_bytes += cost.file_bytes - self.cost.file_bytes
+        self._admission._add_file(self._visit, cost.file_bytes - self.cost.file_bytes)
         self.cost = cost
 
 
@@ -101,7 +101,7 @@ class Admission:
         self.patches = 0
         self._usual_patches = FIRST_GUESS_SHARE * max_patches  # of an item
         self._nbytes = 0
-        self._lock = threading.RLock()  # over `_visits`, `_nbytes` and `rejections`
+        self._lock = threading.RLock()  # over `_visits`, `file_bytes` of each, `_nbytes` and `rejections`
         self._returned: deque[int] = deque()  # bytes that are held no more
         self.rejections: Counter[str] = Counter()
 
@@ -120,6 +120,10 @@ class Admission:
             while self._returned:
                 nbytes -= self._returned.popleft()
             self._nbytes += nbytes
+
+    def _add_file(self, visit: Visit, nbytes: int) -> None:
+        with self._lock:
+            visit.file_bytes += nbytes
 
     @contextmanager
     def visiting(self, nbytes: int, ends_at: float) -> Iterator[Visit]:
@@ -140,7 +144,7 @@ class Admission:
 
     @contextmanager
     def holding(self, visit: Visit, cost: Cost) -> Iterator[Held]:
-        """Work for `visit` that costs so much while it is under way. Raises `QueueFullError`."""
+        """Work for `visit` that costs so much while it is under way. Raises `QueueFullError` and `WrongFormatError`."""
         held = Held(self, visit)
         visit.items += 1
         try:
@@ -167,7 +171,7 @@ class Admission:
     @contextmanager
     def metering(self, visits: Collection[Visit]) -> Iterator[Callable[[int], None]]:
         """Something that grows, as a download does, for all who wait for it, one at least: to be told its size so far.
-        That raises `QueueFullError`.
+        That raises `QueueFullError` and `WrongFormatError`.
         """
         held, owner = 0, self.foremost(visits)
         owner.items += 1
@@ -179,7 +183,7 @@ class Admission:
                     more = nbytes - held
                     self._check(self.foremost(visits), Cost(0, more, more))
                     self._add(more)
-                    owner.file_bytes += more
+                    self._add_file(owner, more)
                     held = nbytes
 
         try:
@@ -188,7 +192,7 @@ class Admission:
             owner.items -= 1
             with self._lock:
                 self._add(-held)
-                owner.file_bytes -= held
+                self._add_file(owner, -held)
                 held = sys.maxsize  # a thread whose download was given up may still tell: of no interest any more
 
     def follow(self, answer: object, nbytes: int) -> None:
@@ -220,6 +224,7 @@ class Admission:
         return oldest if oldest is not None and oldest in visits else max(visits, key=lambda visit: visit.ends_at)
 
     def _check(self, visit: Visit, cost: Cost) -> None:
+        """Raises `QueueFullError`, and `WrongFormatError` for more files of one request than may be at once."""
         if self._is_oldest(visit):
             if cost.file_bytes and visit.items > 1 and visit.file_bytes + cost.file_bytes > self._max_bytes:
                 raise WrongFormatError(f"the request's files take more than {self._limit}: send fewer at once")

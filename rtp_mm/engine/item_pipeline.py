@@ -15,7 +15,7 @@ from rtp_mm.engine.contents import is_data_url
 from rtp_mm.engine.flights import Flight, Flights
 from rtp_mm.engine.forward import Forward, WholeForward, is_whole
 from rtp_mm.engine.job_queue import Check, PredictsLayout, no_check
-from rtp_mm.engine.limits import bound_clips, device_limits
+from rtp_mm.engine.limits import device_limits
 from rtp_mm.engine.response import Answer, Begun, Stages
 from rtp_mm.engine.worker_pool import WorkerPool
 from rtp_mm.engine.workers import ForwardInput, PreprocessWorkers
@@ -63,7 +63,7 @@ class ItemPipeline:
         self._is_whole = is_whole(mm_part)
         forward = (WholeForward if self._is_whole else Forward)(mm_part, ACT_DTYPES[model.config.data_type])
         self.limits = device_limits(mm_part, settings)
-        bound_clips(mm_part, self.limits)
+        mm_part.bound_clips(self.limits.item)
         self._predictor = mm_part.preprocessor if isinstance(mm_part.preprocessor, PredictsLayout) else None
         if seal is None and mm_part._device.type == "cuda":
             seal = Embedded.copy  # out of page-locked memory, of which torch takes up to twice as much

@@ -54,15 +54,6 @@ def device_limits(mm_part: MultiModalEmbeddingInterface, settings: Settings) -> 
     return DeviceLimits(batch, item, settings.mm_max_queue_patches or QUEUE_BATCHES * batch)
 
 
-def bound_clips(mm_part: MultiModalEmbeddingInterface, limits: DeviceLimits) -> None:
-    """Has clips that no forward will take refused before their frames are decoded."""
-    for name in ("preprocessor", "_family_preprocessor"):  # the second where a subclass calls it
-        if isinstance(whole := getattr(mm_part, name, None), MediaPreprocessor):
-            setattr(mm_part, name, whole.bounded(limits.item))
-    if mm_part.device_preprocessor is not None:
-        mm_part.device_preprocessor.bound(limits.item)
-
-
 def _fitting_patches(mm_part: MultiModalEmbeddingInterface) -> int:
     """Patches that one forward has memory for, by what a small one takes, up to the constants above."""
     device, preprocessor = mm_part._device, mm_part.preprocessor

@@ -32,6 +32,7 @@ from rtp_mm.media.limits import check_pixels
 from rtp_mm.media.sniff import sniff
 from rtp_mm.models.device_preprocessor import DevicePreprocessor
 from rtp_mm.models.gpt_init_model_parameters import GptInitModelParameters
+from rtp_mm.preprocess.media import MediaPreprocessor
 from rtp_mm.preprocess.video import chosen_frames
 from rtp_mm.preprocess.video_rule import VideoRule
 from rtp_mm.preprocess.whole import cropped, sized, sizes_asked
@@ -110,12 +111,20 @@ class MultiModalEmbeddingInterface:
         forward's share of torch's threads changes.
         """
 
+    def bound_clips(self, max_patches: int) -> None:
+        """From now on a clip of more patches, which no forward takes, is refused before its frames are decoded."""
+        if isinstance(self.preprocessor, MediaPreprocessor):
+            self.preprocessor = self.preprocessor.bounded(max_patches)
+        if self.device_preprocessor is not None:
+            self.device_preprocessor.bound(max_patches)
+
     def mm_embedding(self, url: str, mm_type: MMUrlType = MMUrlType.DEFAULT, **kwargs: Any) -> Embedding:
         """One URL to (embedding, position ids), one step after the other; `configs` holds an `MMPreprocessConfig`.
 
         An engine runs the same steps spread over its stages. Raises `MMError`.
         """
-        configs, mm_type = kwargs.setdefault("configs", MMPreprocessConfig()), MMUrlType(mm_type)
+        configs = kwargs.setdefault("configs", MMPreprocessConfig())
+        mm_type = MMUrlType(mm_type)  # a plain number will do
         blob = _fetch(MultimodalInput(url, mm_type, configs, kwargs.pop("tensor", None)), self.settings)
         prepared = self.prepare(blob, mm_type, configs)
         return as_embedding(self.mm_process(prepared, mm_type=mm_type, **kwargs))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rtp_mm.models.multimodal_common import MultiModalEmbeddingInterface, Preprocessor
+from rtp_mm.preprocess.media import MediaPreprocessor
 from rtp_mm.types import Blob, MMPreprocessConfig, MMUrlType
 from rtp_mm.vit.tower_base import Tower
 
@@ -31,6 +32,11 @@ class TowerEmbedding(MultiModalEmbeddingInterface):
         self._family_preprocessor = self.preprocessor
         if type(self)._mm_preprocess is not TowerEmbedding._mm_preprocess:
             self.preprocessor = self.device_preprocessor = None
+
+    def bound_clips(self, max_patches: int) -> None:
+        super().bound_clips(max_patches)
+        if isinstance(self._family_preprocessor, MediaPreprocessor):  # which a subclass's own step may call
+            self._family_preprocessor = self._family_preprocessor.bounded(max_patches)
 
     @property
     def _is_by_item(self) -> bool:

@@ -44,7 +44,7 @@ class MultimodalServicer(MultimodalRpcServiceServicer):
         trace = self._tracing.begin(metadata)
         call = Call(self._caller_of(context.peer()), metadata, trace_id=trace.id)
         answer = self._answer(request, context, call, self._embed)
-        del context, request  # see there
+        del context, request  # as `_answer` does
         try:
             return await answer
         finally:
@@ -152,7 +152,7 @@ class MultimodalServicer(MultimodalRpcServiceServicer):
             return reply
         call.failed(failure.with_traceback(None))
         end = context.abort(grpc.StatusCode[call.status], failure.wire_message, call.trailing_metadata())
-        del context, request, failure  # the context keeps the error that ends the call, which keeps this frame
+        del context, request, failure  # the context keeps the error that ends the call, which keeps this frame: a cycle
         return await end
 
 
