@@ -293,7 +293,7 @@ def bad_arguments() -> list[tuple[str, dict[str, object], str]]:
         (
             "float32 x, packed for bfloat16",
             {"packed": ops.pack_bf16_linear(torch.ones(8, 6).bfloat16())},
-            r"packed must be what pack_linear made of \[8, 6\], got \[1, 3, 32\] bfloat16",
+            r"packed must be what pack_linear made of \[8, 6\], got \[1, 16, 32\] bfloat16",
         ),
         ("another K", {"x": torch.ones(4, 5)}, r"packed must be what pack_linear made of \[8, 5\], got \[1, 6, 16\]"),
         (

@@ -77,7 +77,8 @@ def test_algorithms_are_clean(tmp_path: Path, objects: dict[Path, Path]) -> None
 def test_bf16_products_are_clean_and_the_same_on_every_instruction_set(
     tmp_path: Path, objects: dict[Path, Path]
 ) -> None:
-    """On a CPU with AVX-512 whose BF16 is missing, that one instruction is emulated."""
+    """On a CPU with AVX-512, instructions of BF16 and AMX that are missing are emulated; AMX's always are, too, and are
+    compared with its own where it is."""
     result = compile_and_run(tmp_path, CPP / "test_bf16.cpp", objects=[objects[path] for path in ALGORITHMS])
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("AVX-512 BF16: ") == FEATURES["avx512"]()

@@ -13,7 +13,6 @@ from huggingface import relative_l2
 from towers import check_batching_is_invisible
 
 from rtp_mm.config import load_settings
-from rtp_mm.errors import StartError
 from rtp_mm.models.multimodal_common import as_embedding
 from rtp_mm.models.registry import load_model
 from rtp_mm.types import LogMel, Patches
@@ -59,11 +58,8 @@ def test_compiled_blocks_answer_images_as_eager_ones_do(tiny_checkpoint: Path, a
     check(tiny_checkpoint, images(), mm_attention=attention)
 
 
-def test_what_cannot_be_compiled_is_refused(tiny_qwen2_5_vl: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
-    with pytest.raises(StartError, match=r"oneDNN.*MM_COMPUTE_TYPE=fp32"):
-        load(tiny_qwen2_5_vl, act_type="bf16", mm_torch_compile=True)
+def test_compiled_blocks_multiply_bf16_as_eager_ones_do(tiny_qwen2_5_vl: Path) -> None:
+    check(tiny_qwen2_5_vl, images(), act_type="bf16", mm_compute_type="bf16")
 
 
 def test_compiled_blocks_answer_sounds_as_eager_ones_do(tiny_qwen2_audio: Path) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import require
 from huggingface import HuggingFace, relative_l2
 from numpy.typing import NDArray
 from torch import Tensor
@@ -28,7 +27,6 @@ from rtp_mm.vit.linear import (
     Gemm,
     Int8Gemm,
     Linear,
-    OnednnGemm,
     PackedGemm,
     choose_compute_dtype,
     choose_gemm,
@@ -142,46 +140,26 @@ def test_batching_is_invisible_with_bf16_products(
     check_batching_is_invisible(bf16_products, [as_patches(peer, image) for image in images])
 
 
-def test_a_cpu_with_amx_multiplies_by_onednn(
-    tiny_checkpoint: Path, peer: HuggingFace, images: list[NDArray[np.uint8]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With the same bits in any company; which instructions oneDNN takes is up to this CPU."""
-    require("avx512")  # else oneDNN has no bf16
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
-    part = load_model(load_settings(checkpoint_path=tiny_checkpoint, act_type="bf16", device="cpu")).mm_part
-    assert not part.is_reentrant
-    patches = [as_patches(peer, image) for image in images]
-    check_batching_is_invisible(part, patches)
-    errors = [relative_l2(part.mm_process(p)[0], peer.embed(i)) for p, i in zip(patches, images, strict=True)]
-    peer_bf16 = HuggingFace(tiny_checkpoint, torch.bfloat16)
-    theirs = [relative_l2(peer_bf16.embed(i), peer.embed(i)) for i in images]
-    assert np.mean(errors) <= np.mean(theirs)
-
-
 @pytest.mark.parametrize(
-    ("act_type", "has_bf16", "has_amx", "choice", "gemm", "attention"),
+    ("act_type", "has_bf16", "choice", "gemm", "attention"),
     [
-        ("bf16", False, False, "auto", PackedGemm, "packed"),
-        ("bf16", True, False, "auto", Bf16Gemm, "packed"),
-        ("bf16", True, True, "auto", OnednnGemm, "packed"),
-        ("bf16", True, True, "fp32", PackedGemm, "packed"),
-        ("bf16", False, False, "bf16", Bf16Gemm, "packed"),
-        ("fp16", True, True, "auto", PackedGemm, "packed"),
-        ("fp32", True, False, "auto", PackedGemm, "packed"),
+        ("bf16", False, "auto", PackedGemm, "packed"),
+        ("bf16", True, "auto", Bf16Gemm, "packed"),
+        ("bf16", True, "fp32", PackedGemm, "packed"),
+        ("bf16", False, "bf16", Bf16Gemm, "packed"),
+        ("fp16", True, "auto", PackedGemm, "packed"),
+        ("fp32", True, "auto", PackedGemm, "packed"),
     ],
 )
 def test_what_a_cpu_multiplies_follows_its_instructions(
     monkeypatch: pytest.MonkeyPatch,
     act_type: str,
     has_bf16: bool,
-    has_amx: bool,
     choice: str,
     gemm: type[Gemm],
     attention: str,
 ) -> None:
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_bf16)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_amx)
     cpu = torch.device("cpu")
     dtype = choose_compute_dtype(ACT_DTYPES[act_type], cpu, choice)
     assert choose_gemm(cpu, dtype) is gemm
@@ -195,7 +173,7 @@ def test_a_compute_type_that_there_is_not_is_refused() -> None:
         choose_compute_dtype(torch.bfloat16, torch.device("cuda"), "fp32")
 
 
-@pytest.mark.parametrize("gemm", [PackedGemm, Bf16Gemm, OnednnGemm])
+@pytest.mark.parametrize("gemm", [PackedGemm, Bf16Gemm])
 def test_rows_of_the_chosen_gemm_do_not_depend_on_the_batch(gemm: type[Gemm]) -> None:
     """The property that batch invariance stands on, at a real layer's size."""
     generator = torch.Generator().manual_seed(0)
@@ -204,7 +182,6 @@ def test_rows_of_the_chosen_gemm_do_not_depend_on_the_batch(gemm: type[Gemm]) ->
     product = gemm(weight, torch.zeros(1280), "none")
     whole = product(x)
     for rows in (1, 2, 3, 7, 16):
-        rows *= gemm.row_multiple
         assert torch.equal(product(x[16 : 16 + rows].clone()), whole[16 : 16 + rows]), rows
 
 

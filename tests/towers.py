@@ -8,7 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from conftest import require
@@ -34,10 +33,9 @@ def loader(folder: Path, device: str) -> Load:
 
 
 def multiplying_bf16(folder: Path) -> Any:
-    """The checkpoint's `mm_part` as on a CPU with AVX-512 BF16 and no AMX; elsewhere with the same bits, slowly."""
+    """The checkpoint's `mm_part` as on a CPU with AVX-512 BF16 or AMX; elsewhere as with the former, slowly."""
     settings = load_settings(checkpoint_path=folder, act_type="bf16", device="cpu", mm_compute_type="bf16")
-    with patch.object(torch.cpu, "_is_amx_tile_supported", lambda: False):
-        return load_model(settings).mm_part
+    return load_model(settings).mm_part
 
 
 def check_batching_is_invisible(part: Any, items: Sequence[Any]) -> None:

@@ -4,6 +4,12 @@
 
 #ifdef __aarch64__
 #include <sys/auxv.h>
+#else
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <cstdlib>
+#include <cstring>
 #endif
 
 namespace rtp_mm {
@@ -12,7 +18,19 @@ namespace rtp_mm {
 #ifdef __aarch64__
 enum class Isa { kPortable, kNeonI8mm };
 #else
-enum class Isa { kPortable, kAvx2, kAvx512, kAvx512Vnni, kAvx512Bf16 };
+enum class Isa { kPortable, kAvx2, kAvx512, kAvx512Vnni, kAvx512Bf16, kAmx };
+#endif
+
+#if defined(__x86_64__)
+// Whether the CPU has AMX's tiles, of bytes and of bfloat16s, and the system gives them to this process, which has to
+// ask. RTP_MM_AMX=0 forbids them: bfloat16s are summed then as on a CPU that has AVX-512 BF16 alone.
+inline bool may_use_amx() {
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // Linux's ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  const char* choice = std::getenv("RTP_MM_AMX");
+  return !(choice && std::strcmp(choice, "0") == 0) && __builtin_cpu_supports("amx-tile") &&
+         __builtin_cpu_supports("amx-bf16") && __builtin_cpu_supports("amx-int8") &&
+         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
 #endif
 
 inline Isa best_isa() {  // of this CPU
@@ -20,7 +38,9 @@ inline Isa best_isa() {  // of this CPU
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl")) {
     if (!__builtin_cpu_supports("avx512vnni")) return Isa::kAvx512;
-    return __builtin_cpu_supports("avx512bf16") ? Isa::kAvx512Bf16 : Isa::kAvx512Vnni;
+    if (!__builtin_cpu_supports("avx512bf16")) return Isa::kAvx512Vnni;
+    static const bool may_use_it = may_use_amx();
+    return may_use_it ? Isa::kAmx : Isa::kAvx512Bf16;
   }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Isa::kAvx2;
 #elif defined(__aarch64__)
@@ -36,6 +56,15 @@ inline bool multiplies_bytes(Isa isa) {
   return isa == Isa::kNeonI8mm;
 #else
   return isa >= Isa::kAvx512Vnni;
+#endif
+}
+
+// Whether matrix products of words are made by AMX's tiles.
+inline bool has_amx([[maybe_unused]] Isa isa) {
+#ifdef __aarch64__
+  return false;
+#else
+  return isa == Isa::kAmx;
 #endif
 }
 
@@ -117,7 +146,7 @@ void run([[maybe_unused]] Isa isa, Args... args) {
   [[maybe_unused]] constexpr bool kMultipliesBytes = requires { requires Kernel::kMultipliesBytes; };
 #if defined(__x86_64__)
   if constexpr (requires { requires Kernel::kMultipliesPairs; }) {
-    if (isa == Isa::kAvx512Bf16) return detail::on_avx512<Avx512Bf16, Kernel, Args...>(args...);
+    if (isa >= Isa::kAvx512Bf16) return detail::on_avx512<Avx512Bf16, Kernel, Args...>(args...);
   }
   if constexpr (kMultipliesBytes) {
     if (isa >= Isa::kAvx512Vnni) return detail::on_avx512<Avx512Vnni, Kernel, Args...>(args...);

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "cpu/multiply.h"
+#include "cpu/multiply_amx.h"
 #include "cpu/rotate.h"
 #include "cpu/simd.h"
 
@@ -20,22 +21,22 @@ namespace {
 constexpr int64_t kPanel = 32;
 constexpr int64_t kQueries = 4 * kPanel;  // of a block, which reads keys and values from memory once
 constexpr int64_t kKeys = 128;            // of a block: their scores (16 KB) stay in L1, they and their values in L2
+constexpr int64_t kPairs = kKeys / 2;     // of their values
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 
-static_assert(kMaxHeadDim <= kStripDepth && kKeys % 2 == 0);
+static_assert(kMaxHeadDim <= kStripDepth && kPairs % kAmxSide == 0 && kColumnUnit == kAmxSide);
 
 // What elements are multiplied as: the dimensions of a query or a key in pairs, and values and probabilities of two
 // keys.
 template <class Element>
 using WordOf = std::conditional_t<std::is_same_v<Element, BFloat16>, BFloat16Pair, float>;
 
-int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
-
 // Rows of values, two to a row of dst; the last of an odd number has zeros beside it.
 struct PairRows {
   template <class Arch>
-  RTP_MM_INLINE static void run(const BFloat16* src, int64_t src_stride, int64_t rows, int64_t dim, BFloat16Pair* dst) {
-    for (int64_t r = 0; r < rows; r += 2, src += 2 * src_stride, dst += dim) {
+  RTP_MM_INLINE static void run(const BFloat16* src, int64_t src_stride, int64_t rows, int64_t dim, BFloat16Pair* dst,
+                                int64_t dst_stride) {
+    for (int64_t r = 0; r < rows; r += 2, src += 2 * src_stride, dst += dst_stride) {
       const BFloat16* next = r + 1 < rows ? src + src_stride : nullptr;
       for (int64_t i = 0; i < dim; ++i) dst[i] = src[i].bits | (next ? BFloat16Pair{next[i].bits} << 16 : 0);
     }
@@ -140,9 +141,10 @@ class Workspace {
  public:
   explicit Workspace(const PackedAttention<Element>& job)
       : job_(job),
+        by_amx_(kValues == 2 && has_amx(job.isa)),
         depth_(job.dim / kValues),
-        padded_depth_(round_up(depth_, kColumnUnit)),
-        padded_dim_(round_up(job.dim, kColumnUnit)) {
+        padded_depth_(up_to_multiple(depth_, kColumnUnit)),
+        padded_dim_(up_to_multiple(job.dim, kColumnUnit)) {
     for (Panel<Word>& panel : panels_) {
       panel.queries.resize(padded_depth_ * kPanel);
       panel.weighted.resize(padded_dim_ * kPanel);
@@ -152,11 +154,15 @@ class Workspace {
   // Takes over the keys of rows [first, first + length), and pairs of their values; floats are read where they are.
   void load_segment(int64_t head, int64_t first, int64_t length) {
     head_ = head, first_ = first, length_ = length;
-    keys_.resize(length * kStripDepth);
+    keys_.resize(up_to_multiple(length, kAmxSide) * kStripDepth);
     rotate(1, first, length, 1, keys_.data());
     if constexpr (kValues == 2) {
-      values_.resize((length + 1) / 2 * job_.dim);
-      rtp_mm::run<PairRows>(job_.isa, row(2, first), job_.row_stride, length, job_.dim, values_.data());
+      values_.resize(up_to_multiple(length, kKeys) / 2 * padded_dim_);
+      if (by_amx_) {
+        for (int64_t key = 0; key < length; key += kKeys) load_values(key, std::min(kKeys, length - key));
+      } else {
+        rtp_mm::run<PairRows>(job_.isa, row(2, first), job_.row_stride, length, job_.dim, values_.data(), job_.dim);
+      }
     }
   }
 
@@ -172,10 +178,20 @@ class Workspace {
   }
 
  private:
+  // For AMX: pairs of values of a block of keys, [padded_dim_][kPairs], with zeros up to a multiple of kAmxSide.
+  void load_values(int64_t key, int64_t keys) {
+    const int64_t pairs = (keys + 1) / 2, padded = up_to_multiple(pairs, kAmxSide);
+    auto* paired = reinterpret_cast<Word*>(paired_);
+    rtp_mm::run<PairRows>(job_.isa, row(2, first_ + key), job_.row_stride, keys, job_.dim, paired, padded_dim_);
+    std::fill_n(paired + pairs * padded_dim_, (padded - pairs) * padded_dim_, Word{});
+    rtp_mm::run<Transpose>(job_.isa, static_cast<const float*>(paired_), padded_dim_, padded, padded_dim_,
+                           reinterpret_cast<float*>(values_.data()) + key / 2 * padded_dim_, kPairs);
+  }
+
   void begin(Panel<Word>& panel, int64_t first, int64_t rows) {
-    auto* words = reinterpret_cast<Word*>(rotated_);
+    auto* words = reinterpret_cast<Word*>(queries_);
     rotate(0, first, rows, 1 / std::sqrt(static_cast<float>(job_.dim)), words);
-    rtp_mm::run<Transpose>(job_.isa, static_cast<const float*>(rotated_), kStripDepth, kPanel, padded_depth_,
+    rtp_mm::run<Transpose>(job_.isa, static_cast<const float*>(queries_), kStripDepth, kPanel, padded_depth_,
                            reinterpret_cast<float*>(panel.queries.data()), kPanel);
     std::fill(panel.weighted.begin(), panel.weighted.end(), 0.0f);
     std::fill_n(panel.largest, kPanel, kMinusInfinity);
@@ -183,34 +199,43 @@ class Workspace {
   }
 
   void step(Panel<Word>& panel, int64_t rows, int64_t key, int64_t keys) {
-    const int64_t columns = round_up(rows, kColumnUnit);
+    const int64_t columns = up_to_multiple(rows, kColumnUnit);
     multiply(job_.isa, keys_.data() + key * kStripDepth,
              Product<Word>{.rows = keys,
                            .columns = columns,
-                           .depth = depth_,
+                           .depth = by_amx_ ? padded_depth_ : depth_,
                            .panel = panel.queries.data(),
                            .panel_stride = kPanel,
                            .sums = scores_,
                            .sums_stride = kPanel,
                            .is_added = false});
     rtp_mm::run<typename Panel<Word>::Softmax>(job_.isa, &panel, static_cast<float*>(scores_), keys);
+    auto* weights = reinterpret_cast<Word*>(scores_);
+    Product<Word> product{.rows = job_.dim,
+                          .columns = columns,
+                          .depth = (keys + kValues - 1) / kValues,
+                          .panel = weights,
+                          .panel_stride = kPanel,
+                          .sums = panel.weighted.data(),
+                          .sums_stride = kPanel,
+                          .is_added = true};
+    if constexpr (kValues == 2) {
+      if (by_amx_) {
+        const int64_t padded = up_to_multiple(product.depth, kAmxSide);
+        std::fill(weights + product.depth * kPanel, weights + padded * kPanel, Word{});
+        product.depth = padded;
+        return multiply_amx(values_.data() + key / 2 * padded_dim_, kPairs, product, Ahead{});
+      }
+    }
     const auto [values, stride] = values_from(key);
-    multiply_transposed(job_.isa, values, stride,
-                        Product<Word>{.rows = job_.dim,
-                                      .columns = columns,
-                                      .depth = (keys + kValues - 1) / kValues,
-                                      .panel = reinterpret_cast<const Word*>(scores_),
-                                      .panel_stride = kPanel,
-                                      .sums = panel.weighted.data(),
-                                      .sums_stride = kPanel,
-                                      .is_added = true});
+    multiply_transposed(job_.isa, values, stride, product);
   }
 
   void finish(Panel<Word>& panel, int64_t first, int64_t rows) {
     rtp_mm::run<typename Panel<Word>::Divide>(job_.isa, &panel);
     rtp_mm::run<Transpose>(job_.isa, static_cast<const float*>(panel.weighted.data()), kPanel, padded_dim_, kPanel,
-                           static_cast<float*>(rotated_), kStripDepth);
-    rtp_mm::run<Narrow>(job_.isa, static_cast<const float*>(rotated_), rows, job_.dim,
+                           static_cast<float*>(answers_), kStripDepth);
+    rtp_mm::run<Narrow>(job_.isa, static_cast<const float*>(answers_), rows, job_.dim,
                         job_.out + (first * job_.heads + head_) * job_.dim, job_.heads * job_.dim);
   }
 
@@ -236,12 +261,17 @@ class Workspace {
   }
 
   const PackedAttention<Element>& job_;
+  const bool by_amx_;
   const int64_t depth_, padded_depth_, padded_dim_;  // words of a dim; padded to whole vectors
   int64_t head_ = 0, first_ = 0, length_ = 0;
+  // Words past a dim stay zero, and so do what AMX multiplies them by: see `multiply_amx`.
   std::vector<Word> keys_;    // [length][kStripDepth]
-  std::vector<Word> values_;  // of pairs: [length / 2][dim]
+  std::vector<Word> values_;  // of pairs: [length / 2][dim], or as `load_values` has them
   Panel<Word> panels_[kQueries / kPanel];
-  alignas(64) float rotated_[kPanel * kStripDepth] = {};
+  const AmxTiles amx_tiles_{job_.isa};
+  alignas(64) float queries_[kPanel * kStripDepth] = {};  // of words, whose bits floats hold
+  alignas(64) float answers_[kPanel * kStripDepth] = {};
+  alignas(64) float paired_[kPairs * kStripDepth] = {};
   alignas(64) float scores_[kKeys * kPanel] = {};
 };
 

@@ -32,6 +32,13 @@ struct PanelLayout {
   }
 };
 
+// Elements of a weight that stand for k values of x; words go up to a whole tile of zeros.
+template <class Weight>
+int64_t packed_depth(int64_t k) {
+  constexpr int64_t kValues = std::is_same_v<Weight, FourBytes> ? 4 : std::is_same_v<Weight, BFloat16Pair> ? 2 : 1;
+  return kValues == 1 ? k : up_to_multiple(k, kValues * kAmxSide) / kValues;
+}
+
 // Writes weight[parts * width, k] to dst[k][layout.panel()]. Weight: float, BFloat16, Float16, or a word of several
 // values, with k in words.
 template <class Weight>
@@ -55,14 +62,15 @@ struct PackedLinear {
   Activation activation;
   bool is_added;
   Isa isa;
+  int64_t threads = 1;  // that are to share the work
 
-  // Words in a row of x.
-  int64_t depth() const {
-    constexpr int64_t kValues = std::is_same_v<Weight, FourBytes> ? 4 : std::is_same_v<Weight, BFloat16Pair> ? 2 : 1;
-    return (k + kValues - 1) / kValues;
-  }
+  int64_t depth() const { return packed_depth<Weight>(k); }
 
   // The work is cut into tiles, blocks of rows by groups of panels, groups running faster.
+  struct Tiling {
+    int64_t rows, panels;
+  };
+  Tiling tiling() const;  // of a tile
   int64_t tiles() const;
 
   // Computes tiles, each the next one that nobody has taken yet. Every element is summed over k in the same order by

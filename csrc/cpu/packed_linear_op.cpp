@@ -65,7 +65,7 @@ void packed_linear_into(const Tensor& x, const Layer& layer, Activation activati
       layer.scales ? layer.scales->const_data_ptr<float>() : nullptr,
       layer.sums ? layer.sums->const_data_ptr<int32_t>() : nullptr, layer.bias.const_data_ptr<float>(),
       static_cast<Out*>(out.mutable_data_ptr()), block_width, x.size(0), x.size(1), layer.layout, activation, is_added,
-      best_isa()});
+      best_isa(), torch::stable::get_num_threads()});
 }
 
 void packed_linear_into(const Tensor& x, const Layer& layer, Activation activation, bool is_added, Tensor& out,
@@ -98,7 +98,10 @@ Layer checked_layer(const Tensor& x, const Tensor& packed, const std::optional<T
         "packed_linear: bias must be contiguous [N] float32, N divisible by ", parts, ", got ", describe(bias));
   const PanelLayout layout{bias.size(0) / parts, parts};
   const bool is_bytes = packed.scalar_type() == ScalarType::Int;
-  const int64_t k = x.size(1), depth = is_pairs ? (k + 1) / 2 : is_bytes ? (k + 3) / 4 : k;
+  const int64_t k = x.size(1);
+  const int64_t depth = is_pairs   ? packed_depth<BFloat16Pair>(k)
+                        : is_bytes ? packed_depth<FourBytes>(k)
+                                   : packed_depth<float>(k);
   const bool has_dtype = is_pairs ? packed.scalar_type() == ScalarType::BFloat16 : is_weight(packed.scalar_type());
   check(packed.dim() == 3 && packed.size(0) == layout.panels() && packed.size(1) == depth &&
             packed.size(2) == (is_pairs ? 2 : 1) * layout.panel() && has_dtype && packed.is_contiguous(),

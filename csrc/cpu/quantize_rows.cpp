@@ -8,7 +8,7 @@
 namespace rtp_mm {
 namespace {
 
-constexpr int64_t kBytes = sizeof(FourBytes), kStripBytes = kStripDepth * kBytes;
+constexpr int64_t kBytes = sizeof(FourBytes);
 // 1.5 * 2^23 leaves no fraction bits, so the sum rounds to an integer, ties to even, whose low byte is the sum's
 // lowest.
 constexpr float kToByte = 12582912.0f + 128.0f;
@@ -40,17 +40,18 @@ struct QuantizeRows {
       *reinterpret_cast<typename Types::Byte*>(dst + i) = __builtin_convertvector(halves, typename Types::Byte);
     }
     for (; i < count; ++i) dst[i] = static_cast<uint8_t>(std::bit_cast<uint32_t>(x[i] * factor + kToByte));
-    for (; i % kBytes; ++i) dst[i] = 128;
+    for (const int64_t end = up_to_multiple(i, kBytes * kAmxSide); i < end; ++i) dst[i] = 128;
   }
 
   template <class Arch>
-  RTP_MM_INLINE static void run(const float* x, int64_t rows, int64_t k, uint8_t* strips, float* scales) {
+  RTP_MM_INLINE static void run(const float* x, int64_t rows, int64_t k, int64_t strip_bytes, uint8_t* strips,
+                                float* scales) {
     for (int64_t r = 0; r < rows; ++r, x += k) {
       const float top = largest<Arch>(x, k), bounded = top < kSmallest ? kSmallest : top;
       scales[r] = bounded / 127;
-      for (int64_t begin = 0; begin < k; begin += kStripBytes) {
-        quantize<Wide<Arch, uint8_t>>(x + begin, std::min(kStripBytes, k - begin), 127 / bounded,
-                                      strips + begin * rows + r * kStripBytes);
+      for (int64_t begin = 0; begin < k; begin += strip_bytes) {
+        quantize<Wide<Arch, uint8_t>>(x + begin, std::min(strip_bytes, k - begin), 127 / bounded,
+                                      strips + begin * rows + r * strip_bytes);
       }
     }
   }
@@ -58,8 +59,9 @@ struct QuantizeRows {
 
 }  // namespace
 
-void quantize_rows(Isa isa, const float* x, int64_t rows, int64_t k, FourBytes* strips, float* scales) {
-  run<QuantizeRows>(isa, x, rows, k, reinterpret_cast<uint8_t*>(strips), scales);
+void quantize_rows(Isa isa, const float* x, int64_t rows, int64_t k, int64_t strip_depth, FourBytes* strips,
+                   float* scales) {
+  run<QuantizeRows>(isa, x, rows, k, strip_depth * kBytes, reinterpret_cast<uint8_t*>(strips), scales);
 }
 
 }  // namespace rtp_mm

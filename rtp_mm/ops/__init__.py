@@ -5,6 +5,7 @@ from __future__ import annotations
 from rtp_mm.ops.fixed_linear import fixed_linear, fixed_linear_add_, pack_fixed_linear, quantize_rows
 from rtp_mm.ops.packed_attention import packed_attention
 from rtp_mm.ops.packed_linear import (
+    BF16_MULTIPLE,
     PackedWeight,
     pack_bf16_linear,
     pack_int8_linear,
@@ -14,12 +15,13 @@ from rtp_mm.ops.packed_linear import (
     packed_linear_blocks,
 )
 from rtp_mm.ops.patch_embed import packed_patch_embed, patch_embed
-from rtp_mm.ops.pointwise import ACTIVATIONS, activate, add_norm, rotate_qk_, uses_onednn, uses_triton
+from rtp_mm.ops.pointwise import ACTIVATIONS, activate, add_norm, rotate_qk_, uses_triton
 from rtp_mm.ops.positions import VisionPositions, vision_positions
 from rtp_mm.ops.resize_patchify import resize_patchify
 
 __all__ = [
     "ACTIVATIONS",
+    "BF16_MULTIPLE",
     "PackedWeight",
     "VisionPositions",
     "activate",
@@ -39,7 +41,6 @@ __all__ = [
     "quantize_rows",
     "resize_patchify",
     "rotate_qk_",
-    "uses_onednn",
     "uses_triton",
     "vision_positions",
 ]

@@ -12,14 +12,15 @@ import rtp_mm.ops.library  # noqa: F401  # the schema must be there before its f
 
 CHUNK = 128  # rows that are rounded at a time: their temporaries stay in cache, 4 s less at the 3B tower's start
 PANEL, UNIT = 64, 16  # columns of a panel at most, and what they are a multiple of; as in csrc/cpu
+INT8_MULTIPLE, BF16_MULTIPLE = 64, 32  # of K, with zeros: what a row of AMX's tiles holds
 
 
 class PackedWeight(NamedTuple):
     """A weight [N, K] as `packed_linear` reads it.
 
-    panels: [panels, K, columns of a panel] in the weight's dtype; or [panels, K / 4 rounded up, columns] int32, each
-            the int8 of four steps of k; or [panels, K / 2 rounded up, 2 * columns] bfloat16, two steps of k beside
-            each other.
+    panels: [panels, K, columns of a panel] in the weight's dtype; or, with zeros up to a K that is a multiple of 64,
+            [panels, K / 4, columns] int32, each the int8 of four steps of k; or, of 32, [panels, K / 2, 2 * columns]
+            bfloat16, two steps of k beside each other.
     scales: [N] float32 and
     sums:   [N] int32, of int8 only: the weight is `scales * int8`, and row n of the int8 adds up to `sums[n]`.
     """
@@ -44,7 +45,7 @@ def pack_int8_linear(weight: Tensor, parts: int = 1) -> PackedWeight:
     """
     rows, k = weight.shape
     scales = weight.new_empty(rows, dtype=torch.float32)
-    rounded = weight.new_zeros(rows, k + -k % 4, dtype=torch.int8)
+    rounded = weight.new_zeros(rows, k + -k % INT8_MULTIPLE, dtype=torch.int8)
     for part in range(0, rows, CHUNK):
         chosen = slice(part, part + CHUNK)
         wide = weight[chosen].float()
@@ -57,10 +58,10 @@ def pack_int8_linear(weight: Tensor, parts: int = 1) -> PackedWeight:
 def pack_bf16_linear(weight: Tensor, parts: int = 1) -> PackedWeight:
     """As `pack_linear`, of bfloat16 and for an x of bfloat16: two steps of k are multiplied at once.
 
-    By AVX-512 BF16 where the CPU has it. Elsewhere the sums have the same bits, but for subnormal numbers, and it is
-    slower than float32.
+    By AMX where the CPU has it, in an order of its own, or by AVX-512 BF16. Elsewhere sums have the bits of the latter,
+    but for subnormal numbers, and it is slower than float32. Fastest where K is a multiple of `BF16_MULTIPLE`.
     """
-    words = F.pad(weight, (0, weight.shape[1] % 2)).view(torch.int32)
+    words = F.pad(weight, (0, -weight.shape[1] % BF16_MULTIPLE)).view(torch.int32)
     return PackedWeight(torch.ops.rtp_mm.pack_linear.default(words, parts).view(torch.bfloat16))
 
 

@@ -17,12 +17,6 @@ def uses_triton(device: torch.device) -> bool:
     return device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def uses_onednn(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether products of this dtype on `device` go to oneDNN: those of bf16 on a CPU with AMX, which ours know nothing
-    of, and which has eight times AVX-512 BF16's rate."""
-    return device.type == "cpu" and dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
-
-
 def add_norm(
     x: Tensor, delta: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, dtype: torch.dtype
 ) -> Tensor:

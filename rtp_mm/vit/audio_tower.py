@@ -82,12 +82,12 @@ class QkvLinear(Linear):
 
 
 class PackedSounds(NamedTuple):
-    """Where a packed batch has what, on the device. P is all sounds' steps, padded to what the GEMMs want.
+    """Where a packed batch has what, on the device. P is all sounds' steps.
 
     windows:   [2 P] int64, where each window of the first convolution begins among the frames.
     firsts:    [sounds] int64, each sound's first step.
     positions: [P] int64, of each step in its sound.
-    pairs:     [2 T] int64, the steps that become tokens, T padded too.
+    pairs:     [2 T] int64, the steps that become T tokens.
     cu:        [sounds + 1] int32, each sound's steps.
     """
 
@@ -98,23 +98,21 @@ class PackedSounds(NamedTuple):
     cu: Tensor
 
     @classmethod
-    def of(cls, steps: Sequence[int], row_multiple: int, device: torch.device) -> PackedSounds:
+    def of(cls, steps: Sequence[int], device: torch.device) -> PackedSounds:
         counts = np.array(steps)
         firsts = np.cumsum(counts) - counts
         rows = 2 * (firsts + np.arange(len(steps)))  # of each sound's first among the frames: two a step and two more
         windows = [row + np.arange(2 * count) for row, count in zip(rows, counts, strict=True)]
         pairs = [first + np.arange(count // 2 * 2) for first, count in zip(firsts, counts, strict=True)]
 
-        def indices(parts: Sequence[np.ndarray], multiple: int) -> Tensor:
-            """One after the other, and the first of all again as padding."""
-            whole = np.concatenate(parts)
-            return to_device(torch.from_numpy(np.pad(whole, (0, -len(whole) % multiple))), device)
+        def indices(parts: Sequence[np.ndarray]) -> Tensor:
+            return to_device(torch.from_numpy(np.concatenate(parts)), device)
 
         return cls(
-            indices(windows, 2 * row_multiple),
+            indices(windows),
             to_device(torch.from_numpy(firsts), device),
-            indices([np.arange(count) for count in counts], row_multiple),
-            indices(pairs, 2 * row_multiple),
+            indices([np.arange(count) for count in counts]),
+            indices(pairs),
             to_device(torch.from_numpy(np.append(0, np.cumsum(counts)).astype(np.int32)), device),
         )
 
@@ -143,7 +141,7 @@ class AudioTower(Tower):
     ) -> None:
         super().__init__(dtype, device, options)
         self.config = config
-        gemm, delicate_gemm, self._row_multiple = self._choose_gemms()
+        gemm, delicate_gemm = self._choose_gemms()
         exact_gemm = choose_gemm(device, self.compute_dtype, is_invariant=self.options.is_batch_invariant)
         linear, delicate = (partial(Linear, dtype=dtype, gemm=g) for g in (gemm, delicate_gemm))
         qkv = partial(QkvLinear, dtype=dtype, gemm=gemm)
@@ -176,7 +174,7 @@ class AudioTower(Tower):
     def forward(self, items: Sequence[LogMel]) -> list[Tensor]:
         """An embedding [tokens, out_hidden_size] in the tower's dtype per item, in order, on the device."""
         steps = [self._steps(item) for item in items]
-        layout = PackedSounds.of(steps, self._row_multiple, self.device)
+        layout = PackedSounds.of(steps, self.device)
         frames = packed_rows([item.rows for item in items], self.device)
         x = self._embed_frames(frames.to(self.compute_dtype), layout)
         unturned = x.new_ones(len(x), self.config.d_model // self.config.encoder_attention_heads // 2)
@@ -185,7 +183,7 @@ class AudioTower(Tower):
         pooled = x.index_select(0, layout.pairs).view(-1, 2, self.config.d_model).mean(1)
         tokens = self.projector(self.layer_norm(pooled, None)).to(self.dtype)
         counts = [count // 2 for count in steps]
-        return list(tokens[: sum(counts)].split(counts))
+        return list(tokens.split(counts))
 
     def _steps(self, item: LogMel) -> int:
         """Checked: a position that is not there would be the end of a GPU's context."""

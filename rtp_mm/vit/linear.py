@@ -25,7 +25,6 @@ class Gemm(ABC):
     the layer that it feeds takes.
     """
 
-    row_multiple: ClassVar[int]  # of which M must be a multiple, for a row's bits not to depend on other rows
     is_reentrant: ClassVar[bool] = False  # whether several threads may use it, with any number of torch's each
 
     @abstractmethod
@@ -46,7 +45,6 @@ class Gemm(ABC):
 class PackedGemm(Gemm):
     """Our own, float32 on a CPU: 16-bit weights are widened in registers, and all else is fused."""
 
-    row_multiple: ClassVar[int] = 1
     is_reentrant: ClassVar[bool] = True
     _pack = staticmethod(ops.pack_linear)
 
@@ -66,11 +64,23 @@ class PackedGemm(Gemm):
 
 
 class Bf16Gemm(PackedGemm):
-    """As `PackedGemm`, in bfloat16 but for the sums: by AVX-512 BF16 where the CPU has it."""
+    """As `PackedGemm`, in bfloat16 but for the sums: by AMX or AVX-512 BF16 where the CPU has it."""
+
+    def __init__(self, weight: Tensor, bias: Tensor, activation: str) -> None:
+        if activation != "none":
+            weight, bias = self._padded(weight, bias, 2 if activation == "silu_gate" else 1)
+        super().__init__(weight, bias, activation)
 
     @staticmethod
     def _pack(weight: Tensor, parts: int = 1) -> ops.PackedWeight:
         return ops.pack_bf16_linear(weight.bfloat16(), parts)
+
+    @staticmethod
+    def _padded(weight: Tensor, bias: Tensor, parts: int) -> tuple[Tensor, Tensor]:
+        """With rows of zeros, so that the next layer's K is what `pack_bf16_linear` takes without copying its x."""
+        missing = -(len(weight) // parts) % ops.BF16_MULTIPLE
+        rows = F.pad(weight.unflatten(0, (parts, -1)), (0, 0, 0, missing)).flatten(0, 1)
+        return rows, F.pad(bias.unflatten(0, (parts, -1)), (0, missing)).flatten()
 
 
 class Int8Gemm(PackedGemm):
@@ -91,8 +101,6 @@ class Int8Gemm(PackedGemm):
 class FixedGemm(Gemm):
     """Our own on CUDA, in Triton: one algorithm for every M, and all else is fused."""
 
-    row_multiple: ClassVar[int] = 1
-
     def __init__(self, weight: Tensor, bias: Tensor, activation: str) -> None:
         self._weight, self._bias = ops.pack_fixed_linear(weight, bias, activation)
         self._activation = activation
@@ -106,8 +114,6 @@ class FixedGemm(Gemm):
 
 class Fp8Gemm(Gemm):
     """As `FixedGemm`, with weights and activations in e4m3, a scale per row of either."""
-
-    row_multiple: ClassVar[int] = 1
 
     def __init__(self, weight: Tensor, bias: Tensor, activation: str) -> None:
         packed, self._bias = ops.pack_fixed_linear(weight, bias, activation)
@@ -125,49 +131,20 @@ class Fp8Gemm(Gemm):
         ops.fixed_linear_add_(residual, x, self._weight, self._bias, scales=(scale, self._scale))
 
 
-class _LibraryGemm(Gemm):
-    """A library's product in the dtype of the weight, which is that of x; what it does not fuse follows it."""
+class CublasGemm(Gemm):
+    """PyTorch's on CUDA, in the dtype of the weight, which is that of x; what it does not fuse follows it. It picks its
+    algorithm by M, and with it the bits of a row.
+    """
 
     def __init__(self, weight: Tensor, bias: Tensor, activation: str) -> None:
         self._weight, self._bias = weight, bias.to(weight.dtype)
         self._activation = activation
 
     def __call__(self, x: Tensor) -> Tensor:
-        return ops.activate(self._product(x), self._activation)
+        return ops.activate(F.linear(x, self._weight, self._bias), self._activation)
 
     def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
-        return self._product(x)
-
-    @abstractmethod
-    def _product(self, x: Tensor) -> Tensor: ...
-
-
-class CublasGemm(_LibraryGemm):
-    """PyTorch's on CUDA. It picks its algorithm by M, and with it the bits of a row."""
-
-    row_multiple: ClassVar[int] = 1
-
-    def _product(self, x: Tensor) -> Tensor:
         return F.linear(x, self._weight, self._bias)
-
-
-class OnednnGemm(_LibraryGemm):
-    """oneDNN's on a CPU, called by name: `F.linear` may pick its algorithm, and with it the bits, by M. Its products in
-    bf16 round by the number of threads.
-    """
-
-    # A row's bits hold from a few rows up, but not at 1, nor, threaded, at small odd counts.
-    row_multiple: ClassVar[int] = 16
-    ROWS = 1024  # that the weight's layout is chosen for
-
-    def __init__(self, weight: Tensor, bias: Tensor, activation: str) -> None:
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight, self.ROWS)  # else it is packed again at every call
-        super().__init__(weight, bias, activation)
-        self._weight = packed
-
-    def _product(self, x: Tensor) -> Tensor:
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
-        return out
 
 
 def choose_gemm(
@@ -194,8 +171,6 @@ def choose_gemm(
         return Fp8Gemm
     if ops.uses_triton(device):
         return FixedGemm if is_invariant else CublasGemm
-    if ops.uses_onednn(device, compute_dtype):
-        return OnednnGemm
     return Bf16Gemm if compute_dtype == torch.bfloat16 else PackedGemm
 
 
@@ -239,7 +214,7 @@ def choose_compute_dtype(act_dtype: torch.dtype, device: torch.device, choice: s
 
 
 class Linear(nn.Module):
-    """[M, in] -> [M, out], or half of it for a gated activation; M a multiple of the GEMM's `row_multiple`.
+    """[M, in] -> [M, out], or half of it for a gated activation.
 
     Holds the published weight in `dtype` and the bias in float32, until `pack` gives both to the GEMM.
     """

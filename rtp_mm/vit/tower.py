@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from rtp_mm import ops
 from rtp_mm.errors import StartError
@@ -105,8 +104,7 @@ class VisionTower(Tower):
         super().__init__(dtype, device, options)
         self.config = config
         self._angles = RotaryAngles(config.head_dim, device)
-        gemm, delicate_gemm, row_multiple = self._choose_gemms()
-        self._row_multiple = row_multiple * config.spatial_merge_size**2  # for the merger's rows too
+        gemm, delicate_gemm = self._choose_gemms()
         linear, delicate = (partial(Linear, dtype=dtype, gemm=g) for g in (gemm, delicate_gemm))
         norm = partial(LayerNorm if config.norm == "layer" else RMSNorm, dtype=self.compute_dtype)
         mlp = GatedMlp if config.is_gated else Mlp
@@ -141,19 +139,14 @@ class VisionTower(Tower):
         packed = [items[i] for i in packing]
         grids = [item.grid_thw for item in packed]
         merge, window = self.config.spatial_merge_size, self.config.window
-        patches = sum(len(item.rows) for item in packed)
-        # Rows up to a multiple that keeps every GEMM's rows independent: of no segment, finite, cut off at the end.
-        padding = -patches % self._row_multiple
         angles = self._angles.up_to(max(max(h, w) for _, h, w in grids))
-        positions = ops.vision_positions(grids, merge, window, angles, rows=patches + padding)
+        positions = ops.vision_positions(grids, merge, window, angles)
         rotary = RotaryTable(positions.cos, positions.sin)
 
         x = self._embed_rows([item.rows for item in packed], positions.window_order if window else None)
-        if padding:
-            x = F.pad(x, (0, 0, 0, padding))
         full = Segments.from_lengths(positions.cu_frames, full_lengths(grids))
         windows = Segments.from_lengths(positions.cu_windows, window_lengths(grids, merge, window)) if window else full
-        tokens = self._run(Batch(x, rotary, full, windows))[: patches // merge**2].to(self.dtype)
+        tokens = self._run(Batch(x, rotary, full, windows)).to(self.dtype)
         if window:
             tokens = tokens.index_select(0, positions.window_inverse)
         counts = [t * h * w // merge**2 for t, h, w in grids]

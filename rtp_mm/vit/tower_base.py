@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from rtp_mm.config import Settings
-from rtp_mm.errors import StartError
 from rtp_mm.vit.attention import TRACEABLE, VARLEN_ATTENTION, Attention, Batch, choose_attention
 from rtp_mm.vit.graphs import CudaCapture, CudaGraphs, use_graphs
 from rtp_mm.vit.layers import Block, PatchMerger
-from rtp_mm.vit.linear import Gemm, Linear, OnednnGemm, choose_compute_dtype, choose_gemm
+from rtp_mm.vit.linear import Gemm, Linear, choose_compute_dtype, choose_gemm
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,19 +67,17 @@ class Tower(nn.Module):
             return torch.compiler.disable(attention)  # type: ignore[no-any-return]
         return attention
 
-    def _choose_gemms(self) -> tuple[type[Gemm], type[Gemm], int]:
-        """For most layers and for delicate ones (see `choose_gemm`), and what rows must be a multiple of for both."""
-        self._gemms = gemm, delicate = tuple(
-            choose_gemm(
-                self.device,
-                self.compute_dtype,
-                is_invariant=self.options.is_batch_invariant,
-                quantization=self.options.quantization,
-                is_delicate=is_delicate,
-            )
-            for is_delicate in (False, True)
+    def _choose_gemms(self) -> tuple[type[Gemm], type[Gemm]]:
+        """For most layers and for delicate ones (see `choose_gemm`)."""
+        choose = partial(
+            choose_gemm,
+            self.device,
+            self.compute_dtype,
+            is_invariant=self.options.is_batch_invariant,
+            quantization=self.options.quantization,
         )
-        return gemm, delicate, max(gemm.row_multiple, delicate.row_multiple)
+        self._gemms = choose(), choose(is_delicate=True)
+        return self._gemms
 
     @property
     def is_reentrant(self) -> bool:
@@ -97,10 +95,7 @@ class Tower(nn.Module):
         """Packs the GEMMs' weights, and has batches run by graphs where they can; once, after loading.
 
         What is to be compiled is so at its first calls: once for all blocks, and for few shapes that stand for all.
-        Raises `StartError` for what cannot be.
         """
-        if self.options.is_compiled and OnednnGemm in self._gemms:
-            raise StartError("MM_TORCH_COMPILE=1 cannot take oneDNN's packed weights; MM_COMPUTE_TYPE=fp32 has none")
         for module in self.modules():
             if isinstance(module, Linear):
                 module.pack()

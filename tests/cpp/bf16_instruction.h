@@ -1,5 +1,4 @@
-// `vdpbf16ps` for a CPU that has AVX-512 and lacks it: carried out by the handler of the signal that it raises there.
-// So the very code that other CPUs run is run, slowly.
+// `vdpbf16ps`, carried out by software: see missing_instructions.h.
 //
 // Sources: Intel's Software Developer's Manual, volumes 1 (13: XSAVE's memory) and 2 (the instruction; 2.7: EVEX).
 
@@ -8,13 +7,11 @@
 #ifdef __x86_64__
 
 #include <cpuid.h>
-#include <signal.h>
 #include <ucontext.h>
 
 #include <bit>
 #include <cmath>
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
 
 namespace rtp_mm {
@@ -74,13 +71,13 @@ inline float bf16_step(float sum, uint32_t a, uint32_t b) {
   return flushed(std::fma(x, y, flushed(sum)));
 }
 
-// Between registers of 512 bits, without a mask, which is all that we use.
-inline void run_bf16_instruction(int, siginfo_t*, void* argument) {
-  auto* context = static_cast<ucontext_t*>(argument);
+// Whether it is what the thread stands at; then it is done. Between registers of 512 bits, without a mask, which is all
+// that we use.
+inline bool run_bf16_instruction(ucontext_t* context) {
   const auto* code = reinterpret_cast<const uint8_t*>(context->uc_mcontext.gregs[REG_RIP]);
   const bool is_known = code[0] == 0x62 && (code[1] & 0x0f) == 0x02 && (code[2] & 0x87) == 0x06 &&
                         (code[3] & 0xf7) == 0x40 && code[4] == 0x52 && code[5] >> 6 == 3;
-  if (!is_known) std::abort();
+  if (!is_known) return false;
   const auto missing = [&](int byte, int bit) { return ~code[byte] >> bit & 1; };  // the prefix has them inverted
   const int dst = (code[5] >> 3 & 7) | missing(1, 7) << 3 | missing(1, 4) << 4;
   const int first = (~code[2] >> 3 & 15) | missing(3, 3) << 4;
@@ -95,13 +92,7 @@ inline void run_bf16_instruction(int, siginfo_t*, void* argument) {
     }
   }
   context->uc_mcontext.gregs[REG_RIP] += 6;
-}
-
-inline void emulate_bf16_instruction() {
-  struct sigaction action = {};
-  action.sa_sigaction = run_bf16_instruction;
-  action.sa_flags = SA_SIGINFO;
-  sigaction(SIGILL, &action, nullptr);
+  return true;
 }
 
 }  // namespace rtp_mm

@@ -1,5 +1,6 @@
-// The kernels of bfloat16s, on every instruction set, under AddressSanitizer and UndefinedBehaviorSanitizer:
-// against naive loops, and against each other to the bit. Prints how AVX-512 BF16 was run.
+// The kernels of bfloat16s, and products of bytes by AMX, on every instruction set, under AddressSanitizer and
+// UndefinedBehaviorSanitizer: against naive loops, and against each other to the bit. Prints how AVX-512 BF16 and AMX
+// were run.
 
 #include <algorithm>
 #include <atomic>
@@ -10,11 +11,12 @@
 #include <thread>
 #include <vector>
 
-#include "bf16_instruction.h"
 #include "check.h"
 #include "check_attention.h"
+#include "check_int8.h"
 #include "check_pointwise.h"
 #include "cpu/packed_linear.h"
+#include "missing_instructions.h"
 #include "random_data.h"
 
 namespace rtp_mm {
@@ -24,7 +26,7 @@ constexpr double kHalfUnit = 0x1p-8;               // of a bfloat16's last place
 constexpr double kAttentionError = 6 * kHalfUnit;  // q, k and probabilities are rounded, scores are a few units wide
 
 std::vector<BFloat16> pack(const std::vector<BFloat16>& weight, const PanelLayout& layout, int64_t k) {
-  const int64_t rows = layout.parts * layout.width, depth = (k + 1) / 2;
+  const int64_t rows = layout.parts * layout.width, depth = packed_depth<BFloat16Pair>(k);
   std::vector<BFloat16> padded(rows * depth * 2);
   for (int64_t row = 0; row < rows; ++row) std::copy_n(weight.data() + row * k, k, padded.data() + row * depth * 2);
   std::vector<BFloat16> panels(layout.panels() * depth * layout.panel() * 2);
@@ -40,8 +42,8 @@ struct Layer {
   Activation activation;
 };
 
-// The same layer on every instruction set: added to a residual, and rounded to bfloat16.
-void test_linear(const std::vector<Isa>& isas, const Layer& layer) {
+// The same layer on every instruction set: added to a residual, and rounded to bfloat16. Returns the sums of the last.
+std::vector<float> test_linear(const std::vector<Isa>& isas, const Layer& layer) {
   const auto& [m, k, width, activation] = layer;
   const PanelLayout layout{width, activation == Activation::kSiluGate ? 2 : 1};
   const std::vector<BFloat16> x = random_floats<BFloat16>(m * k);
@@ -97,38 +99,73 @@ void test_linear(const std::vector<Isa>& isas, const Layer& layer) {
       CHECK(std::abs(to_float(rounded[i]) - exact) <= allowed + kHalfUnit * std::abs(exact));
     }
   }
+  return sums_before;
 }
 
-// Every instruction set of this CPU, and AVX-512 BF16 where only its one instruction is missing.
-std::vector<Isa> instruction_sets() {
-  std::vector<Isa> isas;
-  for (int level = 0; level <= static_cast<int>(best_isa()); ++level) isas.push_back(Isa{level});
-#ifdef __x86_64__
-  const bool has_it = best_isa() == Isa::kAvx512Bf16;
-  if (!has_it && best_isa() >= Isa::kAvx512) {
-    emulate_bf16_instruction();
-    isas.push_back(Isa::kAvx512Bf16);
-  }
-  std::puts(has_it ? "AVX-512 BF16: run" : isas.back() == Isa::kAvx512Bf16 ? "AVX-512 BF16: emulated" : "no AVX-512");
-#endif
-  return isas;
+void test_attention(Isa isa) {
+  test_packed_attention<BFloat16>(isa, {0, 1, 1, 130, 160}, 2, 10, kAttentionError);
+  test_packed_attention<BFloat16>(isa, {0, 161}, 1, 80, kAttentionError);
+  test_packed_attention<BFloat16>(isa, {0, 40}, 1, 128, kAttentionError);
 }
+
+#ifdef __x86_64__
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512vnni");
+}
+
+// What AMX multiplies, and the sums, which have an order of their own.
+std::vector<std::vector<float>> test_amx() {
+  generator.seed(1);
+  test_attention(Isa::kAmx);
+  test_int8_linear(Isa::kAmx, 1, 1, 1);
+  test_int8_linear(Isa::kAmx, 50, 1030, 70);
+  return {test_linear({Isa::kAmx}, {1, 1, 1, Activation::kNone}),
+          test_linear({Isa::kAmx}, {29, 257, 33, Activation::kGelu}),
+          test_linear({Isa::kAmx}, {48, 128, 37, Activation::kSiluGate}),  // whose rows are read where they are
+          test_linear({Isa::kAmx}, {70, 2600, 70, Activation::kNone})};    // in two steps of k
+}
+#endif
 
 }  // namespace
 }  // namespace rtp_mm
 
 int main() {
   using namespace rtp_mm;
-  const std::vector<Isa> isas = instruction_sets();
+#ifdef __x86_64__
+  std::vector<std::vector<float>> amx_sums;
+  if (has_avx512()) {  // before `best_isa` asks for AMX
+    emulate_missing_instructions();
+    amx_sums = test_amx();
+  }
+#endif
+  std::vector<Isa> isas;
+  for (int level = 0; level <= static_cast<int>(best_isa()); ++level) isas.push_back(Isa{level});
+#ifdef __x86_64__
+  const bool has_amx = isas.back() == Isa::kAmx;
+  if (has_amx) {
+    isas.pop_back();
+    CHECK(emulated_amx_instructions > 0);
+    CHECK(test_amx() == amx_sums);
+  }
+  const bool has_bf16 = isas.back() == Isa::kAvx512Bf16;
+  if (!has_bf16 && has_avx512()) isas.push_back(Isa::kAvx512Bf16);
+  std::printf("AVX-512 BF16: %s, AMX: %s\n",
+              has_bf16       ? "run"
+              : has_avx512() ? "emulated"
+                             : "no AVX-512",
+              has_amx        ? "run"
+              : has_avx512() ? "emulated"
+                             : "no AVX-512");
+#endif
   test_linear(isas, {1, 1, 1, Activation::kNone});
   test_linear(isas, {29, 257, 33, Activation::kGelu});
   test_linear(isas, {230, 7, 37, Activation::kSiluGate});
   test_linear(isas, {40, 301, 70, Activation::kNone});
   test_linear(isas, {5, 600, 150, Activation::kNone});
   for (const Isa isa : isas) {
-    test_packed_attention<BFloat16>(isa, {0, 1, 1, 130, 160}, 2, 10, kAttentionError);
-    test_packed_attention<BFloat16>(isa, {0, 161}, 1, 80, kAttentionError);
-    test_packed_attention<BFloat16>(isa, {0, 40}, 1, 128, kAttentionError);
+    test_attention(isa);
     test_pointwise<BFloat16>(isa);
   }
 }
