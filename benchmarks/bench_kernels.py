@@ -29,11 +29,12 @@ from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionCon
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLVisionRotaryEmbedding
 
 from benchmarks.harness import interleave
-from benchmarks.peak import fma_peak
+from benchmarks.peak import bf16_instructions, product_peak
 from benchmarks.report import write_result
 from rtp_mm import ops
 from rtp_mm.models.qwen2_vl import PUBLISHED_PROCESSOR
 from rtp_mm.vit.attention import Segments, sdpa
+from rtp_mm.vit.linear import Bf16Gemm
 from rtp_mm.vit.patch_embed import PatchEmbed
 from rtp_mm.vit.rope import RotaryAngles, RotaryTable
 
@@ -61,31 +62,39 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {  # PyTorch's
     "silu_gate": lambda x: F.silu(x.chunk(2, -1)[0]) * x.chunk(2, -1)[1],
 }
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bf16"}
-PEERS = ("onednn, widened", "torch float32", "torch bf16")
-BF16 = "ours bf16"
+BF16, ONEDNN_BF16 = "ours bf16", "onednn bf16, packed"
+PEERS = ("onednn, widened", "torch float32", "torch bf16", ONEDNN_BF16)
 
 
 def linear_contenders(rows: int, k: int, n: int, activation: str) -> tuple[Contenders, float]:
     """Ours, and what runs in a tower otherwise: the same bf16 weights widened at each call, widened for good, or
-    bf16 throughout. And the floating-point operations."""
+    bf16 throughout, packed for oneDNN or not. And the floating-point operations."""
     x, weight, bias = torch.randn(rows, k), (torch.randn(n, k) * k**-0.5).bfloat16(), torch.randn(n)
     packed = ops.pack_linear(weight, 2 if activation == "silu_gate" else 1)
     wide, scratch, half_x, half_bias = weight.float(), torch.empty(n, k), x.bfloat16(), bias.bfloat16()
     act = ACTIVATIONS[activation]
     onednn = torch.ops.mkldnn._linear_pointwise
-    pairs = ops.pack_bf16_linear(weight, 2 if activation == "silu_gate" else 1)
+    padded_x, gemm = F.pad(half_x, (0, -k % ops.BF16_MULTIPLE)), Bf16Gemm(weight, bias, activation)  # as a tower does
     return {
         "ours": lambda: ops.packed_linear(x, packed, bias, activation),
-        **in_bf16(lambda: ops.packed_linear(half_x, pairs, bias, activation)),
+        **in_bf16(lambda: gemm(padded_x)),
         "onednn, widened": lambda: act(onednn(x, scratch.copy_(weight), bias, "none", [], "")),
         "torch float32": lambda: act(F.linear(x, wide, bias)),
         "torch bf16": lambda: act(F.linear(half_x, weight, half_bias)),
+        **onednn_in_bf16(half_x, weight, half_bias, act),
     }, 2.0 * rows * k * n
 
 
+def onednn_in_bf16(x: Tensor, weight: Tensor, bias: Tensor, act: Callable[[Tensor], Tensor]) -> Contenders:
+    if not bf16_instructions():
+        return {}
+    reordered = torch.ops.mkldnn._reorder_linear_weight(weight, max(ROWS))
+    return {ONEDNN_BF16: lambda: act(torch.ops.mkldnn._linear_pointwise(x, reordered, bias, "none", [], ""))}
+
+
 def in_bf16(run: Callable[[], object]) -> Contenders:
-    """Ours by an instruction that not every CPU has; without it speed does not matter."""
-    return {BF16: run} if torch.cpu._is_avx512_bf16_supported() else {}
+    """Ours by instructions that not every CPU has; without them speed does not matter."""
+    return {BF16: run} if bf16_instructions() else {}
 
 
 def attention_contenders(lengths: list[int]) -> tuple[Contenders, float]:
@@ -239,12 +248,19 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     clock = time.thread_time if options.threads == 1 else time.perf_counter
     selected = [{k: v for k, v in cases.items() if options.only in k} for cases in (multiplying(), moving())]
+    instructions = bf16_instructions()
     results = {
-        "gflops": measure(selected[0], "GFLOP/s", (BF16, *PEERS), fma_peak(), options.rounds, clock),
+        "gflops": measure(selected[0], "GFLOP/s", (BF16, *PEERS), product_peak(""), options.rounds, clock),
+        **({"bf16_peak_gflops": peak_gflops(instructions)} if instructions else {}),
         "gigabytes": measure(selected[1], "GB/s", (*PEERS[1:], "transformers"), copy_peak(), options.rounds, clock),
     }
     if not options.only:
-        write_result(f"kernels_{options.threads}_threads", results)
+        write_result(f"kernels_{options.threads}_threads" + f"_{instructions}" * bool(instructions), results)
+
+
+def peak_gflops(instructions: str) -> float:
+    peak, work = product_peak(instructions)
+    return work / interleave({"peak": peak}, rounds=9)["peak"].best * 1e-6
 
 
 def measure(

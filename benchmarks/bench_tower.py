@@ -24,7 +24,7 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks.harness import interleave
-from benchmarks.peak import fma_peak
+from benchmarks.peak import bf16_instructions, product_peak
 from benchmarks.readme import results
 from benchmarks.report import COMMIT, command, machine, write_result
 from rtp_mm.cli.hugging_face import HuggingFacePeer
@@ -114,10 +114,9 @@ def measure(options: argparse.Namespace, checkpoint: Path) -> None:
     exact_peer = peers["Hugging Face fp32"]
     config: TowerConfig = next(iter(ours.values())).config
     mean, std = (torch.tensor(getattr(exact_peer.processor, name)) for name in ("image_mean", "image_std"))
-    peak, peak_operations = fma_peak()
-    # ..._bf16 from CPUs where ours multiplies that
-    is_bf16 = machine()["has_avx512_bf16"]
-    result = f"tower_{options.family}_{SIZES[options.family]}_cpu" + "_bf16" * is_bf16
+    instructions = bf16_instructions()
+    peak, peak_operations = product_peak(instructions)
+    result = f"tower_{options.family}_{SIZES[options.family]}_{instructions or 'cpu'}"
     found: dict[Batch, Any] = {
         Batch.parse(text): {key: before[key] for key in ("machine", "command")} | row
         for _, before in results(result)
@@ -145,6 +144,7 @@ def measure(options: argparse.Namespace, checkpoint: Path) -> None:
             **COMMIT,
             "gflop": work * 1e-9,
             "rounds": options.rounds,
+            "peak_of": instructions or "float32",
             "peak_gflops": peak_operations / timings["peak"].best * 1e-6,
             "error": errors,
             "gflops": {name: work / timings[name].median * 1e-6 for name in towers},
@@ -159,7 +159,7 @@ def measure(options: argparse.Namespace, checkpoint: Path) -> None:
 
 
 def print_row(batch: Batch, row: dict[str, Any]) -> None:
-    title = f"{batch} patches, {row['gflop']:.0f} GFLOP, FMA peak {row['peak_gflops']:.0f} GFLOP/s"
+    title = f"{batch} patches, {row['gflop']:.0f} GFLOP, {row['peak_of']} peak {row['peak_gflops']:.0f} GFLOP/s"
     table = Table(
         "", "ms", "images/s", "x Hugging Face bf16", "x fp32", "GFLOP/s", "of peak", "relative error", title=title
     )

@@ -1,4 +1,4 @@
-"""The machine's roof for float32: fused multiply-adds in registers, on as many cores as torch uses."""
+"""The machine's roofs for products: multiplications and additions in registers, on as many cores as torch uses."""
 
 from __future__ import annotations
 
@@ -12,23 +12,34 @@ from pathlib import Path
 
 import torch
 
-ROUNDS = 20_000_000  # some 150 ms: on a busy machine threads take a while to find a core each
+from rtp_mm import _core
+
+# Some 150 ms: on a busy machine threads take a while to find a core each.
+ROUNDS = {"float32": 20_000_000, "avx512_bf16": 20_000_000, "amx": 4_000_000}
 
 
-def fma_peak() -> tuple[Callable[[], object], float]:
-    """A contender for `interleave`, and the floating-point operations of one run of it."""
+def bf16_instructions() -> str:
+    """What our products of bf16 use here: "amx", "avx512_bf16", or "" where float32 is faster."""
+    if not _core.multiplies_bf16():
+        return ""
+    return "amx" if torch.cpu._is_amx_tile_supported() else "avx512_bf16"
+
+
+def product_peak(instructions: str) -> tuple[Callable[[], object], float]:
+    """A contender for `interleave`, and the floating-point operations of one run of it; of "" float32's."""
+    kind = instructions or "float32"
     threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as folder:
-        library = Path(folder) / "fma_peak.so"
+        library = Path(folder) / "peak.so"
         flags = ("-O3", "-march=native", "-ffp-contract=fast", "-shared", "-fPIC")
-        source = Path(__file__).with_name("fma_peak.cpp")
+        source = Path(__file__).with_name("peak.cpp")
         subprocess.run([os.environ.get("CXX", "c++"), *flags, source, "-o", library], check=True)
-        kernel = ctypes.CDLL(str(library)).fma_peak  # ctypes releases the GIL
+        kernel = getattr(ctypes.CDLL(str(library)), f"{kind}_peak")  # ctypes releases the GIL
     kernel.restype = ctypes.c_double
     outs = [(ctypes.c_float * 12)(*range(12)) for _ in range(threads)]
 
     def one(out: ctypes.Array[ctypes.c_float]) -> float:
-        return float(kernel(ctypes.c_long(ROUNDS), ctypes.c_float(0.5), out))
+        return float(kernel(ctypes.c_long(ROUNDS[kind]), ctypes.c_float(0.5), out))
 
     if threads == 1:
         return lambda: one(outs[0]), one(outs[0])

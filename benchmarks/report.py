@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from benchmarks.peak import bf16_instructions
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PACKAGES = ("torch", "transformers", "pillow", "numpy")
@@ -24,7 +26,7 @@ def machine() -> dict[str, Any]:
     return {
         "cpu": names[0] if names else platform.processor(),
         "threads": torch.get_num_threads(),
-        "has_avx512_bf16": torch.cpu._is_avx512_bf16_supported(),
+        "bf16_instructions": bf16_instructions(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
         "versions": {name: version(name) for name in PACKAGES},

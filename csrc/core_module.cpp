@@ -206,5 +206,8 @@ PYBIND11_MODULE(_core, m) {
   m.def(
       "multiplies_bytes", [] { return rtp_mm::multiplies_bytes(rtp_mm::best_isa()); },
       "Whether this CPU multiplies words of four bytes (AVX-512 VNNI, ARM's i8mm).");
+  m.def(
+      "multiplies_bf16", [] { return rtp_mm::multiplies_bf16(rtp_mm::best_isa()); },
+      "Whether this CPU multiplies bfloat16s faster than float32 (AMX, AMD's AVX-512 BF16).");
   m.def("resize_levels", &rtp_mm::resize_levels, "Instruction sets that this CPU can run, slowest first.");
 }

@@ -67,6 +67,12 @@ def unfilter_png(filtered: Buffer, height: int, width: int, channels: int) -> ND
     filtered: height * (1 + width * channels) bytes; 1 to 4 channels. `None` for a filter type that there is not.
     """
 
+def multiplies_bf16() -> bool:
+    """Whether this CPU multiplies bfloat16s faster than float32: by AMX, or AVX-512 BF16 where that is fast (AMD's).
+
+    A process asks the system for AMX with it; RTP_MM_AMX=0 has it do without.
+    """
+
 def multiplies_bytes() -> bool:
     """Whether this CPU multiplies words of four bytes in one instruction (AVX-512 VNNI, ARM's i8mm)."""
 

@@ -68,6 +68,16 @@ inline bool has_amx([[maybe_unused]] Isa isa) {
 #endif
 }
 
+// Whether products of bfloat16s are faster than float32's: by AMX, or by AVX-512 BF16, but for Intel's, whose one
+// instruction takes as long as five float32 multiply-adds, each of which does half as much.
+inline bool multiplies_bf16([[maybe_unused]] Isa isa) {
+#ifdef __aarch64__
+  return false;
+#else
+  return isa == Isa::kAmx || (isa == Isa::kAvx512Bf16 && !__builtin_cpu_is("intel"));
+#endif
+}
+
 // What a kernel knows of an instruction set: floats in a vector, and how many vectors a matrix product may hold; and
 // whether one instruction multiplies words of four bytes, or of two bfloat16s (see multiply_add).
 // Without FMA a product and its sum need a few of the 16 registers. kVectors is the width of the widest strip: the

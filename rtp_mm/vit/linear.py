@@ -199,11 +199,11 @@ def _check_fp8(device: torch.device, compute_dtype: torch.dtype) -> None:
 def choose_compute_dtype(act_dtype: torch.dtype, device: torch.device, choice: str = "auto") -> torch.dtype:
     """The dtype that GEMMs and attention run in; `choice` is the setting `MM_COMPUTE_TYPE`.
 
-    A CPU without bf16 instructions emulates them: float32 is several times faster there and more exact. fp16 has no
-    instructions on any CPU that we know. Raises `StartError` for a choice that there is not.
+    On a CPU whose bf16 instructions are slow or missing, float32 is several times faster and more exact. fp16 is used
+    on none. Raises `StartError` for a choice that there is not.
     """
     if choice == "auto":
-        if device.type == "cpu" and not (act_dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported()):
+        if device.type == "cpu" and not (act_dtype == torch.bfloat16 and _core.multiplies_bf16()):
             return torch.float32
         return act_dtype
     if device.type != "cpu":
