@@ -29,6 +29,7 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
+from benchmarks.peak import bf16_instructions
 from benchmarks.report import write_result
 from rtp_mm.cli.hugging_face import HuggingFacePeer
 from rtp_mm.config import load_settings
@@ -176,8 +177,12 @@ def main() -> None:
         table.add_row(r.photo, str(r.frames), f"{r.width}x{r.height}", str(r.tokens), *errors)
     Console().print(table)
     Console().print({key: f"{value:.3g}" for key, value in summary.items()})
-    name = "bf16_products" if options.compute_type == "bf16" else "accuracy"
-    write_result(f"{name}_{options.family}_{size}", {"summary": summary, "images": [asdict(row) for row in rows]})
+    is_bf16 = options.compute_type == "bf16"
+    name = f"{'bf16_products' if is_bf16 else 'accuracy'}_{options.family}_{size}"
+    instructions = bf16_instructions()
+    if is_bf16 and instructions:
+        name += f"_{instructions}"
+    write_result(name, {"summary": summary, "images": [asdict(row) for row in rows]})
 
 
 if __name__ == "__main__":

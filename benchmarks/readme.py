@@ -92,6 +92,9 @@ def preprocess() -> str:
     return markdown(header, rows)
 
 
+PRODUCTS = {"float32": "float32", "avx512_bf16": "AVX-512 BF16", "amx": "AMX"}
+
+
 def tower() -> str:
     """Of a batch, "16x256" say, one forward."""
     rows = []
@@ -102,9 +105,12 @@ def tower() -> str:
             images = int(patches.rpartition("x")[0] or 1)
             of_peak = figures["gflops"]["ours bf16"] / figures["peak_gflops"]
             peers = [f"{ms[f'Hugging Face {dtype}'] / ours:.1f}x" for dtype in ("bf16", "fp32")]
-            rows.append([f"`{name}`", patches, f"{ours:,.0f}", f"{1e3 * images / ours:.3g}", f"{of_peak:.0%}", *peers])
-    header = ["model", "patches", "ours bf16, ms", "images/s", "of peak", "Hugging Face bf16", "Hugging Face float32"]
-    return markdown(header, rows)
+            model, _, _ = name.removesuffix("_cpu").removesuffix("_amx").partition("_avx512")
+            products = PRODUCTS[figures.get("peak_of", "float32")]
+            rates = (f"{ours:,.0f}", f"{1e3 * images / ours:.3g}", f"{of_peak:.0%}")
+            rows.append([f"`{model}`", products, patches, *rates, *peers])
+    header = ["model", "multiplies", "patches", "ours bf16, ms", "images/s", "of peak"]
+    return markdown([*header, "Hugging Face bf16", "Hugging Face float32"], rows)
 
 
 def video() -> str:
@@ -216,6 +222,18 @@ def kernels() -> str:
     return markdown(["kernel", "ours", "of the peak", "torch float32", "torch bf16", "transformers"], rows)
 
 
+def amx() -> str:
+    """Linear layers, and attention from the same qkv, in bf16."""
+    [(_, result)] = results("kernels_2_threads_amx")
+    rows = []
+    for name, case in result["gflops"].items():
+        rates = case["rates"]
+        if "ours bf16" in rates and not name.endswith((" 16 rows", " 1 rows")):
+            sides = ("ours bf16", "torch bf16", "onednn bf16, packed")
+            rows.append([name, *(f"{rates[side]:,.0f}" if side in rates else "" for side in sides)])
+    return markdown(["kernel", "ours", "PyTorch", "oneDNN, packed"], rows)
+
+
 def invariance() -> str:
     """All linear layers of a block and the merger, once, by rows: ours, and F.linear with its activation behind it."""
     [(_, result)] = results("kernels_2_threads")
@@ -288,6 +306,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "memory": memory,
     "cached": cached,
     "kernels": kernels,
+    "amx": amx,
     "invariance": invariance,
     "int8": int8,
     "images": partial(media, "media_images", "1024x768 as", "Pillow"),

@@ -4,7 +4,7 @@
 
 STABLE_TORCH_LIBRARY(rtp_mm, m) {
   m.def(
-      "vision_positions(Tensor grid_thw, Tensor angles, int cells, int windows, int frames, int rows, int merge_size, "
+      "vision_positions(Tensor grid_thw, Tensor angles, int cells, int windows, int frames, int merge_size, "
       "int window) -> (Tensor rope_hw, Tensor pos_thw, Tensor window_order, Tensor window_inverse, Tensor cu_windows, "
       "Tensor cu_frames, Tensor cos, Tensor sin)");
   m.def(

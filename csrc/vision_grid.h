@@ -29,8 +29,7 @@ struct VisionPositions {
   int32_t* window_inverse;  // [cells], or null without windows
   int32_t* cu_windows;      // [windows + 1], or null without windows
   int32_t* cu_frames;       // [frames + 1]
-  float *cos, *sin;         // [rows, 2 * quarter]: of a patch's row, then of its column; in window order
-  int64_t rows;             // at least the batch's patches; what is more is not turned
+  float *cos, *sin;         // [patches, 2 * quarter]: of a patch's row, then of its column; in window order
 };
 
 RTP_MM_HOST_DEVICE inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -17,7 +17,7 @@ constexpr int64_t kMaxPatches = std::numeric_limits<int32_t>::max();
 using VisionTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 inline VisionBatch check_vision_batch(const Tensor& grid_thw, const Tensor& angles, int64_t cells, int64_t windows,
-                                      int64_t frames, int64_t rows, int64_t merge_size, int64_t window) {
+                                      int64_t frames, int64_t merge_size, int64_t window) {
   check(grid_thw.dim() == 2 && grid_thw.size(1) == 3 && grid_thw.scalar_type() == ScalarType::Int &&
             grid_thw.is_contiguous(),
         "vision_positions: grid_thw must be contiguous [M, 3] int32, got ", describe(grid_thw));
@@ -31,8 +31,6 @@ inline VisionBatch check_vision_batch(const Tensor& grid_thw, const Tensor& angl
             angles.is_contiguous() && angles.device() == grid_thw.device(),
         "vision_positions: angles must be contiguous [2, positions, head_dim / 4] float32 on grid_thw's device, got ",
         describe(angles));
-  check(cells * merge_size * merge_size <= rows && rows <= kMaxPatches,
-        "vision_positions: rows must be at least the patches, ", cells * merge_size * merge_size, ", got ", rows);
   return {grid_thw.const_data_ptr<int32_t>(), grid_thw.size(0), static_cast<int32_t>(merge_size),
           static_cast<int32_t>(window)};
 }
@@ -43,10 +41,11 @@ inline RotaryAngles rotary_angles(const Tensor& angles) {
 }
 
 inline VisionTensors new_vision_tensors(const Tensor& grid_thw, const Tensor& angles, int64_t cells, int64_t windows,
-                                        int64_t frames, int64_t rows, int64_t merge_size, int64_t window) {
+                                        int64_t frames, int64_t merge_size, int64_t window) {
   const auto integers = [&](std::initializer_list<int64_t> shape) { return torch::stable::new_empty(grid_thw, shape); };
-  const auto table = [&] { return torch::stable::new_empty(angles, {rows, 2 * angles.size(2)}); };
-  return {integers({cells * merge_size * merge_size, 2}),
+  const int64_t patches = cells * merge_size * merge_size;
+  const auto table = [&] { return torch::stable::new_empty(angles, {patches, 2 * angles.size(2)}); };
+  return {integers({patches, 2}),
           integers({cells, 3}),
           integers({window ? cells : 0}),
           integers({window ? cells : 0}),
@@ -65,8 +64,7 @@ inline VisionPositions pointers(const VisionTensors& tensors) {
           cu_windows.mutable_data_ptr<int32_t>(),
           cu_frames.mutable_data_ptr<int32_t>(),
           cos.mutable_data_ptr<float>(),
-          sin.mutable_data_ptr<float>(),
-          cos.size(0)};
+          sin.mutable_data_ptr<float>()};
 }
 
 }  // namespace rtp_mm

@@ -273,8 +273,8 @@ class Settings(BaseSettings):
     )
     mm_compute_type: Literal["auto", "fp32", "bf16"] = Field(
         "auto",
-        description="what a tower with ACT_TYPE=bf16 multiplies on a CPU; auto: bf16 where the CPU has AVX-512 BF16, "
-        "else fp32, which is more exact",
+        description="what a tower with ACT_TYPE=bf16 multiplies on a CPU; auto: bf16 where that is faster (AMX, AMD's "
+        "AVX-512 BF16), else fp32, which is more exact",
     )
     mm_quantization: Literal["none", "fp8", "int8"] = Field(
         "none",

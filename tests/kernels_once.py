@@ -37,8 +37,8 @@ def positions() -> None:
     angles = torch.randn(2, 64, 10)
     grids = [(1, 2, 2), (3, 8, 16), (1, 10, 14), (1, 2, 40)]
     for window in (0, 4):
-        ours = ops.vision_positions(grids, 2, window, angles.cuda(), rows=640)
-        expected = ops.vision_positions(grids, 2, window, angles, rows=640)
+        ours = ops.vision_positions(grids, 2, window, angles.cuda())
+        expected = ops.vision_positions(grids, 2, window, angles)
         for field in fields(ours):
             value = getattr(ours, field.name)
             if isinstance(value, Tensor):

@@ -13,7 +13,7 @@ from rtp_mm.ops import VisionPositions
 
 
 def vision_positions(
-    grids: Sequence[tuple[int, int, int]], merge_size: int, window: int, angles: Tensor, rows: int | None = None
+    grids: Sequence[tuple[int, int, int]], merge_size: int, window: int, angles: Tensor
 ) -> VisionPositions:
     """Loops over items, frames, windows and cells, appending."""
     m = merge_size
@@ -44,12 +44,10 @@ def vision_positions(
     in_order = window_order if window else range(len(pos_thw))
     turned = [rope_hw[cell * m * m + patch] for cell in in_order for patch in range(m * m)]
 
-    def table(angles: Tensor, unturned: float) -> Tensor:
-        """[rows, head_dim / 2]"""
-        out = torch.full((len(turned) if rows is None else rows, 2 * angles.shape[1]), unturned)
-        for i, (row, column) in enumerate(turned):
-            out[i] = torch.cat((angles[row], angles[column]))
-        return out
+    def table(angles: Tensor) -> Tensor:
+        """[N, head_dim / 2]"""
+        rows = [torch.cat((angles[row], angles[column])) for row, column in turned]
+        return torch.stack(rows) if rows else angles.new_empty(0, 2 * angles.shape[1])
 
     def tensor(values: Sequence[object], *shape: int) -> Tensor:
         return torch.tensor(values, dtype=torch.int32).reshape(shape)
@@ -64,8 +62,8 @@ def vision_positions(
         window_inverse=tensor([window_order.index(cell) for cell in range(len(window_order))], -1),
         cu_windows=cumulative(window_lengths) if window else tensor([], 0),
         cu_frames=cumulative(frame_lengths),
-        cos=table(angles[0], 1.0),
-        sin=table(angles[1], 0.0),
+        cos=table(angles[0]),
+        sin=table(angles[1]),
     )
 
 

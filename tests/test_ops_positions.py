@@ -67,14 +67,6 @@ def test_equals_transformers(grids: list[tuple[int, int, int]]) -> None:
     assert torch.equal(ours.rope_hw.long(), vision_utils.get_vision_position_ids(grid_thw, merge_size))
 
 
-@pytest.mark.parametrize("window", [0, 4])
-@pytest.mark.parametrize("padding", [0, 1, 64])
-def test_rows_past_the_patches_are_not_turned(window: int, padding: int) -> None:
-    rows = sum(t * h * w for t, h, w in GRIDS) + padding
-    ours = ops.vision_positions(GRIDS, 2, window, ANGLES, rows=rows)
-    assert_equal(ours, reference.vision_positions(GRIDS, 2, window, ANGLES, rows))
-
-
 @pytest.mark.parametrize("head_dim", [64, 72, 80])
 def test_angles_are_those_of_transformers(head_dim: int) -> None:
     """To the bit, also past the first table's end."""
@@ -140,13 +132,11 @@ def call(grid_thw: torch.Tensor, *counts: int, angles: torch.Tensor = ANGLES) ->
 
 def test_the_operator_refuses_counts_that_are_not_the_grids() -> None:
     grid = torch.tensor([[1, 8, 10]], dtype=torch.int32)
-    call(grid, 20, 2, 1, 80, 2, 4)
+    call(grid, 20, 2, 1, 2, 4)
     with pytest.raises(RuntimeError, match="the grids hold 20 cells, 2 windows and 1 frames, got 20, 3 and 1"):
-        call(grid, 20, 3, 1, 80, 2, 4)
+        call(grid, 20, 3, 1, 2, 4)
     with pytest.raises(RuntimeError, match="the grids hold 20 cells"):
-        call(grid, 24, 2, 1, 96, 2, 4)
-    with pytest.raises(RuntimeError, match="rows must be at least the patches, 80, got 79"):
-        call(grid, 20, 2, 1, 79, 2, 4)
+        call(grid, 24, 2, 1, 2, 4)
 
 
 @pytest.mark.parametrize(
@@ -162,7 +152,7 @@ def test_the_operator_refuses_counts_that_are_not_the_grids() -> None:
 )
 def test_the_operator_says_what_came(grid_thw: torch.Tensor, message: str) -> None:
     with pytest.raises(RuntimeError, match=message):
-        call(grid_thw, 1, 1, 1, 4, 2, 4)
+        call(grid_thw, 1, 1, 1, 2, 4)
 
 
 @pytest.mark.parametrize(
@@ -170,13 +160,13 @@ def test_the_operator_says_what_came(grid_thw: torch.Tensor, message: str) -> No
 )
 def test_the_operator_says_what_angles_came(angles: torch.Tensor) -> None:
     with pytest.raises(RuntimeError, match=r"angles must be contiguous \[2, positions, head_dim / 4\] float32 .*, got"):
-        call(torch.tensor([[1, 2, 2]], dtype=torch.int32), 1, 1, 1, 4, 2, 4, angles=angles)
+        call(torch.tensor([[1, 2, 2]], dtype=torch.int32), 1, 1, 1, 2, 4, angles=angles)
 
 
 @pytest.mark.parametrize("window", [0, 4])
 def test_schema_and_fake_agree_with_the_kernel(window: int) -> None:
     grid = torch.tensor([[2, 8, 10], [1, 4, 4]], dtype=torch.int32)
-    arguments = (grid, ANGLES, 44, 5 if window else 0, 3, 192, 2, window)
+    arguments = (grid, ANGLES, 44, 5 if window else 0, 3, 2, window)
     torch.library.opcheck(torch.ops.rtp_mm.vision_positions.default, arguments)
 
 
@@ -184,6 +174,5 @@ def test_cuda_equals_the_cpu() -> None:
     require("cuda")
     for grids in BATCHES:
         for window in (0, 3, 4):
-            rows = sum(t * h * w for t, h, w in grids) + 13
-            ours = ops.vision_positions(grids, 2, window, ANGLES.cuda(), rows=rows)
-            assert_equal(ours, reference.vision_positions(grids, 2, window, ANGLES, rows))
+            ours = ops.vision_positions(grids, 2, window, ANGLES.cuda())
+            assert_equal(ours, reference.vision_positions(grids, 2, window, ANGLES))

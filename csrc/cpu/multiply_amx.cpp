@@ -19,7 +19,7 @@ struct alignas(64) Configuration {
 
 constexpr Configuration kConfiguration;
 
-// AmxTiles are named in the assembler alone: no compiler uses them for anything else.
+// Tiles are named in the assembler alone: no compiler uses them for anything else.
 template <int kTile>
 RTP_MM_INLINE void load(const void* p, int64_t stride) {
   asm volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(p), "r"(stride), "i"(kTile) : "memory");
@@ -44,7 +44,7 @@ RTP_MM_INLINE void multiply_add() {
   }
 }
 
-// AmxTiles 0 to 3 hold sums, 4 and 5 those of the left operand, 6 and 7 the panel's: a square of two by two needs each
+// Tiles 0 to 3 hold sums, 4 and 5 those of the left operand, 6 and 7 the panel's: a square of two by two needs each
 // that it loads twice.
 template <class Word>
 struct MultiplyAmx {
@@ -120,7 +120,7 @@ struct MultiplyAmx {
 
 }  // namespace
 
-AmxTiles::AmxTiles(Isa isa) : is_used_(has_amx(isa)) {
+AmxTiles::AmxTiles(bool is_used) : is_used_(is_used) {
   if (is_used_) asm volatile("ldtilecfg %0" : : "m"(kConfiguration));
 }
 
@@ -142,7 +142,7 @@ void multiply_amx(const BFloat16Pair* left, int64_t left_stride, const Product<B
 
 namespace rtp_mm {
 
-AmxTiles::AmxTiles(Isa) : is_used_(false) {}
+AmxTiles::AmxTiles(bool) : is_used_(false) {}
 AmxTiles::~AmxTiles() {}
 void multiply_amx(const FourBytes*, int64_t, const Product<FourBytes>&, Ahead) {}
 void multiply_amx(const BFloat16Pair*, int64_t, const Product<BFloat16Pair>&, Ahead) {}

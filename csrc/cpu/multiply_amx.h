@@ -6,15 +6,14 @@
 
 #include <cstdint>
 
-#include "cpu/isa.h"
 #include "cpu/multiply.h"
 
 namespace rtp_mm {
 
-// A thread's tiles, where `isa` has them, in use while this lives: what products by tiles need around them.
+// A thread's tiles, in use while this lives: what products by tiles need around them. Nothing if not `is_used`.
 class AmxTiles {
  public:
-  explicit AmxTiles(Isa isa);
+  explicit AmxTiles(bool is_used);
   ~AmxTiles();
   AmxTiles(const AmxTiles&) = delete;
   AmxTiles& operator=(const AmxTiles&) = delete;

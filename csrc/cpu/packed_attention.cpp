@@ -79,11 +79,16 @@ struct Panel {
   std::vector<float> weighted;  // [dim][kPanel], values times probabilities so far
   float largest[kPanel], sum[kPanel];
 
-  // scores[keys][kPanel] -> e^(score - largest so far), as words in their place. What was summed relative to a smaller
-  // score is scaled down.
+  // scores[keys][kPanel] -> 2^(score - largest so far), as words in their place. What was summed relative to a smaller
+  // score, if anything was, is scaled down.
   struct Softmax {
     template <class Arch>
-    RTP_MM_INLINE static void run(Panel* panel, float* scores, int64_t keys) {
+    RTP_MM_INLINE static Vector<Arch> power(Vector<Arch> x) {
+      return exp2_of_negative<Arch, std::is_same_v<Word, BFloat16Pair>>(x);
+    }
+
+    template <class Arch>
+    RTP_MM_INLINE static void run(Panel* panel, float* scores, int64_t keys, bool is_first) {
       constexpr int kVectors = kPanel / Arch::kLanes;
       constexpr int64_t kValues = std::is_same_v<Word, BFloat16Pair> ? 2 : 1;
       Vector<Arch> largest[kVectors], total[kVectors] = {}, shrink[kVectors];
@@ -98,24 +103,33 @@ struct Panel {
         for (int v = 0; v < kVectors; ++v) {
           const float* score = scores + key * kPanel + v * Arch::kLanes;
           float* word = scores + key / kValues * kPanel + v * Arch::kLanes;
-          const Vector<Arch> first = exp<Arch>(at<Arch>(score) - largest[v]);
+          const Vector<Arch> first = power<Arch>(at<Arch>(score) - largest[v]);
           total[v] += first;
           if constexpr (kValues == 1) {
             at<Arch>(word) = first;
           } else {
             const bool is_last = key + 1 == keys;
-            const Vector<Arch> second = is_last ? Vector<Arch>{} : exp<Arch>(at<Arch>(score + kPanel) - largest[v]);
+            const Vector<Arch> second = is_last ? Vector<Arch>{} : power<Arch>(at<Arch>(score + kPanel) - largest[v]);
             total[v] += second;
-            at<Arch>(reinterpret_cast<Word*>(word)) = rounded<Arch>(first) >> 16 | (rounded<Arch>(second) & 0xffff0000);
+            // Ties go up; a NaN, which may be lost here, stays in the total.
+            constexpr BFloat16Pair kHalf = 0x8000, kUpper = 0xffff0000;
+            const auto lower = reinterpret_cast<PairVector<Arch>>(first) + kHalf,
+                       upper = reinterpret_cast<PairVector<Arch>>(second) + kHalf;
+            at<Arch>(reinterpret_cast<Word*>(word)) = lower >> 16 | (upper & kUpper);
           }
         }
       }
+      IntVector<Arch> has_grown = {};
       for (int v = 0; v < kVectors; ++v) {
         float *before = panel->largest + v * Arch::kLanes, *sum = panel->sum + v * Arch::kLanes;
-        shrink[v] = exp<Arch>(at<Arch>(before) - largest[v]);
+        has_grown |= at<Arch>(before) < largest[v];
+        shrink[v] = power<Arch>(at<Arch>(before) - largest[v]);
         at<Arch>(before) = largest[v];
         at<Arch>(sum) = at<Arch>(sum) * shrink[v] + total[v];
       }
+      int32_t lanes_grown = 0;
+      for (int lane = 0; lane < Arch::kLanes; ++lane) lanes_grown |= has_grown[lane];
+      if (is_first || !lanes_grown) return;  // they would be multiplied by 1
       for (float* row = panel->weighted.data(); row < panel->weighted.data() + panel->weighted.size(); row += kPanel) {
         for (int v = 0; v < kVectors; ++v) at<Arch>(row + v * Arch::kLanes) *= shrink[v];
       }
@@ -190,10 +204,10 @@ class Workspace {
 
   void begin(Panel<Word>& panel, int64_t first, int64_t rows) {
     auto* words = reinterpret_cast<Word*>(queries_);
-    rotate(0, first, rows, 1 / std::sqrt(static_cast<float>(job_.dim)), words);
+    constexpr float kLog2OfE = 1.44269504f;  // so that scores are powers of two
+    rotate(0, first, rows, kLog2OfE / std::sqrt(static_cast<float>(job_.dim)), words);
     rtp_mm::run<Transpose>(job_.isa, static_cast<const float*>(queries_), kStripDepth, kPanel, padded_depth_,
                            reinterpret_cast<float*>(panel.queries.data()), kPanel);
-    std::fill(panel.weighted.begin(), panel.weighted.end(), 0.0f);
     std::fill_n(panel.largest, kPanel, kMinusInfinity);
     std::fill_n(panel.sum, kPanel, 0.0f);
   }
@@ -209,7 +223,7 @@ class Workspace {
                            .sums = scores_,
                            .sums_stride = kPanel,
                            .is_added = false});
-    rtp_mm::run<typename Panel<Word>::Softmax>(job_.isa, &panel, static_cast<float*>(scores_), keys);
+    rtp_mm::run<typename Panel<Word>::Softmax>(job_.isa, &panel, static_cast<float*>(scores_), keys, key == 0);
     auto* weights = reinterpret_cast<Word*>(scores_);
     Product<Word> product{.rows = job_.dim,
                           .columns = columns,
@@ -218,7 +232,7 @@ class Workspace {
                           .panel_stride = kPanel,
                           .sums = panel.weighted.data(),
                           .sums_stride = kPanel,
-                          .is_added = true};
+                          .is_added = key > 0};
     if constexpr (kValues == 2) {
       if (by_amx_) {
         const int64_t padded = up_to_multiple(product.depth, kAmxSide);
@@ -268,7 +282,7 @@ class Workspace {
   std::vector<Word> keys_;    // [length][kStripDepth]
   std::vector<Word> values_;  // of pairs: [length / 2][dim], or as `load_values` has them
   Panel<Word> panels_[kQueries / kPanel];
-  const AmxTiles amx_tiles_{job_.isa};
+  const AmxTiles amx_tiles_{by_amx_};
   alignas(64) float queries_[kPanel * kStripDepth] = {};  // of words, whose bits floats hold
   alignas(64) float answers_[kPanel * kStripDepth] = {};
   alignas(64) float paired_[kPairs * kStripDepth] = {};

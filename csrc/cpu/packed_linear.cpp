@@ -196,7 +196,7 @@ class Worker {
         groups_(ceil_div(job.layout.panels(), tiling_.panels)),
         strips_(new Word[(tiling_.rows + kMoreRows) * steps_ * strip_depth_]),
         sums_(new float[up_to_multiple(tiling_.rows, kSquareRows) * kTileColumns]),
-        amx_tiles_(job.isa) {}
+        amx_tiles_(by_amx_) {}
 
   void run(int64_t tile) {
     take_block(tile / groups_);

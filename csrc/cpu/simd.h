@@ -229,6 +229,29 @@ RTP_MM_INLINE Vector<Arch> exp(Vector<Arch> x) {
   return p * reinterpret_cast<Vector<Arch>>(bits);
 }
 
+// 2^x for x <= 0, of which less than -126 count as that; 1 for 0, and NaN for NaN. Relative error at most 1.9e-7; a
+// rough one's, for what is rounded to bfloat16 (2e-3), 1.1e-4.
+template <class Arch, bool kIsRough>
+RTP_MM_INLINE Vector<Arch> exp2_of_negative(Vector<Arch> x) {
+  const Vector<Arch> low = Vector<Arch>{} - 126.0f;
+  x = x < low ? low : x;
+  const Vector<Arch> shifted = x + 12582912.0f, r = x - (shifted - 12582912.0f);  // as in `exp`
+  // Minimax on |r| <= 1/2 among those that are 1 at 0.
+  Vector<Arch> p;
+  if constexpr (kIsRough) {
+    p = r * 5.5008933e-2f + 2.4221095e-1f;
+    p = p * r + 6.932829e-1f;
+  } else {
+    p = r * 1.326472e-3f + 9.671513e-3f;
+    p = p * r + 5.550734e-2f;
+    p = p * r + 2.4022242e-1f;
+    p = p * r + 6.93147e-1f;
+  }
+  p = p * r + 1.0f;
+  const auto bits = (reinterpret_cast<typename Simd<Arch::kLanes>::Word>(shifted) << 23) + 0x3f800000;
+  return p * reinterpret_cast<Vector<Arch>>(bits);
+}
+
 // x / (1 + e^-(slope x)): SiLU with slope 1, quick GELU with slope 1.702.
 template <class Arch>
 RTP_MM_INLINE Vector<Arch> sigmoid_gate(Vector<Arch> x, float slope) {

@@ -39,9 +39,6 @@ void vision_positions(const VisionBatch& batch, const RotaryAngles& angles, cons
     }
   }
   place_ends(batch, item, out);
-  const int64_t patches = item.first_cell * batch.merge_size * batch.merge_size, width = 2 * angles.quarter;
-  std::fill(out.cos + patches * width, out.cos + out.rows * width, 1.0f);
-  std::fill(out.sin + patches * width, out.sin + out.rows * width, 0.0f);
 }
 
 }  // namespace rtp_mm

@@ -22,10 +22,10 @@ void check_grid(const VisionBatch& batch, int64_t positions, int64_t cells, int6
 }
 
 VisionTensors vision_positions_cpu(const Tensor& grid_thw, const Tensor& angles, int64_t cells, int64_t windows,
-                                   int64_t frames, int64_t rows, int64_t merge_size, int64_t window) {
-  const VisionBatch batch = check_vision_batch(grid_thw, angles, cells, windows, frames, rows, merge_size, window);
+                                   int64_t frames, int64_t merge_size, int64_t window) {
+  const VisionBatch batch = check_vision_batch(grid_thw, angles, cells, windows, frames, merge_size, window);
   check_grid(batch, angles.size(1), cells, windows, frames);
-  VisionTensors out = new_vision_tensors(grid_thw, angles, cells, windows, frames, rows, merge_size, window);
+  VisionTensors out = new_vision_tensors(grid_thw, angles, cells, windows, frames, merge_size, window);
   vision_positions(batch, rotary_angles(angles), pointers(out));
   return out;
 }

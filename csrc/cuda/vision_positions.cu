@@ -22,22 +22,10 @@ __device__ void turn_cell(int merge, const VisionCell& cell, const RotaryAngles&
   }
 }
 
-// Rows past the last patch are not turned: padding stays finite.
-__device__ void turn_padding(int64_t patches, const RotaryAngles& angles, const VisionPositions& out, int64_t thread,
-                             int64_t threads) {
-  const int64_t width = 2 * angles.quarter;
-  for (int64_t i = patches * width + thread; i < out.rows * width; i += threads) {
-    out.cos[i] = 1;
-    out.sin[i] = 0;
-  }
-}
-
 __global__ void __launch_bounds__(kWarp* kCellsPerBlock)
     place_cells(VisionBatch batch, int64_t cells, RotaryAngles angles, VisionPositions out) {
   const int lane = threadIdx.x;
   const int64_t warp = int64_t{blockIdx.x} * kCellsPerBlock + threadIdx.y;
-  const int64_t threads = int64_t{gridDim.x} * kCellsPerBlock * kWarp;
-  turn_padding(cells * batch.merge_size * batch.merge_size, angles, out, warp * kWarp + lane, threads);
   if (warp > cells) return;
   // Each warp walks the grids up to its own: a batch holds tens of items, whose grids stay in L1.
   VisionItem item = first_item(batch);

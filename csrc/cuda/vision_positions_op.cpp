@@ -7,10 +7,10 @@ namespace {
 
 // The grid's values stay on the device: that cells, windows and frames are theirs is the caller's word.
 VisionTensors vision_positions_cuda(const Tensor& grid_thw, const Tensor& angles, int64_t cells, int64_t windows,
-                                    int64_t frames, int64_t rows, int64_t merge_size, int64_t window) {
-  const VisionBatch batch = check_vision_batch(grid_thw, angles, cells, windows, frames, rows, merge_size, window);
+                                    int64_t frames, int64_t merge_size, int64_t window) {
+  const VisionBatch batch = check_vision_batch(grid_thw, angles, cells, windows, frames, merge_size, window);
   const CudaScope cuda(grid_thw);
-  VisionTensors out = new_vision_tensors(grid_thw, angles, cells, windows, frames, rows, merge_size, window);
+  VisionTensors out = new_vision_tensors(grid_thw, angles, cells, windows, frames, merge_size, window);
   check_launch("vision_positions",
                launch_vision_positions(batch, cells, rotary_angles(angles), pointers(out), cuda.stream()));
   return out;

@@ -23,8 +23,8 @@ class VisionPositions:
     window_inverse: [cells] each cell's place in window order (gathers window order). [0] without windows.
     cu_windows:     [windows + 1] patches before each window, and all. [0] without windows.
     cu_frames:      [frames + 1] patches before each frame, and all.
-    cos, sin:       [rows, head_dim / 2] float32, of the angles of a patch's row, then of its column; patches in window
-                    order where there are windows. Rows past the last patch are not turned: cos 1, sin 0.
+    cos, sin:       [N, head_dim / 2] float32, of the angles of a patch's row, then of its column; patches in window
+                    order where there are windows.
     """
 
     rope_hw: Tensor
@@ -38,14 +38,14 @@ class VisionPositions:
 
 
 def vision_positions(
-    grids: Sequence[tuple[int, int, int]], merge_size: int, window: int, angles: Tensor, *, rows: int | None = None
+    grids: Sequence[tuple[int, int, int]], merge_size: int, window: int, angles: Tensor
 ) -> VisionPositions:
     """Positions for the images and clips `grids`, each (t, h, w) in patches, as Qwen2-VL and Qwen2.5-VL define them
     (transformers: `get_vision_position_ids`, `get_vision_window_index`, `get_vision_cu_seqlens`).
 
     merge_size: patches on a cell's side. window: cells on a window's side, windows at the right and lower edge being
     smaller; 0 for no windows. angles: [2, positions, head_dim / 4] float32, cos and sin of the angles of every row or
-    column that a grid may have. rows: of cos and sin, those of the batch and padding; None for no padding.
+    column that a grid may have.
 
     One launch for the batch and nothing read back. Raises `ValueError` for a bad grid.
     """
@@ -72,7 +72,6 @@ def vision_positions(
             sum(t * h * w for t, h, w in merged),
             sum(t * -(h // -window) * -(w // -window) for t, h, w in merged) if window else 0,
             sum(t for t, _, _ in merged),
-            patches if rows is None else rows,
             merge_size,
             window,
         )
@@ -82,15 +81,16 @@ def vision_positions(
 
 @torch.library.register_fake("rtp_mm::vision_positions")  # type: ignore[untyped-decorator]
 def _(
-    grid_thw: Tensor, angles: Tensor, cells: int, windows: int, frames: int, rows: int, merge_size: int, window: int
+    grid_thw: Tensor, angles: Tensor, cells: int, windows: int, frames: int, merge_size: int, window: int
 ) -> tuple[Tensor, ...]:
+    patches = cells * merge_size**2
     return (
-        grid_thw.new_empty(cells * merge_size**2, 2),
+        grid_thw.new_empty(patches, 2),
         grid_thw.new_empty(cells, 3),
         grid_thw.new_empty(cells if window else 0),
         grid_thw.new_empty(cells if window else 0),
         grid_thw.new_empty(windows + 1 if window else 0),
         grid_thw.new_empty(frames + 1),
-        angles.new_empty(rows, 2 * angles.shape[2]),
-        angles.new_empty(rows, 2 * angles.shape[2]),
+        angles.new_empty(patches, 2 * angles.shape[2]),
+        angles.new_empty(patches, 2 * angles.shape[2]),
     )

@@ -30,28 +30,27 @@ void test_vision_positions(const std::vector<int32_t>& grid_thw, int32_t merge_s
   std::vector<int32_t> rope_hw(2 * patches, -1), pos_thw(3 * cells, -1), cu_frames(end.first_frame + 1, -1);
   std::vector<int32_t> window_order(window ? cells : 0, -1), window_inverse(window_order);
   std::vector<int32_t> cu_windows(window ? end.first_window + 1 : 0, -1);
-  constexpr int64_t kQuarter = 3, kPadding = 5;
+  constexpr int64_t kQuarter = 3;
   const int64_t positions = grid_thw.empty() ? 0 : *std::max_element(grid_thw.begin(), grid_thw.end());
   std::vector<float> table(2 * positions * kQuarter);  // cos: its position; sin: the same, negative
   for (int64_t i = 0; i < positions * kQuarter; ++i) {
     table[i] = static_cast<float>(i / kQuarter);
     table[positions * kQuarter + i] = -table[i];
   }
-  std::vector<float> cos((patches + kPadding) * 2 * kQuarter), sin(cos);
+  std::vector<float> cos(patches * 2 * kQuarter), sin(cos);
   vision_positions(batch, {table.data(), table.data() + positions * kQuarter, positions, kQuarter},
                    {rope_hw.data(), pos_thw.data(), window_order.data(), window_inverse.data(), cu_windows.data(),
-                    cu_frames.data(), cos.data(), sin.data(), patches + kPadding});
+                    cu_frames.data(), cos.data(), sin.data()});
   for (const auto* values : {&rope_hw, &pos_thw, &window_order, &window_inverse, &cu_windows, &cu_frames}) {
     for (int32_t value : *values) CHECK(value >= 0);
   }
   const int64_t area = merge_size * merge_size;
-  for (int64_t row = 0; row < patches + kPadding; ++row) {
-    const int64_t cell = row < patches && window ? window_order[row / area] : row / area;
+  for (int64_t row = 0; row < patches; ++row) {
+    const int64_t cell = window ? window_order[row / area] : row / area;
     for (int64_t i = 0; i < 2 * kQuarter; ++i) {
       const size_t at = row * 2 * kQuarter + i;
-      const bool is_turned = row < patches;
-      const int32_t position = is_turned ? rope_hw[2 * (cell * area + row % area) + i / kQuarter] : 0;
-      CHECK(cos[at] == (is_turned ? static_cast<float>(position) : 1.0f) && sin[at] == -static_cast<float>(position));
+      const auto position = static_cast<float>(rope_hw[2 * (cell * area + row % area) + i / kQuarter]);
+      CHECK(cos[at] == position && sin[at] == -position);
     }
   }
   for (const auto* borders : {&cu_frames, &cu_windows}) {

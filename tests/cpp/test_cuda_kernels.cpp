@@ -25,41 +25,31 @@ constexpr int64_t kPositions = 40, kQuarter = 9;
 struct Buffers {
   std::vector<int32_t> rope_hw, pos_thw, window_order, window_inverse, cu_windows, cu_frames;
   std::vector<float> cos, sin;
-  int64_t rows;
 
-  explicit Buffers(const VisionBatch& batch, const VisionItem& end, int64_t padding)
+  Buffers(const VisionBatch& batch, const VisionItem& end)
       : rope_hw(2 * end.first_cell * batch.merge_size * batch.merge_size, -1),
         pos_thw(3 * end.first_cell, -1),
         window_order(batch.window ? end.first_cell : 0, -1),
         window_inverse(batch.window ? end.first_cell : 0, -1),
         cu_windows(batch.window ? end.first_window + 1 : 0, -1),
         cu_frames(end.first_frame + 1, -1),
-        rows(end.first_cell * batch.merge_size * batch.merge_size + padding) {
-    cos.resize(rows * 2 * kQuarter, -1);
-    sin.resize(rows * 2 * kQuarter, -1);
-  }
+        cos(end.first_cell * batch.merge_size * batch.merge_size * 2 * kQuarter, -1),
+        sin(cos) {}
 
   VisionPositions pointers() {
-    return {rope_hw.data(),
-            pos_thw.data(),
-            window_order.data(),
-            window_inverse.data(),
-            cu_windows.data(),
-            cu_frames.data(),
-            cos.data(),
-            sin.data(),
-            rows};
+    return {rope_hw.data(),    pos_thw.data(),   window_order.data(), window_inverse.data(),
+            cu_windows.data(), cu_frames.data(), cos.data(),          sin.data()};
   }
 
   bool operator==(const Buffers&) const = default;
 };
 
-void test_vision_positions(const std::vector<int32_t>& grid_thw, int32_t window, int64_t padding) {
+void test_vision_positions(const std::vector<int32_t>& grid_thw, int32_t window) {
   const VisionBatch batch{grid_thw.data(), static_cast<int64_t>(grid_thw.size() / 3), 2, window};
   const std::vector<float> table = random_floats<float>(2 * kPositions * kQuarter);
   const RotaryAngles angles{table.data(), table.data() + kPositions * kQuarter, kPositions, kQuarter};
   const VisionItem end = batch_end(batch);
-  Buffers cpu(batch, end, padding), cuda(batch, end, padding);
+  Buffers cpu(batch, end), cuda(batch, end);
   vision_positions(batch, angles, cpu.pointers());
   CHECK(launch_vision_positions(batch, end.first_cell, angles, cuda.pointers(), nullptr) == cudaSuccess);
   CHECK(cuda == cpu);
@@ -177,8 +167,8 @@ void test_resize_patchify(const Resize& r, int64_t clips) {
 int main() {
   using namespace rtp_mm;
   for (const int32_t window : {0, 3, 4}) {
-    test_vision_positions({1, 2, 2, 2, 18, 10, 1, 8, 16, 3, 2, 40}, window, 13);
-    test_vision_positions({}, window, window);
+    test_vision_positions({1, 2, 2, 2, 18, 10, 1, 8, 16, 3, 2, 40}, window);
+    test_vision_positions({}, window);
   }
   for (const bool is_vertical_first : {false, true}) {
     using enum ResizeFilter;
