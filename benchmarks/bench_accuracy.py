@@ -3,7 +3,7 @@ and ours in float32.
 
     python -m benchmarks.bench_accuracy --family qwen2_5_vl --size 3b [--compute-type bf16]
 
-With `--compute-type bf16` as on a CPU with AVX-512 BF16; where there is none, minutes an image.
+With `--compute-type bf16` as on a CPU with AMX or AVX-512 BF16; where there is neither, minutes an image.
 
 Of clips, Hugging Face's tower gets our patch rows, which are Pillow's resize of each frame: its own video processor
 resizes by torchvision (`benchmarks.bench_torchvision`).
@@ -29,8 +29,8 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.peak import bf16_instructions
 from benchmarks.report import write_result
+from rtp_mm._core import bf16_instructions
 from rtp_mm.cli.hugging_face import HuggingFacePeer
 from rtp_mm.config import load_settings
 from rtp_mm.models.multimodal_common import ACT_DTYPES

@@ -1,7 +1,7 @@
 """The tower's CPU kernels against PyTorch's, at the shapes of Qwen2.5-VL 3B.
 
 Those that multiply in GFLOP/s and parts of the machine's peak of float32, those that move memory in GB/s and parts of a
-copy's. On CPUs with AVX-512 BF16 our products of bf16 are measured too.
+copy's. On CPUs with AMX, or AMD's with AVX-512 BF16, our products of bf16 are measured too.
 
     python -m benchmarks.bench_kernels [--threads 1]
 
@@ -29,9 +29,10 @@ from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionCon
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLVisionRotaryEmbedding
 
 from benchmarks.harness import interleave
-from benchmarks.peak import bf16_instructions, product_peak
+from benchmarks.peak import product_peak
 from benchmarks.report import write_result
 from rtp_mm import ops
+from rtp_mm._core import bf16_instructions
 from rtp_mm.models.qwen2_vl import PUBLISHED_PROCESSOR
 from rtp_mm.vit.attention import Segments, sdpa
 from rtp_mm.vit.linear import Bf16Gemm

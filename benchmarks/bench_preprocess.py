@@ -1,13 +1,14 @@
 """Decoded pixels, and files, to patch rows: Pillow's resize alone, Hugging Face's PIL processor, ours.
 
-    python -m benchmarks.bench_preprocess [--tables pixels jpeg ...]
+    python -m benchmarks.bench_preprocess [--tables pixels jpeg ...] [--torchvision FOLDER]
 
 One thread: milliseconds of that thread's time. All cores: wall time for as many threads as cores. Before anything is
 timed, the rows of every instruction set are compared with those of the processor.
 
 Ours writes to the same memory again and again, as a worker does to its slab, and reads pixels from numpy's, as the JPEG
 decoder leaves them. The peers allocate what they return. "Kept blocks" is Pillow with `keep_decode_buffers`, as in a
-worker; elsewhere it has its own settings.
+worker; elsewhere it has its own settings. Hugging Face's processor by torchvision, whose bytes are others, is timed
+where a folder holds it (see `benchmarks/bench_torchvision.py`).
 """
 
 from __future__ import annotations
@@ -20,17 +21,20 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from math import prod
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import skimage.data
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table as Grid
-from transformers import Qwen2VLImageProcessorPil
 
+from benchmarks.bench_torchvision import use_torchvision
 from benchmarks.harness import interleave, on_threads, plot_speedups
 from benchmarks.report import RESULTS, write_result
 from rtp_mm import _core
@@ -42,6 +46,7 @@ from rtp_mm.preprocess.resize_order import installed_rule, resize_order
 from rtp_mm.preprocess.sizes import smart_resize
 from rtp_mm.types import Blob, MMUrlType, PreprocessOptions
 
+TORCHVISION = "Hugging Face, torchvision"
 PATCH, MERGE = 14, 2
 MIN_PIXELS, MAX_PIXELS = 3136, 12845056  # as published for Qwen2-VL and Qwen2.5-VL
 QUALITY = 90  # of JPEG and WebP
@@ -62,6 +67,11 @@ class Case:
     def target(self) -> tuple[int, int]:
         """(height, width) after resizing."""
         return smart_resize(self.height, self.width, PATCH * MERGE, MIN_PIXELS, self.max_pixels)
+
+    @property
+    def nbytes(self) -> int:
+        """Of the pixels that are read and the rows that are written."""
+        return 3 * (self.width * self.height + prod(self.target))
 
     def __str__(self) -> str:
         height, width = self.target
@@ -87,12 +97,18 @@ def photograph(case: Case) -> Image.Image:
 class Contenders:
     """All ways from one photograph to its rows."""
 
+    has_torchvision = False
+
     def __init__(self, case: Case) -> None:
         self.image = photograph(case)
         self.pixels: NDArray[np.uint8] = np.array(self.image)
         self.height, self.width = case.target
         self.order = resize_order(case.height, case.width, *case.target, installed_rule())
-        self.processor = Qwen2VLImageProcessorPil(min_pixels=MIN_PIXELS, max_pixels=case.max_pixels)
+        import transformers  # not before `use_torchvision`
+
+        limits = {"min_pixels": MIN_PIXELS, "max_pixels": case.max_pixels}
+        self.processor = transformers.Qwen2VLImageProcessorPil(**limits)
+        self.by_torchvision = transformers.Qwen2VLImageProcessor(**limits) if self.has_torchvision else None
         config = ImageProcessorConfig(PATCH, MERGE, 2, MIN_PIXELS, case.max_pixels, (0.5,) * 3, (0.5,) * 3)
         self.preprocessor = ImagePreprocessor.from_config(config, load_settings())
         self.rows = np.empty((self.height // PATCH * (self.width // PATCH), 3 * PATCH * PATCH), np.uint8)
@@ -117,10 +133,15 @@ class Contenders:
         ours = {f"ours, {level}": lambda level=level: self.resize_patchify(level) for level in _core.resize_levels()}
         return {
             "Hugging Face": lambda: self.processor(self.image, return_tensors="np"),
+            **self.torchvision(),
             "Pillow resize": lambda: self.image.resize(size, Image.Resampling.BICUBIC),
             "copy of the pixels": self.pixels.copy,
             **dict(reversed(ours.items())),
         }
+
+    def torchvision(self) -> Runs:
+        processor = self.by_torchvision
+        return {} if processor is None else {TORCHVISION: lambda: processor(self.image, return_tensors="pt")}
 
     def from_file(self, format: str) -> Runs:
         """With the decode alone, Pillow's and ours, beside."""
@@ -236,7 +257,11 @@ def main() -> None:
     parser.add_argument(
         "--tables", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="the others stay as the results have them"
     )
+    parser.add_argument("--torchvision", type=Path, metavar="FOLDER", help="that holds it")
     options = parser.parse_args()
+    if options.torchvision:
+        Contenders.has_torchvision = bool(use_torchvision(options.torchvision))
+        torch.set_num_threads(1)  # as all else has, but for the table of threads
     path = RESULTS / "preprocess.json"
     measured = json.loads(path.read_text())["tables"] if path.exists() else {}
     for name in options.tables:
@@ -249,6 +274,7 @@ def main() -> None:
         {
             "unit": "ms",
             "levels": _core.resize_levels(),
+            "bytes": {str(case): case.nbytes for case in CASES},
             "tables": tables,
         },
     )

@@ -34,6 +34,8 @@ FRAMES = 4
 SCALES = (1, 3)  # frames that keep their size but for the patches' multiple, and frames that shrink
 PHOTOS = ("astronaut", "chelsea", "coffee", "rocket")
 
+_DECLARED = torch.library.Library("torchvision", "DEF")
+
 
 def clip_of(photo: np.ndarray, scale: int) -> np.ndarray:
     """[T, H, W, 3] uint8: a window that moves over the photograph, `scale` times as large as it is."""
@@ -54,15 +56,20 @@ def torchvision_rows(frames: np.ndarray) -> np.ndarray:
     return values.numpy()
 
 
+def use_torchvision(folder: Path) -> str:
+    """From there, before transformers looks for it; returns its version."""
+    sys.path.insert(0, str(folder))
+    for name in ("nms", "qnms"):
+        _DECLARED.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    import torchvision
+
+    return str(torchvision.__version__)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("torchvision", type=Path, help="the folder that holds it")
-    sys.path.insert(0, str(parser.parse_args().torchvision))
-    library = torch.library.Library("torchvision", "DEF")
-    for name in ("nms", "qnms"):
-        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    import torchvision
-
+    version = use_torchvision(parser.parse_args().torchvision)
     settings = load_settings(mm_video_rule="hf")
     image = ImagePreprocessor.from_config(PUBLISHED_PROCESSOR, settings)
     ours = VideoPreprocessor.from_checkpoint(Path("/nowhere"), PUBLISHED_PROCESSOR, image, settings)
@@ -78,7 +85,7 @@ def main() -> None:
             "largest_difference": float(difference.max()),
         }
         print(name, figures)
-    write_result("torchvision", {"torchvision": torchvision.__version__, "clips": clips, "rules": agreement()})
+    write_result("torchvision", {"torchvision": version, "clips": clips, "rules": agreement()})
 
 
 if __name__ == "__main__":

@@ -24,9 +24,10 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks.harness import interleave
-from benchmarks.peak import bf16_instructions, product_peak
+from benchmarks.peak import product_peak
 from benchmarks.readme import results
 from benchmarks.report import COMMIT, command, machine, write_result
+from rtp_mm._core import bf16_instructions
 from rtp_mm.cli.hugging_face import HuggingFacePeer
 from rtp_mm.config import load_settings
 from rtp_mm.models.multimodal_common import ACT_DTYPES

@@ -12,17 +12,8 @@ from pathlib import Path
 
 import torch
 
-from rtp_mm import _core
-
 # Some 150 ms: on a busy machine threads take a while to find a core each.
 ROUNDS = {"float32": 20_000_000, "avx512_bf16": 20_000_000, "amx": 4_000_000}
-
-
-def bf16_instructions() -> str:
-    """What our products of bf16 use here: "amx", "avx512_bf16", or "" where float32 is faster."""
-    if not _core.multiplies_bf16():
-        return ""
-    return "amx" if torch.cpu._is_amx_tile_supported() else "avx512_bf16"
 
 
 def product_peak(instructions: str) -> tuple[Callable[[], object], float]:

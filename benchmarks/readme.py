@@ -46,9 +46,10 @@ def accuracy() -> str:
 def bf16_products() -> str:
     rows = []
     for name, result in results("bf16_products_*"):
+        model = f"`{name.removesuffix('_amx')}`" + ", by AMX" * name.endswith("_amx")
         figures = result["summary"]
         errors = [f"{figures[key]:.1e}" for key in ("mean_ours_bf16", "mean_hugging_face_bf16")]
-        rows.append([f"`{name}`", str(len(result["images"])), *errors, f"{figures['worst_ratio_bf16']:.2f}"])
+        rows.append([model, str(len(result["images"])), *errors, f"{figures['worst_ratio_bf16']:.2f}"])
     return markdown(["model", "images", "ours, mean", "Hugging Face bf16, mean", "worst ratio to it"], rows)
 
 
@@ -76,7 +77,9 @@ def preprocess() -> str:
         [
             size,
             f"{pixels[size][best]['median']:.2f}",
+            f"{result['bytes'][size] / pixels[size][best]['median'] * 1e-6:.1f}",
             times(pixels, size, "Hugging Face", best),
+            times(pixels, size, "Hugging Face, torchvision", best),
             times(pixels, size, "Pillow resize", best),
             times(jpeg, size, "Hugging Face", "ours"),
         ]
@@ -85,7 +88,9 @@ def preprocess() -> str:
     header = [
         "pixels",
         f"{best.removeprefix('ours, ')}, ms",
+        "GB/s",
         "Hugging Face",
+        "by torchvision",
         "Pillow's resize alone",
         "Hugging Face, from JPEG bytes",
     ]

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.peak import bf16_instructions
+from rtp_mm._core import bf16_instructions
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

@@ -207,7 +207,7 @@ PYBIND11_MODULE(_core, m) {
       "multiplies_bytes", [] { return rtp_mm::multiplies_bytes(rtp_mm::best_isa()); },
       "Whether this CPU multiplies words of four bytes (AVX-512 VNNI, ARM's i8mm).");
   m.def(
-      "multiplies_bf16", [] { return rtp_mm::multiplies_bf16(rtp_mm::best_isa()); },
-      "Whether this CPU multiplies bfloat16s faster than float32 (AMX, AMD's AVX-512 BF16).");
+      "bf16_instructions", [] { return rtp_mm::bf16_instructions(rtp_mm::best_isa()); },
+      "What this CPU multiplies bfloat16s by, faster than float32: amx, avx512_bf16 or nothing.");
   m.def("resize_levels", &rtp_mm::resize_levels, "Instruction sets that this CPU can run, slowest first.");
 }

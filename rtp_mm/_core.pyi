@@ -67,8 +67,8 @@ def unfilter_png(filtered: Buffer, height: int, width: int, channels: int) -> ND
     filtered: height * (1 + width * channels) bytes; 1 to 4 channels. `None` for a filter type that there is not.
     """
 
-def multiplies_bf16() -> bool:
-    """Whether this CPU multiplies bfloat16s faster than float32: by AMX, or AVX-512 BF16 where that is fast (AMD's).
+def bf16_instructions() -> str:
+    """What multiplies bfloat16s faster than float32 here: "amx", "avx512_bf16" (where that is fast, AMD's) or "".
 
     A process asks the system for AMX with it; RTP_MM_AMX=0 has it do without.
     """

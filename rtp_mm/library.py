@@ -63,6 +63,7 @@ def _load(settings: Settings, loop: asyncio.AbstractEventLoop | None, pool: Work
         dtype=model.config.data_type,
         device=str(choose_device(settings.device)),
         quantization=model.mm_part.quantization,
+        products=model.mm_part.products,
     )
 
 

@@ -102,14 +102,23 @@ def test_batching_is_invisible(activation: str) -> None:
     assert torch.equal(packed(x[5:305], weight, bias, activation), together[5:305])
 
 
-def test_the_thread_count_is_invisible() -> None:
-    layer = random_layer(460, 140, 70)
+@pytest.mark.parametrize("kind", ["float32", "bf16", "int8"])
+@pytest.mark.parametrize(("m", "k", "n"), [(460, 140, 70), (400, 4096, 1024)])
+def test_the_thread_count_is_invisible(kind: str, m: int, k: int, n: int) -> None:
+    """Nor is how the work is cut into tiles for it: the larger layer, by AMX, has three blocks of rows, each read where
+    it is, and tiles of 8, 6 and 4 panels."""
+    x, weight, bias = random_layer(m, k, n)
+    pack = {"float32": ops.pack_linear, "bf16": ops.pack_bf16_linear, "int8": ops.pack_int8_linear}[kind]
+    if kind == "bf16":
+        x, weight = x.bfloat16(), weight.bfloat16()
+    layer = (x, pack(weight), bias)
     results = []
-    for n in (1, 2, 3):
-        with torch_threads(n):
-            results.append(packed(*layer))
+    for threads in (1, 2, 3):
+        with torch_threads(threads):
+            results.append(ops.packed_linear(*layer))
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
+    assert torch.equal(ops.packed_linear(x[150:152].clone(), *layer[1:]), results[0][150:152])
 
 
 def test_packing_keeps_the_bytes() -> None:

@@ -159,7 +159,7 @@ def test_what_a_cpu_multiplies_follows_its_instructions(
     gemm: type[Gemm],
     attention: str,
 ) -> None:
-    monkeypatch.setattr(_core, "multiplies_bf16", lambda: has_bf16)
+    monkeypatch.setattr(_core, "bf16_instructions", lambda: "amx" if has_bf16 else "")
     cpu = torch.device("cpu")
     dtype = choose_compute_dtype(ACT_DTYPES[act_type], cpu, choice)
     assert choose_gemm(cpu, dtype) is gemm

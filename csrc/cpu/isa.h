@@ -68,14 +68,14 @@ inline bool has_amx([[maybe_unused]] Isa isa) {
 #endif
 }
 
-// Whether products of bfloat16s are faster than float32's: by AMX, or by AVX-512 BF16, but for Intel's, whose one
-// instruction takes as long as five float32 multiply-adds, each of which does half as much.
-inline bool multiplies_bf16([[maybe_unused]] Isa isa) {
-#ifdef __aarch64__
-  return false;
-#else
-  return isa == Isa::kAmx || (isa == Isa::kAvx512Bf16 && !__builtin_cpu_is("intel"));
+// By what bfloat16s are multiplied faster than float32s, if by anything. Not by Intel's AVX-512 BF16, whose one
+// instruction takes as long as five multiply-adds of float32, each of which does half as much.
+inline const char* bf16_instructions([[maybe_unused]] Isa isa) {
+#ifndef __aarch64__
+  if (isa == Isa::kAmx) return "amx";
+  if (isa == Isa::kAvx512Bf16 && !__builtin_cpu_is("intel")) return "avx512_bf16";
 #endif
+  return "";
 }
 
 // What a kernel knows of an instruction set: floats in a vector, and how many vectors a matrix product may hold; and

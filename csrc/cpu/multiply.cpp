@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "cpu/multiply_amx.h"
 #include "cpu/simd.h"
 
 namespace rtp_mm {
@@ -91,12 +90,10 @@ void multiply(Isa isa, const float* left, const Product<float>& product, Ahead a
 }
 
 void multiply(Isa isa, const FourBytes* left, const Product<FourBytes>& product, Ahead ahead) {
-  if (has_amx(isa)) return multiply_amx(left, kStripDepth, product, ahead);
   run<Multiply<FourBytes, false>>(isa, product, left, kStripDepth, ahead);
 }
 
 void multiply(Isa isa, const BFloat16Pair* left, const Product<BFloat16Pair>& product, Ahead ahead) {
-  if (has_amx(isa)) return multiply_amx(left, kStripDepth, product, ahead);
   run<Multiply<BFloat16Pair, false>>(isa, product, left, kStripDepth, ahead);
 }
 

@@ -18,8 +18,8 @@ constexpr int64_t kStripDepth = 128;
 // Columns come in multiples of this: a vector of the widest instruction set.
 constexpr int64_t kColumnUnit = 16;
 
-// The side of AMX's tiles, in rows and in words. Where products are made by them (see `multiply_amx`), the left
-// operand and the panel have zeros up to the next multiple of the depth.
+// The side of AMX's tiles, in rows and in words. What they multiply (see `multiply_amx`) has zeros up to a depth that
+// is a multiple of it.
 constexpr int64_t kAmxSide = 16;
 
 constexpr int64_t up_to_multiple(int64_t value, int64_t multiple) {
@@ -53,7 +53,7 @@ struct Product {
   bool is_added;
 };
 
-// left: rows kStripDepth apart, depth <= kStripDepth. For Isa::kAmx, words are multiplied by `multiply_amx`.
+// left: rows kStripDepth apart, depth <= kStripDepth.
 void multiply(Isa isa, const float* left, const Product<float>& product, Ahead ahead = {});
 void multiply(Isa isa, const FourBytes* left, const Product<FourBytes>& product, Ahead ahead = {});
 void multiply(Isa isa, const BFloat16Pair* left, const Product<BFloat16Pair>& product, Ahead ahead = {});

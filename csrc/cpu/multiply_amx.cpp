@@ -2,7 +2,6 @@
 
 #ifdef __x86_64__
 
-#include <algorithm>
 #include <type_traits>
 
 namespace rtp_mm {

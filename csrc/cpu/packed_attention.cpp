@@ -158,7 +158,8 @@ class Workspace {
         by_amx_(kValues == 2 && has_amx(job.isa)),
         depth_(job.dim / kValues),
         padded_depth_(up_to_multiple(depth_, kColumnUnit)),
-        padded_dim_(up_to_multiple(job.dim, kColumnUnit)) {
+        padded_dim_(up_to_multiple(job.dim, kColumnUnit)),
+        key_stride_(by_amx_ ? padded_depth_ : kStripDepth) {
     for (Panel<Word>& panel : panels_) {
       panel.queries.resize(padded_depth_ * kPanel);
       panel.weighted.resize(padded_dim_ * kPanel);
@@ -168,8 +169,8 @@ class Workspace {
   // Takes over the keys of rows [first, first + length), and pairs of their values; floats are read where they are.
   void load_segment(int64_t head, int64_t first, int64_t length) {
     head_ = head, first_ = first, length_ = length;
-    keys_.resize(up_to_multiple(length, kAmxSide) * kStripDepth);
-    rotate(1, first, length, 1, keys_.data());
+    keys_.resize(up_to_multiple(length, kAmxSide) * key_stride_);
+    rotate(1, first, length, 1, keys_.data(), key_stride_);
     if constexpr (kValues == 2) {
       values_.resize(up_to_multiple(length, kKeys) / 2 * padded_dim_);
       if (by_amx_) {
@@ -205,7 +206,7 @@ class Workspace {
   void begin(Panel<Word>& panel, int64_t first, int64_t rows) {
     auto* words = reinterpret_cast<Word*>(queries_);
     constexpr float kLog2OfE = 1.44269504f;  // so that scores are powers of two
-    rotate(0, first, rows, kLog2OfE / std::sqrt(static_cast<float>(job_.dim)), words);
+    rotate(0, first, rows, kLog2OfE / std::sqrt(static_cast<float>(job_.dim)), words, kStripDepth);
     rtp_mm::run<Transpose>(job_.isa, static_cast<const float*>(queries_), kStripDepth, kPanel, padded_depth_,
                            reinterpret_cast<float*>(panel.queries.data()), kPanel);
     std::fill_n(panel.largest, kPanel, kMinusInfinity);
@@ -214,15 +215,19 @@ class Workspace {
 
   void step(Panel<Word>& panel, int64_t rows, int64_t key, int64_t keys) {
     const int64_t columns = up_to_multiple(rows, kColumnUnit);
-    multiply(job_.isa, keys_.data() + key * kStripDepth,
-             Product<Word>{.rows = keys,
-                           .columns = columns,
-                           .depth = by_amx_ ? padded_depth_ : depth_,
-                           .panel = panel.queries.data(),
-                           .panel_stride = kPanel,
-                           .sums = scores_,
-                           .sums_stride = kPanel,
-                           .is_added = false});
+    const Product<Word> scores{.rows = keys,
+                               .columns = columns,
+                               .depth = by_amx_ ? padded_depth_ : depth_,
+                               .panel = panel.queries.data(),
+                               .panel_stride = kPanel,
+                               .sums = scores_,
+                               .sums_stride = kPanel,
+                               .is_added = false};
+    const Word* key_words = keys_.data() + key * key_stride_;
+    if constexpr (kValues == 2) {
+      if (by_amx_) multiply_amx(key_words, key_stride_, scores, Ahead{});
+    }
+    if (!by_amx_) multiply(job_.isa, key_words, scores);
     rtp_mm::run<typename Panel<Word>::Softmax>(job_.isa, &panel, static_cast<float*>(scores_), keys, key == 0);
     auto* weights = reinterpret_cast<Word*>(scores_);
     Product<Word> product{.rows = job_.dim,
@@ -267,19 +272,20 @@ class Workspace {
     }
   }
 
-  // Rows [first, first + rows), rotated and scaled, kStripDepth words apart.
-  void rotate(int64_t part, int64_t first, int64_t rows, float scale, Word* dst) {
+  // Rows [first, first + rows), rotated and scaled, that many words apart.
+  void rotate(int64_t part, int64_t first, int64_t rows, float scale, Word* dst, int64_t dst_stride) {
     const int64_t half = job_.dim / 2;
     rtp_mm::run<Rotate>(job_.isa, row(part, first), job_.row_stride, job_.cos + first * half, job_.sin + first * half,
-                        rows, job_.dim, scale, reinterpret_cast<Element*>(dst), kStripDepth * kValues);
+                        rows, job_.dim, scale, reinterpret_cast<Element*>(dst), dst_stride * kValues);
   }
 
   const PackedAttention<Element>& job_;
   const bool by_amx_;
   const int64_t depth_, padded_depth_, padded_dim_;  // words of a dim; padded to whole vectors
+  const int64_t key_stride_;                         // in words
   int64_t head_ = 0, first_ = 0, length_ = 0;
-  // Words past a dim stay zero, and so do what AMX multiplies them by: see `multiply_amx`.
-  std::vector<Word> keys_;    // [length][kStripDepth]
+  // Words past a dim stay zero, and so does what AMX multiplies them by: see `multiply_amx`.
+  std::vector<Word> keys_;    // [length][key_stride_]
   std::vector<Word> values_;  // of pairs: [length / 2][dim], or as `load_values` has them
   Panel<Word> panels_[kQueries / kPanel];
   const AmxTiles amx_tiles_{by_amx_};

@@ -17,7 +17,7 @@ namespace {
 // The more rows, the less it costs to widen a panel; the more panels, the less often the strips are read again.
 constexpr int64_t kMaxTileRows = 224;
 constexpr int64_t kTilePanels = 2;
-constexpr int64_t kMaxAmxRows = 512;                       // of a tile, where AMX holds its sums
+constexpr int64_t kMaxAmxRows = 512;                       // of a block, where products are AMX's
 constexpr int64_t kMaxAmxDepth = 1280;                     // of a step of AMX in words: a panel of it takes 320 KB
 constexpr int64_t kTileColumns = kTilePanels * kMaxPanel;  // at most; rows of a tile's sums are as far apart
 
@@ -181,7 +181,6 @@ class Worker {
   using Job = PackedLinear<Weight, Rows, Out>;
   using Word = WordOf<Weight>;
   static constexpr bool kIsBytes = std::is_same_v<Weight, FourBytes>;
-  static constexpr int64_t kMoreRows = kAmxSide - 1;  // that products by AMX's tiles may reach beyond the last
 
  public:
   explicit Worker(const Job& job)
@@ -194,7 +193,7 @@ class Worker {
         panel_(job.layout.panel()),
         tiling_(job.tiling()),
         groups_(ceil_div(job.layout.panels(), tiling_.panels)),
-        strips_(new Word[(tiling_.rows + kMoreRows) * steps_ * strip_depth_]),
+        strips_(new Word[tiling_.rows * steps_ * strip_depth_]),
         sums_(new float[up_to_multiple(tiling_.rows, kSquareRows) * kTileColumns]),
         amx_tiles_(by_amx_) {}
 
@@ -374,7 +373,8 @@ int64_t PackedLinear<Weight, Rows, Out>::tiles() const {
 template <class Weight, class Rows, class Out>
 void PackedLinear<Weight, Rows, Out>::run(std::atomic<int64_t>& next_tile) const {
   Worker<Weight, Rows, Out> worker(*this);
-  for (int64_t tile; (tile = next_tile.fetch_add(1, std::memory_order_relaxed)) < tiles();) worker.run(tile);
+  const int64_t end = tiles();
+  for (int64_t tile; (tile = next_tile.fetch_add(1, std::memory_order_relaxed)) < end;) worker.run(tile);
 }
 
 template void pack_linear_panel(const float*, const PanelLayout&, int64_t, int64_t, float*);

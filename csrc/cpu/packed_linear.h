@@ -68,9 +68,9 @@ struct PackedLinear {
 
   // The work is cut into tiles, blocks of rows by groups of panels, groups running faster.
   struct Tiling {
-    int64_t rows, panels;
+    int64_t rows, panels;  // of a tile
   };
-  Tiling tiling() const;  // of a tile
+  Tiling tiling() const;
   int64_t tiles() const;
 
   // Computes tiles, each the next one that nobody has taken yet. Every element is summed over k in the same order by

@@ -102,6 +102,11 @@ class MultiModalEmbeddingInterface:
         return "none"
 
     @property
+    def products(self) -> str:
+        """What it multiplies in, for who compares servers; "" where it does not tell."""
+        return ""
+
+    @property
     def answer_key(self) -> tuple[object, ...]:
         """What decides answers beside prepared input and weights: a part of every embedding's cache key."""
         return ()

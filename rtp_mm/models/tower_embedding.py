@@ -60,6 +60,10 @@ class TowerEmbedding(MultiModalEmbeddingInterface):
         return self.tower.options.quantization
 
     @property
+    def products(self) -> str:
+        return self.tower.products
+
+    @property
     def answer_key(self) -> tuple[object, ...]:
         return self.tower.attention_backend, self.tower.options
 

@@ -75,7 +75,7 @@ def packed_linear_blocks(
 ) -> Tensor:
     """`activation(x @ weight.T + bias)`, its columns in blocks of equal width: [blocks, M, N / blocks] in x's dtype.
 
-    x:          [M, K] float32, or bfloat16.
+    x:          [M, K] float32, or bfloat16. Of a weight with zeros up to a multiple of K, any K up to it.
     packed:     of float32, what `pack_linear` made of the weight: its elements are widened exactly as they are used; or
                 `pack_int8_linear`. Of bfloat16, `pack_bf16_linear`.
     bias:       [N] float32.

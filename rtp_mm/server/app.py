@@ -168,6 +168,7 @@ def _log_ready(loaded: Loaded, settings: Settings, seconds: float) -> None:
         dtype=loaded.dtype,
         device=loaded.device,
         quantization=loaded.quantization,
+        multiplies=loaded.products,
         workers=settings.mm_preprocess_max_workers,
         tls=settings.mm_tls_cert is not None,
         auth=settings.mm_auth_token is not None or settings.mm_auth_token_file is not None,

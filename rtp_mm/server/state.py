@@ -25,6 +25,7 @@ class Loaded:
     dtype: str
     device: str
     quantization: str = "none"
+    products: str = ""  # see `MultiModalEmbeddingInterface`
 
 
 @dataclass(slots=True)

@@ -79,6 +79,8 @@ class Bf16Gemm(PackedGemm):
     def _padded(weight: Tensor, bias: Tensor, parts: int) -> tuple[Tensor, Tensor]:
         """With rows of zeros, so that the next layer's K is what `pack_bf16_linear` takes without copying its x."""
         missing = -(len(weight) // parts) % ops.BF16_MULTIPLE
+        if not missing:
+            return weight, bias
         rows = F.pad(weight.unflatten(0, (parts, -1)), (0, 0, 0, missing)).flatten(0, 1)
         return rows, F.pad(bias.unflatten(0, (parts, -1)), (0, missing)).flatten()
 
@@ -203,7 +205,7 @@ def choose_compute_dtype(act_dtype: torch.dtype, device: torch.device, choice: s
     on none. Raises `StartError` for a choice that there is not.
     """
     if choice == "auto":
-        if device.type == "cpu" and not (act_dtype == torch.bfloat16 and _core.multiplies_bf16()):
+        if device.type == "cpu" and not (act_dtype == torch.bfloat16 and _core.bf16_instructions()):
             return torch.float32
         return act_dtype
     if device.type != "cpu":

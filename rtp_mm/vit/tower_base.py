@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from rtp_mm import _core
 from rtp_mm.config import Settings
 from rtp_mm.vit.attention import TRACEABLE, VARLEN_ATTENTION, Attention, Batch, choose_attention
 from rtp_mm.vit.graphs import CudaCapture, CudaGraphs, use_graphs
@@ -59,6 +60,12 @@ class Tower(nn.Module):
         self.attention_backend = choose_attention(self.options.attention, self.compute_dtype, device)
         self.between_blocks: Callable[[], None] = _nothing
         self._run: Callable[[Batch], Tensor] = self._run_eagerly
+
+    @property
+    def products(self) -> str:
+        """What it multiplies in: a dtype, or the instructions that a CPU has for it."""
+        is_bf16 = self.device.type == "cpu" and self.compute_dtype == torch.bfloat16
+        return (is_bf16 and _core.bf16_instructions()) or str(self.compute_dtype).removeprefix("torch.")
 
     @property
     def _attention(self) -> Attention:
