@@ -88,11 +88,12 @@ def test_the_table_of_towers_counts_the_images_of_a_batch(tmp_path: Path, monkey
         "gflops": {"ours bf16": 120.0},
         "milliseconds": {name: {"median": median} for name, median in sides.items()},
     }
-    (tmp_path / "tower_a.json").write_text(json.dumps({"patches": {"256": row, "4x256": row}}))
+    batches = {"256": row, "4x256": row | {"peak_of": "amx"}}
+    (tmp_path / "tower_a_amx.json").write_text(json.dumps({"patches": batches}))
     monkeypatch.setattr(readme, "RESULTS", tmp_path)
     _, _, one, four = readme.tower().splitlines()
-    assert one == "| `a` | 256 | 500 | 2 | 60% | 2.0x | 1.5x |"
-    assert four == "| `a` | 4x256 | 500 | 8 | 60% | 2.0x | 1.5x |"
+    assert one == "| `a` | float32 | 256 | 500 | 2 | 60% | 2.0x | 1.5x |"
+    assert four == "| `a` | AMX | 4x256 | 500 | 8 | 60% | 2.0x | 1.5x |"
 
 
 def test_memory_may_be_the_towers_weights_all_that_is_kept_and_a_part_for_each_worker(tmp_path: Path) -> None:

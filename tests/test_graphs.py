@@ -245,7 +245,8 @@ def test_batching_is_invisible_at_a_buckets_edge(tower: VisionTower, edge: int) 
         rows, is_clip = patches - 16, edge > 1024  # one frame of so many would take long
         grid, columns = ((rows // 4, 2, 2), 1176) if is_clip else ((1, 2, rows // 2), 588)
         other = Patches(np.random.default_rng(edge).integers(0, 256, (rows, columns), np.uint8), grid)
-        for order in ([*small, other], [other, *small], [small[0], other, small[1]]):
+        orders = ([small[0], other, small[1]], [*small, other], [other, *small])
+        for order in orders[:1] if is_clip else orders:
             embeddings = [embedding for embedding, _ in tower(order)]
             for item, expected in zip(small, alone, strict=True):
                 place = next(i for i, o in enumerate(order) if o is item)
