@@ -25,6 +25,7 @@ from benchmarks.bench_tower import GRIDS
 from benchmarks.harness import interleave
 from benchmarks.readme import results
 from benchmarks.report import write_result
+from rtp_mm._core import bf16_instructions
 from rtp_mm.config import load_settings
 from rtp_mm.models.registry import load_model
 from rtp_mm.random_checkpoint import write_checkpoint
@@ -79,8 +80,9 @@ def main() -> None:
         "worst_ratio": max(a / b for a, b in zip(errors, peer, strict=True)),
     }
     Console().print({key: f"{value:.3g}" for key, value in summary.items()})
+    instructions = bf16_instructions()
     write_result(
-        f"int8_{options.family}_{size}",
+        f"int8_{options.family}_{size}" + f"_{instructions}" * bool(instructions),
         {"summary": summary, "errors": errors, "hugging_face_bf16": peer, "milliseconds": milliseconds},
     )
 
