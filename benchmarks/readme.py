@@ -43,13 +43,17 @@ def accuracy() -> str:
     return markdown(header, rows)
 
 
+def _by_what(name: str) -> str:
+    """A model, and what multiplied it if that was AMX."""
+    return f"`{name.removesuffix('_amx')}`" + ", by AMX" * name.endswith("_amx")
+
+
 def bf16_products() -> str:
     rows = []
     for name, result in results("bf16_products_*"):
-        model = f"`{name.removesuffix('_amx')}`" + ", by AMX" * name.endswith("_amx")
         figures = result["summary"]
         errors = [f"{figures[key]:.1e}" for key in ("mean_ours_bf16", "mean_hugging_face_bf16")]
-        rows.append([model, str(len(result["images"])), *errors, f"{figures['worst_ratio_bf16']:.2f}"])
+        rows.append([_by_what(name), str(len(result["images"])), *errors, f"{figures['worst_ratio_bf16']:.2f}"])
     return markdown(["model", "images", "ours, mean", "Hugging Face bf16, mean", "worst ratio to it"], rows)
 
 
@@ -265,8 +269,8 @@ def int8() -> str:
         errors = [f"{result['summary'][key]:.1e}" for key in ("mean_int8", "mean_hugging_face_bf16")]
         speeds = [ms["bf16"]["median"] / ms["bf16, int8"]["median"] for ms in result["milliseconds"].values()]
         worst = f"{result['summary']['worst_ratio']:.2f}"
-        rows.append([f"`{name}`", *errors, worst, f"{min(speeds):.1f}x to {max(speeds):.1f}x"])
-    header = ["tower", "int8, mean error", "Hugging Face bf16, mean error", "worst ratio to it", "faster than float"]
+        rows.append([_by_what(name), *errors, worst, f"{min(speeds):.1f}x to {max(speeds):.1f}x"])
+    header = ["tower", "int8, mean error", "Hugging Face bf16, mean error", "worst ratio to it", "faster than without"]
     return markdown(header, rows)
 
 
