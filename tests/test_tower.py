@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +167,16 @@ def test_what_a_cpu_multiplies_follows_its_instructions(
     dtype = choose_compute_dtype(ACT_DTYPES[act_type], cpu, choice)
     assert choose_gemm(cpu, dtype) is gemm
     assert choose_attention("auto", dtype, cpu) == attention
+
+
+def test_a_process_can_do_without_amx() -> None:
+    """With products of bf16 as on a CPU that lacks it; where the CPU does, nothing changes."""
+    code = "from rtp_mm import _core; print(repr(_core.bf16_instructions()))"
+    run = partial(subprocess.run, [sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    told = run(env=os.environ | {"RTP_MM_AMX": "0"}).stdout.strip()
+    assert told in ("''", "'avx512_bf16'")
+    if (default := _core.bf16_instructions()) != "amx":
+        assert told == repr(default)
 
 
 def test_a_compute_type_that_there_is_not_is_refused() -> None:
