@@ -1,4 +1,7 @@
-"""The machine's roofs for products: multiplications and additions in registers, on as many cores as torch uses."""
+"""The machine's roofs for products: multiplications and additions in registers, on as many cores as torch uses.
+
+python -m benchmarks.peak    shows them, in turns, and writes them down
+"""
 
 from __future__ import annotations
 
@@ -36,3 +39,24 @@ def product_peak(instructions: str) -> tuple[Callable[[], object], float]:
         return lambda: one(outs[0]), one(outs[0])
     pool = ThreadPoolExecutor(threads)
     return lambda: list(pool.map(one, outs)), one(outs[0]) * threads
+
+
+def main() -> None:
+    """Of every instruction that this CPU has for them."""
+    from benchmarks.harness import interleave
+    from benchmarks.report import write_result
+
+    has = {
+        "float32": True,
+        "avx512_bf16": torch.cpu._is_avx512_bf16_supported(),
+        "amx": torch.cpu._is_amx_tile_supported(),
+    }
+    peaks = {kind: product_peak(kind) for kind in ROUNDS if has[kind]}
+    timings = interleave({kind: run for kind, (run, _) in peaks.items()}, rounds=15)
+    gflops = {kind: round(work / timings[kind].median * 1e-6) for kind, (_, work) in peaks.items()}
+    print(gflops)
+    write_result("peaks", {"gflops": gflops})
+
+
+if __name__ == "__main__":
+    main()

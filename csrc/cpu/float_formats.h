@@ -14,8 +14,7 @@ struct Float16 {
   uint16_t bits;
 };
 
-// Two bfloat16s that are consecutive in k, the first in the low half: the word that AVX-512 BF16 and
-// AMX multiply.
+// Two bfloat16s that are consecutive in k, the first in the low half: the word that AVX-512 BF16 and AMX multiply.
 using BFloat16Pair = uint32_t;
 
 }  // namespace rtp_mm

@@ -7,7 +7,7 @@
 namespace rtp_mm {
 namespace {
 
-constexpr int64_t kBytesApart = sizeof(int32_t);
+constexpr int64_t kWordBytes = sizeof(int32_t);
 
 // What LDTILECFG reads: all eight tiles are whole ones.
 struct alignas(64) Configuration {
@@ -62,8 +62,8 @@ struct MultiplyAmx {
   // kRows by kColumns tiles from that row and column on. Prefetches `lines` lines at a step of the depth.
   template <int kRows, int kColumns>
   RTP_MM_INLINE void block(int64_t row, int64_t column, const char* ahead, int64_t lines) const {
-    const int64_t left_bytes = left_stride * kBytesApart, panel_bytes = p.panel_stride * kBytesApart,
-                  sums_bytes = p.sums_stride * kBytesApart;
+    const int64_t left_bytes = left_stride * kWordBytes, panel_bytes = p.panel_stride * kWordBytes,
+                  sums_bytes = p.sums_stride * kWordBytes;
     Sum<Word>* sums = p.sums + row * p.sums_stride + column;
     const auto is_ours = [](int tile) { return tile / 2 < kRows && tile % 2 < kColumns; };
     each_sum(sums, p.sums_stride, [&]<int kTile>(const Sum<Word>* at) {
