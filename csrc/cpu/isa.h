@@ -69,7 +69,7 @@ inline bool has_amx([[maybe_unused]] Isa isa) {
 }
 
 // By what bfloat16s are multiplied faster than float32s, if by anything. Not by Intel's AVX-512 BF16, whose one
-// instruction takes as long as five multiply-adds of float32, each of which does half as much (benchmarks/peak.py).
+// instruction takes as long as four multiply-adds of float32, each of which does half as much (benchmarks/peak.py).
 inline const char* bf16_instructions([[maybe_unused]] Isa isa) {
 #ifndef __aarch64__
   if (isa == Isa::kAmx) return "amx";
