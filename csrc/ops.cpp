@@ -15,9 +15,11 @@ STABLE_TORCH_LIBRARY(rtp_mm, m) {
       "int temporal_patch_size) -> Tensor");
   m.def("pack_linear(Tensor weight, int parts) -> Tensor");
   m.def(
-      "packed_linear(Tensor x, Tensor packed, Tensor? scales, Tensor? sums, Tensor bias, str activation, int blocks) "
-      "-> Tensor");
-  m.def("packed_linear_add_(Tensor(a!) out, Tensor x, Tensor packed, Tensor? scales, Tensor? sums, Tensor bias) -> ()");
+      "packed_linear(Tensor x, Tensor packed, int k, Tensor? scales, Tensor? sums, Tensor bias, str activation, "
+      "int blocks) -> Tensor");
+  m.def(
+      "packed_linear_add_(Tensor(a!) out, Tensor x, Tensor packed, int k, Tensor? scales, Tensor? sums, Tensor bias) "
+      "-> ()");
   m.def("packed_patch_embed(Tensor[] rows, Tensor packed, Tensor bias, Tensor? order, Tensor? pos) -> Tensor");
   m.def("packed_attention(Tensor qkv, Tensor cos, Tensor sin, Tensor cu_seqlens) -> Tensor");
   m.def(

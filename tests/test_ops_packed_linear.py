@@ -304,10 +304,14 @@ def bad_arguments() -> list[tuple[str, dict[str, object], str]]:
             {"packed": ops.pack_bf16_linear(torch.ones(8, 6).bfloat16())},
             r"packed must be what pack_linear made of \[8, 6\], got \[1, 16, 32\] bfloat16",
         ),
-        ("another K", {"x": torch.ones(4, 5)}, r"packed must be what pack_linear made of \[8, 5\], got \[1, 6, 16\]"),
+        (
+            "K of another weight",
+            {"x": torch.ones(4, 5), "packed": ops.pack_linear(torch.ones(8, 6))._replace(k=5)},
+            r"packed must be what pack_linear made of \[8, 5\], got \[1, 6, 16\]",
+        ),
         (
             "unpacked",
-            {"packed": ops.PackedWeight(torch.ones(8, 6))},
+            {"packed": ops.PackedWeight(torch.ones(8, 6), 6)},
             r"packed must be what pack_linear made of \[8, 6\], got \[8, 6\]",
         ),
         ("bfloat16 bias", {"bias": torch.zeros(8).bfloat16()}, r"bias must be .*, got \[8\] bfloat16"),
@@ -332,6 +336,43 @@ def test_a_bad_argument_is_refused_with_what_came(change: dict[str, object], mes
     }
     with pytest.raises(RuntimeError, match=f"^packed_linear: .*{message}"):
         ops.packed_linear(**{**arguments, **change})  # type: ignore[arg-type]
+
+
+FORMATS = {  # how a weight is packed, and the dtype of x
+    "float32": (ops.pack_linear, torch.float32),
+    "bfloat16": (lambda weight: ops.pack_linear(weight.bfloat16()), torch.float32),
+    "float16": (lambda weight: ops.pack_linear(weight.half()), torch.float32),
+    "int8": (ops.pack_int8_linear, torch.float32),
+    "pairs of bfloat16": (lambda weight: ops.pack_bf16_linear(weight.bfloat16()), torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_another_k_is_refused_by_the_kernel_and_by_its_fake(kind: str, device: str) -> None:
+    """Also where the weight's zeros would hide it: K is 40, and 64 with them. Only pairs take these columns."""
+    pack, dtype = FORMATS[kind]
+    _, weight, bias = random_layer(1, 40, 8)
+    packed = ops.PackedWeight(*(p.to(device) if isinstance(p, Tensor) else p for p in pack(weight)))
+    bias, out = bias.to(device), torch.zeros(4, 8, device=device)
+    taken = (40, 64) if dtype == torch.bfloat16 else (40,)
+    for k in taken:
+        x = torch.ones(4, k, dtype=dtype, device=device)
+        assert ops.packed_linear(x, packed, bias).shape == ops.packed_linear_add_(out, x, packed, bias).shape == (4, 8)
+    for k in {8, 33, 39, 41, 63, 64, 65, 80} - {*taken}:
+        x = torch.ones(4, k, dtype=dtype, device=device)
+        message = rf"^packed_linear: x must be .* with K = 40, .*got \[4, {k}\]"
+        with pytest.raises(RuntimeError, match=message):
+            ops.packed_linear(x, packed, bias)
+        with pytest.raises(RuntimeError, match=message):
+            ops.packed_linear_add_(out, x, packed, bias)
+
+
+@pytest.mark.parametrize("k", [5, 40, 129])
+def test_bf16_takes_columns_of_zeros_up_to_its_multiple(k: int) -> None:
+    x, weight, bias = random_bf16_layer(50, k, 70)
+    wide = F.pad(x, (0, -k % ops.BF16_MULTIPLE))
+    assert torch.equal(bf16(wide, weight, bias), bf16(x, weight, bias))
 
 
 def test_packing_and_adding_refuse_what_does_not_fit() -> None:

@@ -189,7 +189,7 @@ def bad_arguments() -> list[tuple[str, dict[str, object], str]]:
         ("bfloat16 weight", {"packed": half}, r"packed must be what pack_linear made of a float32 \[8, K\], got .* bf"),
         (
             "no panels",
-            {"packed": ops.PackedWeight(torch.ones(8, 6))},
+            {"packed": ops.PackedWeight(torch.ones(8, 6), 6)},
             r"packed must be what pack_linear .* \[8, 6\] float",
         ),
         ("another N", {"pos": torch.zeros(3, 8)}, r"pos must be contiguous \[4, 8\] float32, got \[3, 8\] float32"),

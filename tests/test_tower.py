@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import reference
 import torch
 from huggingface import HuggingFace, relative_l2
 from numpy.typing import NDArray
@@ -196,6 +197,28 @@ def test_rows_of_the_chosen_gemm_do_not_depend_on_the_batch(gemm: type[Gemm]) ->
     whole = product(x)
     for rows in (1, 2, 3, 7, 16):
         assert torch.equal(product(x[16 : 16 + rows].clone()), whole[16 : 16 + rows]), rows
+
+
+@pytest.mark.parametrize("hidden", [40, 64])
+@pytest.mark.parametrize("activation", ["gelu", "silu_gate"])
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [(PackedGemm, PackedGemm), (Int8Gemm, PackedGemm), (Bf16Gemm, Bf16Gemm), (Int8Gemm, Bf16Gemm)],
+)
+def test_a_layer_takes_what_an_activation_gave(
+    first: type[Gemm], second: type[Gemm], activation: str, hidden: int
+) -> None:
+    """All pairs that there are in a tower; Bf16Gemm gives columns of zeros up to a multiple, and Int8Gemm none."""
+    generator = torch.Generator().manual_seed(0)
+    rows = hidden * (2 if activation == "silu_gate" else 1)
+    x, above, below = (torch.randn(shape, generator=generator) / 6 for shape in ((9, 36), (rows, 36), (20, hidden)))
+    dtype = torch.bfloat16 if second is Bf16Gemm else torch.float32
+    given = first(above, torch.zeros(rows), activation)(x.to(dtype))
+    layer, out = second(below, torch.zeros(20), "none"), torch.zeros(9, 20)
+    layer.add_to(out, given)
+    exact = reference.packed_linear(x, above, torch.zeros(rows), activation) @ below.double().T
+    assert relative_l2(out, exact) < 2e-2
+    assert relative_l2(layer(given).float(), exact) < 2e-2
 
 
 def test_the_fastest_backend_is_the_one_with_the_shortest_trial() -> None:

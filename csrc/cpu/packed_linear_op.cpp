@@ -89,19 +89,21 @@ void check_of_bytes(const std::optional<Tensor>& tensor, const char* name, int64
         ", got ", tensor ? describe(*tensor) : "None");
 }
 
-Layer checked_layer(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& scales,
+// Of pairs, x may have the columns of zeros that spare AMX a copy of its rows; see pack_bf16_linear.
+Layer checked_layer(const Tensor& x, const Tensor& packed, int64_t k, const std::optional<Tensor>& scales,
                     const std::optional<Tensor>& sums, const Tensor& bias, int64_t parts) {
   const bool is_pairs = x.scalar_type() == ScalarType::BFloat16;
-  check(x.dim() == 2 && x.size(1) > 0 && (is_pairs || x.scalar_type() == ScalarType::Float) && x.is_contiguous(),
-        "packed_linear: x must be contiguous [M, K] float32 or bfloat16, got ", describe(x));
-  check(bias.dim() == 1 && bias.size(0) % parts == 0 && bias.scalar_type() == ScalarType::Float && bias.is_contiguous(),
-        "packed_linear: bias must be contiguous [N] float32, N divisible by ", parts, ", got ", describe(bias));
-  const PanelLayout layout{bias.size(0) / parts, parts};
   const bool is_bytes = packed.scalar_type() == ScalarType::Int;
-  const int64_t k = x.size(1);
   const int64_t depth = is_pairs   ? packed_depth<BFloat16Pair>(k)
                         : is_bytes ? packed_depth<FourBytes>(k)
                                    : packed_depth<float>(k);
+  const bool has_k = x.dim() == 2 && x.size(1) > 0 && (x.size(1) == k || (is_pairs && x.size(1) == 2 * depth));
+  check(has_k && (is_pairs || x.scalar_type() == ScalarType::Float) && x.is_contiguous(),
+        "packed_linear: x must be contiguous [M, K] float32 or bfloat16 with K = ", k,
+        is_pairs ? ", with or without zeros up to a multiple of 32" : "", ", got ", describe(x));
+  check(bias.dim() == 1 && bias.size(0) % parts == 0 && bias.scalar_type() == ScalarType::Float && bias.is_contiguous(),
+        "packed_linear: bias must be contiguous [N] float32, N divisible by ", parts, ", got ", describe(bias));
+  const PanelLayout layout{bias.size(0) / parts, parts};
   const bool has_dtype = is_pairs ? packed.scalar_type() == ScalarType::BFloat16 : is_weight(packed.scalar_type());
   check(packed.dim() == 3 && packed.size(0) == layout.panels() && packed.size(1) == depth &&
             packed.size(2) == (is_pairs ? 2 : 1) * layout.panel() && has_dtype && packed.is_contiguous(),
@@ -114,11 +116,11 @@ Layer checked_layer(const Tensor& x, const Tensor& packed, const std::optional<T
   return {packed, scales, sums, bias, layout};
 }
 
-Tensor packed_linear_cpu(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& scales,
+Tensor packed_linear_cpu(const Tensor& x, const Tensor& packed, int64_t k, const std::optional<Tensor>& scales,
                          const std::optional<Tensor>& sums, const Tensor& bias, const std::string& activation,
                          int64_t blocks) {
   const Activation act = activation_named(activation);
-  const Layer layer = checked_layer(x, packed, scales, sums, bias, act == Activation::kSiluGate ? 2 : 1);
+  const Layer layer = checked_layer(x, packed, k, scales, sums, bias, act == Activation::kSiluGate ? 2 : 1);
   const int64_t width = layer.layout.width;
   check(blocks > 0 && width % blocks == 0, "packed_linear: blocks must divide the ", width,
         " columns of the output, got ", blocks);
@@ -127,9 +129,9 @@ Tensor packed_linear_cpu(const Tensor& x, const Tensor& packed, const std::optio
   return out;
 }
 
-void packed_linear_add_cpu(Tensor out, const Tensor& x, const Tensor& packed, const std::optional<Tensor>& scales,
-                           const std::optional<Tensor>& sums, const Tensor& bias) {
-  const Layer layer = checked_layer(x, packed, scales, sums, bias, 1);
+void packed_linear_add_cpu(Tensor out, const Tensor& x, const Tensor& packed, int64_t k,
+                           const std::optional<Tensor>& scales, const std::optional<Tensor>& sums, const Tensor& bias) {
+  const Layer layer = checked_layer(x, packed, k, scales, sums, bias, 1);
   const int64_t width = layer.layout.width;
   check(out.dim() == 2 && out.size(0) == x.size(0) && out.size(1) == width && out.scalar_type() == ScalarType::Float &&
             out.is_contiguous(),

@@ -21,11 +21,13 @@ class PackedWeight(NamedTuple):
     panels: [panels, K, columns of a panel] in the weight's dtype; or, with zeros up to a K that is a multiple of 64,
             [panels, K / 4, columns] int32, each the int8 of four steps of k; or, of 32, [panels, K / 2, 2 * columns]
             bfloat16, two steps of k beside each other.
+    k:      K, without these zeros.
     scales: [N] float32 and
     sums:   [N] int32, of int8 only: the weight is `scales * int8`, and row n of the int8 adds up to `sums[n]`.
     """
 
     panels: Tensor
+    k: int
     scales: Tensor | None = None
     sums: Tensor | None = None
 
@@ -35,7 +37,7 @@ def pack_linear(weight: Tensor, parts: int = 1) -> PackedWeight:
 
     `parts` = 2 for a gated layer: the weight is gate above up, and every panel gets half of either.
     """
-    return PackedWeight(torch.ops.rtp_mm.pack_linear.default(weight, parts))
+    return PackedWeight(torch.ops.rtp_mm.pack_linear.default(weight, parts), weight.shape[1])
 
 
 def pack_int8_linear(weight: Tensor, parts: int = 1) -> PackedWeight:
@@ -52,17 +54,19 @@ def pack_int8_linear(weight: Tensor, parts: int = 1) -> PackedWeight:
         scales[chosen] = wide.abs().amax(1).clamp(min=1e-30) / 127
         rounded[chosen, :k] = (wide / scales[chosen, None]).round_()
     panels = torch.ops.rtp_mm.pack_linear.default(rounded.view(torch.int32), parts)
-    return PackedWeight(panels, scales, rounded.sum(1, dtype=torch.int32))
+    return PackedWeight(panels, k, scales, rounded.sum(1, dtype=torch.int32))
 
 
 def pack_bf16_linear(weight: Tensor, parts: int = 1) -> PackedWeight:
     """As `pack_linear`, of bfloat16 and for an x of bfloat16: two steps of k are multiplied at once.
 
     By AMX where the CPU has it, in an order of its own, or by AVX-512 BF16. Elsewhere sums have the bits of the latter,
-    but for subnormal numbers, and it is slower than float32. Fastest where K is a multiple of `BF16_MULTIPLE`.
+    but for subnormal numbers, and it is slower than float32. Fastest where x has a multiple of
+    `BF16_MULTIPLE` columns: K, or zeros behind it.
     """
-    words = F.pad(weight, (0, -weight.shape[1] % BF16_MULTIPLE)).view(torch.int32)
-    return PackedWeight(torch.ops.rtp_mm.pack_linear.default(words, parts).view(torch.bfloat16))
+    k = weight.shape[1]
+    words = F.pad(weight, (0, -k % BF16_MULTIPLE)).view(torch.int32)
+    return PackedWeight(torch.ops.rtp_mm.pack_linear.default(words, parts).view(torch.bfloat16), k)
 
 
 def packed_linear(x: Tensor, packed: PackedWeight, bias: Tensor, activation: str = "none") -> Tensor:
@@ -75,7 +79,7 @@ def packed_linear_blocks(
 ) -> Tensor:
     """`activation(x @ weight.T + bias)`, its columns in blocks of equal width: [blocks, M, N / blocks] in x's dtype.
 
-    x:          [M, K] float32, or bfloat16. Of a weight with zeros up to a multiple of K, any K up to it.
+    x:          [M, K] float32, or bfloat16; of the latter also [M, K up to a multiple of `BF16_MULTIPLE`], with zeros.
     packed:     of float32, what `pack_linear` made of the weight: its elements are widened exactly as they are used; or
                 `pack_int8_linear`. Of bfloat16, `pack_bf16_linear`.
     bias:       [N] float32.
@@ -107,15 +111,27 @@ def _(weight: Tensor, parts: int) -> Tensor:
 def _(
     x: Tensor,
     packed: Tensor,
+    k: int,
     scales: Tensor | None,
     sums: Tensor | None,
     bias: Tensor,
     activation: str,
     blocks: int,
 ) -> Tensor:
+    _check_columns(x, k)
     return x.new_empty(blocks, x.shape[0], bias.shape[0] // (2 if activation == "silu_gate" else 1) // blocks)
 
 
 @torch.library.register_fake("rtp_mm::packed_linear_add_")  # type: ignore[untyped-decorator]
-def _(out: Tensor, x: Tensor, packed: Tensor, scales: Tensor | None, sums: Tensor | None, bias: Tensor) -> None:
-    return None
+def _(out: Tensor, x: Tensor, packed: Tensor, k: int, scales: Tensor | None, sums: Tensor | None, bias: Tensor) -> None:
+    _check_columns(x, k)
+
+
+def _check_columns(x: Tensor, k: int) -> None:
+    """As the kernel's door does."""
+    is_pairs = x.dtype == torch.bfloat16
+    zeros = f", with or without zeros up to a multiple of {BF16_MULTIPLE}" if is_pairs else ""
+    torch._check(
+        x.shape[1] in (k, k + -k % BF16_MULTIPLE if is_pairs else k),
+        lambda: f"packed_linear: x must be [M, K] with K = {k}{zeros}, got {list(x.shape)} {x.dtype}",
+    )
