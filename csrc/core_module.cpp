@@ -4,8 +4,10 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <string>
 #include <utility>
@@ -14,6 +16,7 @@
 
 #include "arrow_pixels.h"
 #include "cpu/isa.h"
+#include "cpu/jpeg_source.h"
 #include "cpu/over_white.h"
 #include "cpu/png_rows.h"
 #include "cpu/probe.h"
@@ -76,10 +79,70 @@ PixelView view_of(const py::array& image) {
   return view;
 }
 
-py::array resize_patchify_array(const py::array& image, int64_t height, int64_t width, int64_t patch, int64_t merge,
-                                const std::string& order, const std::string& filter, int64_t temporal, int64_t slot,
-                                const std::optional<std::string>& level, const std::optional<py::array>& out) {
-  const PixelView view = view_of(image);
+// The decoder's own levels are fewer.
+Isa isa_of(ResizeLevel level) {
+#ifdef __aarch64__
+  const Isa isa = level == ResizeLevel::kPortable ? Isa::kPortable : Isa::kNeonI8mm;
+#else
+  const Isa isa = level == ResizeLevel::kPortable ? Isa::kPortable
+                  : level == ResizeLevel::kAvx2   ? Isa::kAvx2
+                                                  : Isa::kAvx512;
+#endif
+  return std::min(isa, best_isa());
+}
+
+// A file that has been read as far as its pixels, or a part of its image.
+class Jpeg {
+ public:
+  static std::optional<Jpeg> read(const py::buffer& data);
+
+  py::tuple shape() const { return py::make_tuple(window_.height, window_.width, kChannels); }
+
+  Jpeg window(const py::slice& rows, const py::slice& columns) const {
+    const auto [top, height] = range(rows, window_.height);
+    const auto [left, width] = range(columns, window_.width);
+    return Jpeg(file_, {window_.top + top, window_.left + left, height, width});
+  }
+
+  py::object pixels(const std::optional<std::string>& level) const;
+
+  // False where the file turns out to be uncertain.
+  bool resize_patchify(const ResizePatchify& job, uint8_t* rows) const {
+    JpegSource source(*file_, window_, isa_of(job.level));
+    try {
+      rtp_mm::resize_patchify(source, job, rows);
+      source.finish();
+    } catch (const UncertainJpeg&) {
+      return false;
+    }
+    return true;
+  }
+
+ private:
+  static constexpr int64_t kChannels = 3;
+
+  // Where a slice of so many begins, and its length.
+  static std::pair<int64_t, int64_t> range(const py::slice& slice, int64_t size) {
+    py::ssize_t begin, end, step, count;
+    if (!slice.compute(size, &begin, &end, &step, &count) || step != 1 || count < 1) {
+      throw py::value_error("Jpeg.window: rows and columns must be some, one after another, got " + text(slice) +
+                            " of " + std::to_string(size));
+    }
+    return {begin, count};
+  }
+
+  Jpeg(std::shared_ptr<const JpegFile> file, const JpegWindow& window) : file_(std::move(file)), window_(window) {}
+
+  std::shared_ptr<const JpegFile> file_;
+  JpegWindow window_;
+};
+
+py::object resize_patchify_array(const std::variant<py::array, const Jpeg*>& image, int64_t height, int64_t width,
+                                 int64_t patch, int64_t merge, const std::string& order, const std::string& filter,
+                                 int64_t temporal, int64_t slot, const std::optional<std::string>& level,
+                                 const std::optional<py::array>& out) {
+  const Jpeg* const* jpeg = std::get_if<const Jpeg*>(&image);
+  const PixelView view = jpeg ? PixelView{} : view_of(std::get<py::array>(image));
   check(patch > 0 && merge > 0, [&] {
     return "patch_size and merge_size must be positive, got " + std::to_string(patch) + " and " + std::to_string(merge);
   });
@@ -113,11 +176,16 @@ py::array resize_patchify_array(const py::array& image, int64_t height, int64_t 
                            level_of(level)};
   py::array rows = out ? *out : py::array(py::dtype::of<uint8_t>(), shape);
   uint8_t* pointer = static_cast<uint8_t*>(rows.mutable_data());
+  bool is_done = true;
   {
     py::gil_scoped_release release;
-    resize_patchify(view, job, pointer);
+    if (jpeg) {
+      is_done = (*jpeg)->resize_patchify(job, pointer);
+    } else {
+      resize_patchify(view, job, pointer);
+    }
   }
-  return rows;
+  return is_done ? py::object(std::move(rows)) : py::none();
 }
 
 py::buffer_info bytes_of(const py::buffer& data, const char* function) {
@@ -126,6 +194,32 @@ py::buffer_info bytes_of(const py::buffer& data, const char* function) {
     throw py::value_error(std::string(function) + ": data must be bytes");
   }
   return file;
+}
+
+std::optional<Jpeg> Jpeg::read(const py::buffer& data) {
+  const py::buffer_info bytes = bytes_of(data, "Jpeg.read");
+  py::gil_scoped_release release;
+  try {
+    auto file = std::make_shared<const JpegFile>(read_jpeg(static_cast<const uint8_t*>(bytes.ptr), bytes.size));
+    const JpegWindow window{0, 0, file->height, file->width};
+    return Jpeg(std::move(file), window);
+  } catch (const UncertainJpeg&) {
+    return {};
+  }
+}
+
+py::object Jpeg::pixels(const std::optional<std::string>& level) const {
+  py::array_t<uint8_t> pixels({file_->height, file_->width, kChannels});
+  uint8_t* pointer = pixels.mutable_data();
+  const Isa isa = isa_of(level_of(level));
+  try {
+    py::gil_scoped_release release;
+    decode_jpeg(*file_, pointer, isa);
+  } catch (const UncertainJpeg&) {
+    return py::none();
+  }
+  const py::slice rows(window_.top, window_.top + window_.height, 1);
+  return pixels[py::make_tuple(rows, py::slice(window_.left, window_.left + window_.width, 1))];
 }
 
 py::object probe_bytes(const py::buffer& data) {
@@ -187,11 +281,19 @@ py::array_t<uint8_t> over_white_array(const py::array_t<uint8_t, py::array::c_st
 
 PYBIND11_MODULE(_core, m) {
   m.doc() = "Preprocessing on the CPU without torch.";
-  m.def("resize_patchify", &rtp_mm::resize_patchify_array, py::arg("image"), py::arg("height"), py::arg("width"),
-        py::arg("patch_size"), py::arg("merge_size"), py::kw_only(), py::arg("order") = "horizontal",
-        py::arg("filter") = "bicubic", py::arg("temporal_patch_size") = 1, py::arg("slot") = 0,
-        py::arg("level") = py::none(), py::arg("out") = py::none(),
-        "[H, W, 3] uint8 -> [height/P * width/P, 3 * T * P * P] uint8: Pillow's resize, cut into patch rows.");
+  py::class_<rtp_mm::Jpeg>(m, "Jpeg", "A JPEG file of the plainest kind, of which all decoders make the same pixels.")
+      .def_static("read", &rtp_mm::Jpeg::read, py::arg("data"), "Its headers and bits, or None for any other file.")
+      .def_property_readonly("shape", &rtp_mm::Jpeg::shape, "(H, W, 3)")
+      .def("window", &rtp_mm::Jpeg::window, py::arg("rows"), py::arg("columns"), "A part of the image, by slices.")
+      .def("pixels", &rtp_mm::Jpeg::pixels, py::kw_only(), py::arg("level") = py::none(),
+           "[H, W, 3] uint8, or None where the file turns out to be of another kind, or broken.");
+  m.def(
+      "resize_patchify", &rtp_mm::resize_patchify_array, py::arg("image"), py::arg("height"), py::arg("width"),
+      py::arg("patch_size"), py::arg("merge_size"), py::kw_only(), py::arg("order") = "horizontal",
+      py::arg("filter") = "bicubic", py::arg("temporal_patch_size") = 1, py::arg("slot") = 0,
+      py::arg("level") = py::none(), py::arg("out") = py::none(),
+      "[H, W, 3] uint8, or a Jpeg -> [height/P * width/P, 3 * T * P * P] uint8: Pillow's resize, cut into patch rows; "
+      "None for a Jpeg without pixels().");
   m.def("arrow_pixels", &rtp_mm::arrow_pixels, py::arg("schema"), py::arg("array"), py::arg("height"), py::arg("width"),
         "Arrow capsules of an image with pixels of four bytes -> [H, W, 3] uint8, a view.");
   m.def("probe", &rtp_mm::probe_bytes, py::arg("data"),

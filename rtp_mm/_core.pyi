@@ -6,8 +6,29 @@ import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import Buffer
 
+class Jpeg:
+    """A JPEG file, or a part of its image, of the plainest kind: of one sequential scan by Huffman's code, of 8 bits,
+    grey or YCbCr, chroma of full or half size. Its pixels are libjpeg-turbo's, byte for byte.
+    """
+
+    @staticmethod
+    def read(data: Buffer) -> Jpeg | None:
+        """Headers and a copy of the bits; `None` for any other file, for whatever other decoders might think different
+        of, and for what is broken or ends early, as far as that is seen before it is decoded. Releases the GIL.
+        """
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(H, W, 3)."""
+
+    def window(self, rows: slice, columns: slice) -> Jpeg:
+        """A part of the image. Raises `ValueError` for one that is empty or has steps."""
+
+    def pixels(self, *, level: str | None = None) -> NDArray[np.uint8] | None:
+        """[H, W, 3]; `None` where the file is broken after all. Releases the GIL meanwhile."""
+
 def resize_patchify(
-    image: NDArray[np.uint8],
+    image: NDArray[np.uint8] | Jpeg,
     height: int,
     width: int,
     patch_size: int,
@@ -19,10 +40,11 @@ def resize_patchify(
     slot: int = 0,
     level: str | None = None,
     out: NDArray[np.uint8] | None = None,
-) -> NDArray[np.uint8]:
+) -> NDArray[np.uint8] | None:
     """Pillow's 8-bit resize to `height` x `width`, byte for byte, cut into patch rows; releases the GIL meanwhile.
 
-    image:  [H, W, 3] with any row stride, 3 or 4 bytes from pixel to pixel: a crop is a view.
+    image:  [H, W, 3] with any row stride, 3 or 4 bytes from pixel to pixel: a crop is a view. Or a JPEG, whose rows are
+            resized as they are decoded, and `None` is returned where that fails, with anything in `out`.
     order:  the pass that goes first; each rounds to bytes. A pass that changes no size changes nothing.
     slot:   which of the `temporal_patch_size` T frames of a patch the image is; only its columns are written. A still
             image is 0 of 1.

@@ -28,9 +28,9 @@ def is_available() -> bool:
 def own_options() -> dict[str, list[str]]:
     """What CMakeLists.txt compiles single files with, by path."""
     text = (ROOT / "CMakeLists.txt").read_text()
-    found = re.search(r'set_source_files_properties\((.*?)PROPERTIES COMPILE_OPTIONS "(.*?)"', text, re.DOTALL)
+    found = re.findall(r'set_source_files_properties\((.*?)PROPERTIES COMPILE_OPTIONS "(.*?)"', text, re.DOTALL)
     assert found
-    return {path: found[2].split(";") for path in found[1].split()}
+    return {path: options.split(";") for paths, options in found for path in paths.split()}
 
 
 def compile_objects(folder: Path) -> list[Path]:

@@ -41,6 +41,9 @@ STILL: list[Variant] = [
     ("QOI", "RGB", {}),
     ("TGA", "RGB", {}),
     ("TGA", "P", {"compression": "tga_rle"}),
+    ("JPEG", "L", {"quality": 95}),
+    ("JPEG", "RGB", {"subsampling": "4:4:4", "restart_marker_blocks": 2, "optimize": True}),
+    ("JPEG", "RGB", {"subsampling": "4:2:2", "restart_marker_rows": 1}),
 ]
 ANIMATED = ["PNG", "GIF", "WEBP", "AVIF", "TIFF", "MPO"]
 

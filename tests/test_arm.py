@@ -150,6 +150,19 @@ def test_a_png_has_the_same_pixels(program: Callable[[str], Path]) -> None:
     assert arm_compiled.run("max", program("answers"), "png", questions=questions) == expected
 
 
+def test_a_jpeg_has_the_same_pixels(program: Callable[[str], Path]) -> None:
+    rng = np.random.default_rng(8)
+    whole = [file for name, file in seeds((37, 29)) if name.endswith(".jpeg")]
+    files = [file for data in whole for file in (data, *(mutated(data, rng, head=len(data)) for _ in range(30)))]
+    expected = b""
+    for file in files:
+        jpeg = _core.Jpeg.read(file)
+        pixels = None if jpeg is None else jpeg.pixels()
+        expected += b"\0" if pixels is None else b"\1" + pixels.tobytes()
+    questions = b"".join(numbers(len(file)) + file for file in files)
+    assert arm_compiled.run("max", program("answers"), "jpeg", questions=questions) == expected
+
+
 def test_every_colour_over_white_is_the_same(program: Callable[[str], Path]) -> None:
     colours, alphas = np.meshgrid(np.arange(256, dtype=np.uint8), np.arange(256, dtype=np.uint8))
     rgba = np.stack([colours, colours[::-1], colours.T, alphas], axis=2)

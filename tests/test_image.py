@@ -361,16 +361,19 @@ def test_damage_gives_an_image_or_one_of_our_errors(chelsea: Image.Image, format
     assert refused
 
 
-@pytest.mark.parametrize("format", ["JPEG", "PNG"])
+@pytest.mark.parametrize(
+    ("decoder", "format", "options"),
+    [("read_jpeg", "JPEG", {}), ("decode_jpeg", "JPEG", {"progressive": True}), ("decode_png", "PNG", {})],
+)
 def test_a_bug_of_a_faster_decoder_is_no_broken_file(
-    format: str, chelsea: Image.Image, monkeypatch: pytest.MonkeyPatch
+    decoder: str, format: str, options: dict[str, Any], chelsea: Image.Image, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def decoder(*_: Any) -> None:
+    def broken(*_: Any) -> None:
         raise ValueError("ours")
 
-    monkeypatch.setattr(f"rtp_mm.media.image.decode_{format.lower()}", decoder)
+    monkeypatch.setattr(f"rtp_mm.media.image.{decoder}", broken)
     with pytest.raises(ValueError, match="ours"):
-        pixels(encode(chelsea, format))
+        pixels(encode(chelsea, format, **options))
 
 
 @pytest.mark.parametrize("call", ["rtp_mm.media.image", "rtp_mm.media.fetch", "rtp_mm.preprocess.patches"])

@@ -91,7 +91,7 @@ def test_the_resize_stays_within_its_memory(tmp_path: Path, objects: dict[Path, 
 
 
 def test_what_threads_share_is_clean(tmp_path: Path) -> None:
-    shared = [path for path in ALGORITHMS if not path.stem.startswith(("probe", "png"))]
+    shared = [path for path in ALGORITHMS if not path.stem.startswith(("probe", "png", "jpeg"))]
     result = compile_and_run(tmp_path, CPP / "test_threads.cpp", *shared, sanitizers=THREADS)
     assert result.returncode == 0, result.stderr
 
@@ -109,6 +109,14 @@ def probe_inputs(rng: np.random.Generator) -> Iterator[bytes]:
         yield from (mutated(data, rng) for _ in range(100))
 
 
+def jpeg_inputs(rng: np.random.Generator) -> Iterator[bytes]:
+    """Files whole, cut and damaged, most of them behind their headers."""
+    for name, data in seeds((37, 29)):
+        if name.endswith(".jpeg"):
+            yield data
+            yield from (mutated(data, rng, head=len(data) if i % 3 else 200) for i in range(300))
+
+
 def resize_inputs(rng: np.random.Generator) -> Iterator[bytes]:
     """What the harness reads sizes, filters and pixels from."""
     yield b""
@@ -122,7 +130,8 @@ def png_rows_inputs(rng: np.random.Generator) -> Iterator[bytes]:
 
 
 @pytest.mark.parametrize(
-    ("name", "inputs"), [("probe", probe_inputs), ("resize", resize_inputs), ("png_rows", png_rows_inputs)]
+    ("name", "inputs"),
+    [("probe", probe_inputs), ("jpeg", jpeg_inputs), ("resize", resize_inputs), ("png_rows", png_rows_inputs)],
 )
 def test_the_fuzz_harnesses_pass_in_short_form(
     tmp_path: Path,

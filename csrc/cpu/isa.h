@@ -35,19 +35,23 @@ inline bool may_use_amx() {
 
 inline Isa best_isa() {  // of this CPU
 #if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl")) {
-    if (!__builtin_cpu_supports("avx512vnni")) return Isa::kAvx512;
-    if (!__builtin_cpu_supports("avx512bf16")) return Isa::kAvx512Vnni;
-    static const bool may_use_it = may_use_amx();
-    return may_use_it ? Isa::kAmx : Isa::kAvx512Bf16;
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("bmi2")) {
+    return Isa::kPortable;
   }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Isa::kAvx2;
+  if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
+      !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl")) {
+    return Isa::kAvx2;
+  }
+  if (!__builtin_cpu_supports("avx512vnni")) return Isa::kAvx512;
+  if (!__builtin_cpu_supports("avx512bf16")) return Isa::kAvx512Vnni;
+  static const bool may_use_it = may_use_amx();
+  return may_use_it ? Isa::kAmx : Isa::kAvx512Bf16;
 #elif defined(__aarch64__)
   constexpr unsigned long kHwcap2I8mm = 1 << 13;  // Linux's HWCAP2_I8MM, which older headers lack
-  if (getauxval(AT_HWCAP2) & kHwcap2I8mm) return Isa::kNeonI8mm;
-#endif
+  return getauxval(AT_HWCAP2) & kHwcap2I8mm ? Isa::kNeonI8mm : Isa::kPortable;
+#else
   return Isa::kPortable;
+#endif
 }
 
 // Whether one instruction multiplies words of four bytes: without, int8 products are slower than float32's.
@@ -126,12 +130,12 @@ namespace detail {
 
 #if defined(__x86_64__)
 template <class Arch, class Kernel, class... Args>
-__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma"))) void on_avx512(Args... args) {
+__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,bmi,bmi2"))) void on_avx512(Args... args) {
   Kernel::template run<Arch>(args...);
 }
 
 template <class Kernel, class... Args>
-__attribute__((target("avx2,fma"))) void on_avx2(Args... args) {
+__attribute__((target("avx2,fma,bmi,bmi2"))) void on_avx2(Args... args) {
   Kernel::template run<Avx2>(args...);
 }
 #elif defined(__aarch64__)

@@ -19,7 +19,6 @@
 namespace rtp_mm {
 namespace {
 
-constexpr int64_t kReadAhead = 64;          // bytes past a row that the horizontal pass reads
 constexpr int64_t kKeptScratch = 32 << 20;  // bytes that a thread keeps between calls
 
 int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
@@ -67,28 +66,31 @@ struct Scratch {
   }
 };
 
-// Rows that a kernel may read past their ends.
-struct Rows {
-  const uint8_t* pixels;
-  int64_t stride;
-};
+// Pixels where they lie, or, where that would leave the image's memory, copies of their rows.
+class PixelSource : public RowSource {
+ public:
+  PixelSource(const PixelView& image, Buffer& edge)
+      : RowSource(image.height, image.width, image.pixel_stride), image_(image), edge_(edge) {}
 
-// Source rows [begin, begin + count), each readable for `reach` bytes, at least its own: in place, or, where that would
-// leave the image's memory, as a copy. Rows below the image repeat its last.
-Rows readable_rows(const PixelView& image, int64_t begin, int64_t count, int64_t reach, Buffer& edge) {
-  const uint8_t* start = image.pixels + begin * image.row_stride;
-  const int64_t row_bytes = (image.width - 1) * image.pixel_stride + kChannels;
-  const int64_t memory = (image.height - 1 - begin) * image.row_stride + row_bytes;
-  if (begin + count <= image.height && (count - 1) * image.row_stride + reach <= memory) {
-    return {start, image.row_stride};
+  Rows rows(int64_t begin, int64_t count, int64_t reach) override {
+    const uint8_t* start = image_.pixels + begin * image_.row_stride;
+    const int64_t row_bytes = (width - 1) * pixel_stride + kChannels;
+    const int64_t memory = (height - 1 - begin) * image_.row_stride + row_bytes;
+    if (begin + count <= height && (count - 1) * image_.row_stride + reach <= memory) {
+      return {start, image_.row_stride};
+    }
+    uint8_t* copy = edge_.reserve<uint8_t>(count * reach);
+    for (int64_t row = 0; row < count; ++row) {
+      const uint8_t* src = start + std::min(row, height - 1 - begin) * image_.row_stride;
+      std::memset(std::copy_n(src, row_bytes, copy + row * reach), 0, reach - row_bytes);
+    }
+    return {copy, reach};
   }
-  uint8_t* copy = edge.reserve<uint8_t>(count * reach);
-  for (int64_t row = 0; row < count; ++row) {
-    const uint8_t* src = start + std::min(row, image.height - 1 - begin) * image.row_stride;
-    std::memset(std::copy_n(src, row_bytes, copy + row * reach), 0, reach - row_bytes);
-  }
-  return {copy, reach};
-}
+
+ private:
+  const PixelView& image_;
+  Buffer& edge_;
+};
 
 // Quads of rows, of which the last few are kept.
 class Ring {
@@ -203,8 +205,7 @@ class Strips {
   uint8_t* lines_;
 };
 
-void horizontal_first(const PixelView& image, const Passes& passes, const PatchRows& dst, int64_t height,
-                      Scratch& scratch) {
+void horizontal_first(RowSource& image, const Passes& passes, const PatchRows& dst, int64_t height, Scratch& scratch) {
   const int64_t plane = round_up(dst.width, kBlock), row = kChannels * plane;
   const Ring ring(passes.rows.span(dst.patch) + kBandQuads - 1, row, scratch.ring, scratch.ring_pointers);
   const HorizontalPass horizontal(passes.columns, passes.kernels, image.pixel_stride, scratch);
@@ -215,7 +216,7 @@ void horizontal_first(const PixelView& image, const Passes& passes, const PatchR
     const int64_t top = patch_row * dst.patch;
     const QuadRange quads = passes.rows.needed_by(top, top + dst.patch);
     for (; ready < quads.end; ready += kBandQuads) {
-      const Rows rows = readable_rows(image, ready * 4, kBandRows, reach, scratch.edge);
+      const Rows rows = image.rows(ready * 4, kBandRows, reach);
       horizontal(rows, {ring.slot(ready), row, plane});
     }
     Ahead patches = patches_ahead(dst, std::min(patch_row + 1, height / dst.patch - 1), dst.patch * row / kBlock);
@@ -231,8 +232,7 @@ void horizontal_first(const PixelView& image, const Passes& passes, const PatchR
   }
 }
 
-void vertical_first(const PixelView& image, const Passes& passes, const PatchRows& dst, int64_t height,
-                    Scratch& scratch) {
+void vertical_first(RowSource& image, const Passes& passes, const PatchRows& dst, int64_t height, Scratch& scratch) {
   const int64_t plane = round_up(dst.width, kBlock), resized_row = kChannels * plane;
   const int64_t row = round_up(image.width * image.pixel_stride, kBlock), band_row = row + kBlock;
   const Ring ring(passes.rows.span(1), row, scratch.ring, scratch.ring_pointers);
@@ -242,20 +242,21 @@ void vertical_first(const PixelView& image, const Passes& passes, const PatchRow
   const HorizontalPass horizontal(passes.columns, passes.kernels, image.pixel_stride, scratch);
   const Strips strips(dst, plane, 4 * patch_quads, scratch.lines);
   int64_t ready = 0, patch_row = 0;  // quads in the ring so far, rows of patches
+  Rows rows{};                       // those that were read last
   for (int64_t top = 0; top < height; top += kBandRows) {
     const int64_t bottom = std::min(top + kBandRows, height);
     Ahead patches = patches_ahead(dst, patch_row, (bottom - top) * row / kBlock);
     for (int64_t y = top; y < bottom; ++y) {
       const OutputTaps& output = passes.rows.outputs[y];
       for (; ready < quads_of(output).end; ++ready) {
-        const Rows rows = readable_rows(image, ready * 4, 4, row, scratch.edge);
+        rows = image.rows(ready * 4, 4, row);
         passes.kernels.interleave(rows.pixels, rows.stride, row / kBlock, ring.slot(ready));
       }
       passes.kernels.vertical(ring.pointers(quads_of(output)), output, passes.rows.taps.data(), row / kBlock,
                               band + (y - top) * band_row, patches);
     }
-    Ahead next_rows(Ahead::kRead, image.pixels + 4 * ready * image.row_stride, image.width * image.pixel_stride,
-                    image.row_stride, kBandRows, static_cast<int64_t>(passes.columns.outputs.size()) / 4);
+    Ahead next_rows(Ahead::kRead, rows.pixels + 4 * rows.stride, image.width * image.pixel_stride, rows.stride,
+                    kBandRows, static_cast<int64_t>(passes.columns.outputs.size()) / 4);
     horizontal({band, band_row}, {resized.slot(top / 4), resized_row, plane}, &next_rows);
     for (; (patch_row + 1) * dst.patch <= bottom; ++patch_row) {
       const int64_t begin = patch_row * dst.patch, first = begin / 4;
@@ -269,16 +270,26 @@ void vertical_first(const PixelView& image, const Passes& passes, const PatchRow
   }
 }
 
+Scratch& scratch_of_thread() {
+  static thread_local Scratch scratch;
+  return scratch;
+}
+
 }  // namespace
 
-void resize_patchify(const PixelView& image, const ResizePatchify& job, uint8_t* rows) {
-  static thread_local Scratch scratch;
+void resize_patchify(RowSource& image, const ResizePatchify& job, uint8_t* rows) {
+  Scratch& scratch = scratch_of_thread();
   const auto columns_axis = resize_axis(image.width, job.width, true, job.filter, job.level);
   const auto rows_axis = resize_axis(image.height, job.height, false, job.filter, job.level);
   const Passes passes{*columns_axis, *rows_axis, resize_kernels(job.level)};
   const PatchRows dst{rows, job.width, job.patch, job.merge, job.temporal, job.slot};
   (job.is_vertical_first ? vertical_first : horizontal_first)(image, passes, dst, job.height, scratch);
   scratch.shrink();
+}
+
+void resize_patchify(const PixelView& image, const ResizePatchify& job, uint8_t* rows) {
+  PixelSource source(image, scratch_of_thread().edge);
+  resize_patchify(source, job, rows);
 }
 
 }  // namespace rtp_mm

@@ -23,6 +23,31 @@ struct PixelView {
   int64_t pixel_stride;  // 3 or 4 bytes
 };
 
+// Rows in memory, each of which may be read somewhat further.
+struct Rows {
+  const uint8_t* pixels;
+  int64_t stride;  // bytes from one to the next
+};
+
+// Where a resize takes an image from, from top to bottom.
+class RowSource {
+ public:
+  RowSource(int64_t height, int64_t width, int64_t pixel_stride)
+      : height(height), width(width), pixel_stride(pixel_stride) {}
+  virtual ~RowSource() = default;
+
+  // Rows [begin, begin + count), at most kBandRows of them, each readable for `reach` bytes, at most kReadAhead more
+  // than its own. Below the image its last row is repeated. `begin` is where the last call ended, a multiple of
+  // `count`.
+  virtual Rows rows(int64_t begin, int64_t count, int64_t reach) = 0;
+
+  const int64_t height, width;
+  const int64_t pixel_stride;  // 3 or 4 bytes
+};
+
+constexpr int64_t kBandRows = 16;   // rows that the horizontal pass takes side by side
+constexpr int64_t kReadAhead = 64;  // bytes past a row that it reads
+
 struct ResizePatchify {
   int64_t height, width;  // of the resized image, divisible by patch * merge
   int64_t patch, merge;
@@ -37,6 +62,7 @@ struct ResizePatchify {
 // rows [height/patch * width/patch, 3 * temporal * patch * patch] in merge-block order (block row, block column, row in
 // block, column in block), columns (channel, frame, y, x); only the columns of frame `slot` are written. Scratch memory
 // is the calling thread's and stays.
+void resize_patchify(RowSource& image, const ResizePatchify& job, uint8_t* rows);
 void resize_patchify(const PixelView& image, const ResizePatchify& job, uint8_t* rows);
 
 }  // namespace rtp_mm

@@ -9,11 +9,11 @@
 #include <cstdint>
 
 #include "cpu/patch_rows.h"
+#include "cpu/resize.h"
 #include "cpu/resize_windows.h"
 
 namespace rtp_mm {
 
-constexpr int64_t kBandRows = 16;  // rows that the horizontal pass takes side by side
 constexpr int64_t kBlock = 64;     // bytes of a row that the vertical pass takes at once
 constexpr int64_t kBandQuads = 4;  // quads of rows in a band
 constexpr int64_t kChannels = 3;

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from io import BytesIO
+from typing import TypeVar
 
 import numpy as np
 import PIL
@@ -16,7 +18,7 @@ from rtp_mm import _core
 from rtp_mm.errors import NotSupportedError, WrongFormatError
 from rtp_mm.media.decode_threads import DECODE_THREADS
 from rtp_mm.media.jpeg import DECODER as JPEG_DECODER
-from rtp_mm.media.jpeg import decode_jpeg
+from rtp_mm.media.jpeg import decode_jpeg, read_jpeg
 from rtp_mm.media.limits import check_pixels
 from rtp_mm.media.png import decode_png
 from rtp_mm.media.probe import probe
@@ -29,6 +31,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "ICO
 KEPT_BYTES = 48 << 20  # an image of 12 megapixels, in Pillow's four bytes each
 MAX_SCANS = 200  # of a JPEG; encoders make a dozen, and each, of a few bytes, may take as long as the whole image
 _TILE_SIDES, _TILE_OFFSETS = (322, 323), 324  # tags of a TIFF: TileWidth and TileLength
+Taken = TypeVar("Taken")  # what becomes of pixels
 _MODES = {1: "L", 2: "LA", 4: "RGBA"}  # Pillow's, by channels
 
 # What Pillow's readers raise for broken files. RuntimeError and ArithmeticError (a time scale of 0) are AVIF's. The
@@ -55,15 +58,39 @@ def keep_decode_buffers() -> None:
     memory.set_blocks_max(1)
 
 
-def decode(
+@dataclass(frozen=True, slots=True)
+class OpenedImage:
+    """An image of which no more than the header has been read, unless that does not tell its size."""
+
+    height: int
+    width: int
+    _forms: Iterator[NDArray[np.uint8] | _core.Jpeg]
+
+    @classmethod
+    def of(cls, pixels: NDArray[np.uint8]) -> OpenedImage:
+        """One that is decoded already: [H, W, 3]."""
+        height, width, _ = pixels.shape
+        return cls(height, width, iter([pixels]))
+
+    def give(self, take: Callable[[NDArray[np.uint8] | _core.Jpeg], Taken | None]) -> Taken:
+        """What `take` makes of the pixels, [H, W, 3] uint8 RGB, read-only, with 3 or 4 bytes from pixel to pixel.
+
+        Where the file is a JPEG that takes no other decoder, `take` is called with that first, and may decode it row by
+        row; with the pixels where it returns `None`. To be called once. Raises `WrongFormatError` for a broken image.
+        """
+        return next(taken for form in self._forms if (taken := take(form)) is not None)
+
+
+@contextmanager
+def open_image(
     data: bytes,
     *,
     max_pixels: int,
     allow_truncated: bool,
     exif_transpose: bool,
     extra_formats: Sequence[str] = (),
-) -> NDArray[np.uint8]:
-    """The first frame as [H, W, 3] uint8 RGB, read-only, with 3 or 4 bytes from pixel to pixel.
+) -> Iterator[OpenedImage]:
+    """The first frame of a file.
 
     allow_truncated: a file that ends early is decoded as far as it goes.
     exif_transpose:  the image is turned as its EXIF orientation says.
@@ -82,12 +109,32 @@ def decode(
         with image:
             check_pixels(*image.size, max_pixels)
             _check_work(data, image, max_pixels)
-            pixels = None if exif_transpose else _decode_faster(data, image)
-            if pixels is None:
+            if exif_transpose:
                 with named_errors(data, formats):
-                    pixels = _decode(image, exif_transpose)
-            pixels.flags.writeable = False
-            return pixels
+                    turned = _decode(image, exif_transpose=True)
+                yield OpenedImage.of(turned)
+            else:
+                width, height = image.size
+                yield OpenedImage(height, width, _forms(data, image, formats))
+
+
+def decode(
+    data: bytes,
+    *,
+    max_pixels: int,
+    allow_truncated: bool,
+    exif_transpose: bool,
+    extra_formats: Sequence[str] = (),
+) -> NDArray[np.uint8]:
+    """The first frame as [H, W, 3] uint8 RGB, read-only, with 3 or 4 bytes from pixel to pixel. See `open_image`."""
+    with open_image(
+        data,
+        max_pixels=max_pixels,
+        allow_truncated=allow_truncated,
+        exif_transpose=exif_transpose,
+        extra_formats=extra_formats,
+    ) as image:
+        return image.give(lambda form: form.pixels() if isinstance(form, _core.Jpeg) else form)
 
 
 def _check_work(data: bytes, image: ImageFile.ImageFile, max_pixels: int) -> None:
@@ -103,17 +150,28 @@ def _check_work(data: bytes, image: ImageFile.ImageFile, max_pixels: int) -> Non
             raise WrongFormatError("broken image: a TIFF in tiles of no size")
 
 
-def _decode(image: ImageFile.ImageFile, exif_transpose: bool) -> NDArray[np.uint8]:
+def _forms(data: bytes, image: ImageFile.ImageFile, formats: Sequence[str]) -> Iterator[NDArray[np.uint8] | _core.Jpeg]:
+    """Of a file's pixels, which are the same in all, the fastest one first. Only a JPEG may turn out to have none."""
+    is_jpeg = image.format in ("JPEG", "MPO")
+    if is_jpeg and (jpeg := read_jpeg(data, *image.size)) is not None:
+        yield jpeg
+    pixels = decode_jpeg(data, *image.size) if is_jpeg else _decode_png(data, image)
+    if pixels is None:
+        with named_errors(data, formats):
+            pixels = _decode(image, exif_transpose=False)
+    pixels.flags.writeable = False
+    yield pixels
+
+
+def _decode(image: ImageFile.ImageFile, *, exif_transpose: bool) -> NDArray[np.uint8]:
     image.load()
     if exif_transpose:
         ImageOps.exif_transpose(image, in_place=True)
     return rgb_pixels(image)
 
 
-def _decode_faster(data: bytes, image: ImageFile.ImageFile) -> NDArray[np.uint8] | None:
-    """Pillow's pixels from a faster decoder, or `None` where there is none or it leaves the file to Pillow."""
-    if image.format in ("JPEG", "MPO"):
-        return decode_jpeg(data, *image.size)
+def _decode_png(data: bytes, image: ImageFile.ImageFile) -> NDArray[np.uint8] | None:
+    """Pillow's pixels by a faster decoder; `None` for other files, and those that it leaves to Pillow."""
     if image.format != "PNG" or (pixels := decode_png(data, *image.size)) is None:
         return None
     channels = pixels.shape[2]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from math import prod
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
@@ -11,7 +13,7 @@ from numpy.typing import NDArray
 
 from rtp_mm import _core
 from rtp_mm.errors import WrongFormatError
-from rtp_mm.media.image import decode, decoders
+from rtp_mm.media.image import OpenedImage, decoders, open_image
 from rtp_mm.media.limits import check_pixels
 from rtp_mm.media.plain_pixels import may_be_turned
 from rtp_mm.media.probe import probe
@@ -31,7 +33,7 @@ def new_rows(shape: tuple[int, int]) -> NDArray[np.uint8]:
     return np.empty(shape, np.uint8)
 
 
-Pixels = TypeVar("Pixels")  # an array or a tensor
+Pixels = TypeVar("Pixels")  # an array, a tensor or a JPEG file
 
 
 class ResizePlan(NamedTuple):
@@ -51,7 +53,10 @@ class ResizePlan(NamedTuple):
 
     def cut(self, pixels: Pixels) -> Pixels:
         """A view of [..., H, W, 3]."""
-        view: Pixels = pixels[..., self.rows, self.columns, :]  # type: ignore[index]
+        rows, columns = self.rows, self.columns
+        if isinstance(pixels, _core.Jpeg):
+            return pixels.window(rows, columns)  # type: ignore[return-value]
+        view: Pixels = pixels[..., rows, columns, :]  # type: ignore[index]
         return view
 
 
@@ -147,36 +152,45 @@ class ImagePreprocessor:
         Of an image's file, or of [1, H, W, 3]. Raises `WrongFormatError` for what cannot be decoded, is not as its
         header tells, breaks a limit or has bad options, `NotSupportedError` for a video's or a sound's file.
         """
-        image = self._image(blob)
-        height, width, _ = image.shape
-        told = self._size_told(blob, mm_type)
-        if told is not None and told != (height, width):
-            raise WrongFormatError(
-                f"broken image: its header tells {told[1]}x{told[0]}, a decoder finds {width}x{height}"
+        with self._opened(blob) as image:
+            told, found = self._size_told(blob, mm_type), (image.height, image.width)
+            if told is not None and told != found:
+                raise WrongFormatError(
+                    f"broken image: its header tells {told[1]}x{told[0]}, a decoder finds {found[1]}x{found[0]}"
+                )
+            plan = self.plan(*found, options)
+            grid = self.grid(plan)
+            rows = allocate(self._layout(grid).shape)
+            image.give(
+                lambda pixels: _core.resize_patchify(
+                    plan.cut(pixels),
+                    plan.height,
+                    plan.width,
+                    self.patch_size,
+                    self.merge_size,
+                    order=plan.order,
+                    out=rows,
+                )
             )
-        plan = self.plan(height, width, options)
-        grid = self.grid(plan)
-        rows = allocate(self._layout(grid).shape)
-        _core.resize_patchify(
-            plan.cut(image), plan.height, plan.width, self.patch_size, self.merge_size, order=plan.order, out=rows
-        )
         return Patches(rows, grid)
 
     def _layout(self, grid: tuple[int, int, int]) -> Layout:
         return Layout((prod(grid), self.row_bytes), grid)
 
-    def _image(self, blob: Blob) -> NDArray[np.uint8]:
-        """[H, W, 3] uint8."""
+    @contextmanager
+    def _opened(self, blob: Blob) -> Iterator[OpenedImage]:
+        """A file, or [1, H, W, 3] uint8."""
         if isinstance(blob.data, np.ndarray):
-            image: NDArray[np.uint8] = blob.data[0]
-            return image
-        return decode(
+            yield OpenedImage.of(blob.data[0])
+            return
+        with open_image(
             blob.data,
             max_pixels=self.max_image_pixels,
             allow_truncated=self.allow_truncated,
             exif_transpose=self.exif_transpose,
             extra_formats=self.extra_formats,
-        )
+        ) as image:
+            yield image
 
     def _target_size(self, height: int, width: int, options: PreprocessOptions) -> tuple[int, int]:
         min_pixels = options.min_pixels or self.min_pixels

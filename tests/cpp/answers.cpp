@@ -3,6 +3,7 @@
 //
 //   resize   Resize, pixels           rows, once for every level, from the slowest; bytes that are not written: 7
 //   png      Png, filtered rows       a byte, 1 if all filters are known, and the pixels (zeros if not)
+//   jpeg     number of bytes, file    a byte, 1 if it is sure of the file, and the pixels
 //   white    number of pixels, RGBA   RGB
 //   probe    number of bytes, file    a line: "format width height frames", "more bytes" or "unknown"
 
@@ -14,6 +15,7 @@
 #include <vector>
 
 #include "check.h"
+#include "cpu/jpeg_source.h"
 #include "cpu/over_white.h"
 #include "cpu/png_rows.h"
 #include "cpu/probe.h"
@@ -64,6 +66,21 @@ void png() {
   }
 }
 
+void jpeg() {
+  for (std::array<int64_t, 1> bytes; read(bytes);) {
+    const std::vector<uint8_t> data = read_bytes(bytes[0]);
+    try {
+      const JpegFile file = read_jpeg(data.data(), data.size());
+      std::vector<uint8_t> pixels(file.height * file.width * 3);
+      decode_jpeg(file, pixels.data());
+      write({1});
+      write(pixels);
+    } catch (const UncertainJpeg&) {
+      write({0});
+    }
+  }
+}
+
 void white() {
   for (std::array<int64_t, 1> pixels; read(pixels);) {
     const std::vector<uint8_t> rgba = read_bytes(4 * pixels[0]);
@@ -95,6 +112,7 @@ int main(int count, char** arguments) {
   const std::string_view kind = count == 2 ? arguments[1] : "";
   if (kind == "resize") return rtp_mm::resize(), 0;
   if (kind == "png") return rtp_mm::png(), 0;
+  if (kind == "jpeg") return rtp_mm::jpeg(), 0;
   if (kind == "white") return rtp_mm::white(), 0;
   if (kind == "probe") return rtp_mm::probe_files(), 0;
   return 2;

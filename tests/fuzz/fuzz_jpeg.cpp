@@ -1,0 +1,90 @@
+// A JPEG's own decoder on any bytes: it stays within its memory, every instruction set has the same answer, a resize of
+// rows as they are decoded has that of the pixels, and windows are parts of them.
+
+#include <algorithm>
+#include <cstdlib>
+#include <memory>
+#include <optional>
+#include <vector>
+
+#include "cpu/jpeg_source.h"
+
+namespace rtp_mm {
+namespace {
+
+constexpr int64_t kMostPixels = 1 << 16;  // more of them take time and show nothing new
+
+std::optional<std::vector<uint8_t>> pixels_of(const JpegFile& file, Isa isa) {
+  std::vector<uint8_t> pixels(file.width * file.height * 3);
+  try {
+    decode_jpeg(file, pixels.data(), isa);
+  } catch (const UncertainJpeg&) {
+    return {};
+  }
+  return pixels;
+}
+
+std::optional<std::vector<uint8_t>> rows_of(RowSource& source, bool is_vertical_first) {
+  constexpr int64_t kHeight = 24, kWidth = 32;
+  const ResizePatchify job{kHeight, kWidth, 4, 2, 1, 0, ResizeFilter::kBicubic, is_vertical_first, best_resize_level()};
+  std::vector<uint8_t> rows(kHeight * kWidth * 3);
+  try {
+    resize_patchify(source, job, rows.data());
+    if (auto* jpeg = dynamic_cast<JpegSource*>(&source)) jpeg->finish();
+  } catch (const UncertainJpeg&) {
+    return {};
+  }
+  return rows;
+}
+
+class Pixels : public RowSource {
+ public:
+  Pixels(const std::vector<uint8_t>& pixels, const JpegFile& file, const JpegWindow& window)
+      : RowSource(window.height, window.width, 3), stride_(3 * window.width + kReadAhead) {
+    for (int64_t y = 0; y < window.height; ++y) {
+      const uint8_t* row = pixels.data() + 3 * ((window.top + y) * file.width + window.left);
+      rows_.insert(rows_.end(), row, row + 3 * window.width);
+      rows_.resize(rows_.size() + kReadAhead);
+    }
+    for (int64_t i = 0; i < kBandRows + 4; ++i) rows_.insert(rows_.end(), rows_.end() - stride_, rows_.end());
+  }
+
+  Rows rows(int64_t begin, int64_t, int64_t) override { return {rows_.data() + begin * stride_, stride_}; }
+
+ private:
+  int64_t stride_;
+  std::vector<uint8_t> rows_;
+};
+
+void check(const JpegFile& file) {
+  const auto pixels = pixels_of(file, Isa::kPortable);
+  for (int isa = 1; isa <= static_cast<int>(best_isa()); ++isa) {
+    if (pixels_of(file, Isa{isa}) != pixels) std::abort();
+  }
+  const JpegWindow whole{0, 0, file.height, file.width};
+  const JpegWindow part{file.height / 3, file.width / 5, (file.height + 2) / 3, (file.width + 4) / 5};
+  for (const JpegWindow& window : {whole, part}) {
+    for (const bool is_vertical_first : {false, true}) {
+      JpegSource source(file, window);
+      const auto rows = rows_of(source, is_vertical_first);
+      if (rows.has_value() != pixels.has_value()) std::abort();
+      if (!rows) continue;
+      Pixels decoded(*pixels, file, window);
+      if (rows != rows_of(decoded, is_vertical_first)) std::abort();
+    }
+  }
+}
+
+}  // namespace
+}  // namespace rtp_mm
+
+extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
+  const auto copy = std::make_unique<uint8_t[]>(size);  // of its exact size, which sanitizers see
+  std::copy_n(data, size, copy.get());
+  try {
+    const rtp_mm::JpegFile file = rtp_mm::read_jpeg(copy.get(), size);
+    if (file.width * file.height <= rtp_mm::kMostPixels) rtp_mm::check(file);
+  } catch (const rtp_mm::UncertainJpeg&) {
+  }
+  return 0;
+}
