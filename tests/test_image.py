@@ -219,6 +219,8 @@ def test_an_animation_is_its_first_frame(format: str) -> None:
 
 
 def test_exif_orientation_counts_only_when_asked_for(chelsea: Image.Image) -> None:
+    upright = encode(chelsea, "JPEG", exif=Image.Exif())
+    np.testing.assert_array_equal(pixels(upright, exif_transpose=True), pixels(upright))
     exif = Image.Exif()
     exif[0x0112] = 6  # turn a quarter clockwise
     data = encode(chelsea, "JPEG", exif=exif)

@@ -12,7 +12,7 @@ from typing import TypeVar
 import numpy as np
 import PIL
 from numpy.typing import NDArray
-from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from rtp_mm import _core
 from rtp_mm.errors import NotSupportedError, WrongFormatError
@@ -60,7 +60,7 @@ def keep_decode_buffers() -> None:
 
 @dataclass(frozen=True, slots=True)
 class OpenedImage:
-    """An image of which no more than the header has been read, unless that does not tell its size."""
+    """An image that is decoded where it is needed, if a JPEG: of other formats the header may be wrong about the size."""
 
     height: int
     width: int
@@ -68,7 +68,8 @@ class OpenedImage:
 
     @classmethod
     def of(cls, pixels: NDArray[np.uint8]) -> OpenedImage:
-        """One that is decoded already: [H, W, 3]."""
+        """One that is decoded already: [H, W, 3], read-only from now on."""
+        pixels.flags.writeable = False
         height, width, _ = pixels.shape
         return cls(height, width, iter([pixels]))
 
@@ -109,13 +110,18 @@ def open_image(
         with image:
             check_pixels(*image.size, max_pixels)
             _check_work(data, image, max_pixels)
-            if exif_transpose:
+            is_jpeg = image.format in ("JPEG", "MPO")
+            if is_jpeg and exif_transpose:
                 with named_errors(data, formats):
-                    turned = _decode(image, exif_transpose=True)
-                yield OpenedImage.of(turned)
-            else:
+                    exif_transpose = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+            if is_jpeg and not exif_transpose:
                 width, height = image.size
                 yield OpenedImage(height, width, _forms(data, image, formats))
+                return
+            if exif_transpose or (pixels := _decode_png(data, image)) is None:
+                with named_errors(data, formats):
+                    pixels = _decode(image, exif_transpose)
+            yield OpenedImage.of(pixels)
 
 
 def decode(
@@ -151,19 +157,17 @@ def _check_work(data: bytes, image: ImageFile.ImageFile, max_pixels: int) -> Non
 
 
 def _forms(data: bytes, image: ImageFile.ImageFile, formats: Sequence[str]) -> Iterator[NDArray[np.uint8] | _core.Jpeg]:
-    """Of a file's pixels, which are the same in all, the fastest one first. Only a JPEG may turn out to have none."""
-    is_jpeg = image.format in ("JPEG", "MPO")
-    if is_jpeg and (jpeg := read_jpeg(data, *image.size)) is not None:
+    """Of a JPEG's pixels, which are the same in all. The first may turn out to have none."""
+    if (jpeg := read_jpeg(data, *image.size)) is not None:
         yield jpeg
-    pixels = decode_jpeg(data, *image.size) if is_jpeg else _decode_png(data, image)
-    if pixels is None:
+    if (pixels := decode_jpeg(data, *image.size)) is None:
         with named_errors(data, formats):
             pixels = _decode(image, exif_transpose=False)
     pixels.flags.writeable = False
     yield pixels
 
 
-def _decode(image: ImageFile.ImageFile, *, exif_transpose: bool) -> NDArray[np.uint8]:
+def _decode(image: ImageFile.ImageFile, exif_transpose: bool) -> NDArray[np.uint8]:
     image.load()
     if exif_transpose:
         ImageOps.exif_transpose(image, in_place=True)
