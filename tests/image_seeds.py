@@ -42,6 +42,7 @@ STILL: list[Variant] = [
     ("TGA", "RGB", {}),
     ("TGA", "P", {"compression": "tga_rle"}),
     ("JPEG", "L", {"quality": 95}),
+    ("JPEG", "RGB", {"quality": 95, "progressive": True}),
     ("JPEG", "RGB", {"subsampling": "4:4:4", "restart_marker_blocks": 2, "optimize": True}),
     ("JPEG", "RGB", {"subsampling": "4:2:2", "restart_marker_rows": 1}),
 ]

@@ -363,19 +363,19 @@ def test_damage_gives_an_image_or_one_of_our_errors(chelsea: Image.Image, format
     assert refused
 
 
-@pytest.mark.parametrize(
-    ("decoder", "format", "options"),
-    [("read_jpeg", "JPEG", {}), ("decode_jpeg", "JPEG", {"progressive": True}), ("decode_png", "PNG", {})],
-)
+@pytest.mark.parametrize(("decoder", "format"), [("read_jpeg", "JPEG"), ("decode_jpeg", "JPEG"), ("decode_png", "PNG")])
 def test_a_bug_of_a_faster_decoder_is_no_broken_file(
-    decoder: str, format: str, options: dict[str, Any], chelsea: Image.Image, monkeypatch: pytest.MonkeyPatch
+    decoder: str, format: str, chelsea: Image.Image, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: Any) -> None:
         raise ValueError("ours")
 
+    data = encode(chelsea, format)
+    if decoder == "decode_jpeg":
+        data = data[:2] + b"\xff" + data[2:]  # a fill byte, which our own leaves to it
     monkeypatch.setattr(f"rtp_mm.media.image.{decoder}", broken)
     with pytest.raises(ValueError, match="ours"):
-        pixels(encode(chelsea, format, **options))
+        pixels(data)
 
 
 @pytest.mark.parametrize("call", ["rtp_mm.media.image", "rtp_mm.media.fetch", "rtp_mm.preprocess.patches"])

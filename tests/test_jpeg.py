@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import itertools
 import os
+import re
 from typing import Any
 
 import numpy as np
@@ -68,6 +70,7 @@ def picture(photo: NDArray[np.uint8], size: tuple[int, int], noise: float, seed:
     noise=st.sampled_from([0.0, 0.0, 0.1, 1.0]),
     is_grey=st.booleans(),
     options=st.sampled_from([{}, {"optimize": True}, {"restart_marker_blocks": 3}, {"restart_marker_rows": 1}]),
+    is_progressive=st.booleans(),
     seed=st.integers(0, 1000),
 )
 def test_pixels_are_pillows(
@@ -78,10 +81,11 @@ def test_pixels_are_pillows(
     noise: float,
     is_grey: bool,
     options: dict[str, Any],
+    is_progressive: bool,
     seed: int,
 ) -> None:
-    image = picture(photos["coffee"], size, noise, seed)
-    data = encode(image.convert("L") if is_grey else image, sampling, quality=quality, **options)
+    image = picture(photos["coffee"], size, noise, seed).convert("L" if is_grey else "RGB")
+    data = encode(image, sampling, quality=quality, progressive=is_progressive, **options)
     ours = by_ours(data)
     assert ours is not None or noise or (size[0] <= 4 and sampling in ("4:2:0", "4:2:2"))
     if ours is not None:
@@ -92,8 +96,8 @@ def test_pixels_are_pillows(
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 @pytest.mark.parametrize("name", ["astronaut", "chelsea", "coffee", "rocket"])
 def test_a_photographs_pixels_are_pillows(photos: dict[str, NDArray[np.uint8]], name: str, sampling: str) -> None:
-    for quality in (5, 50, 75, 90, 100):
-        data = encode(Image.fromarray(photos[name]), sampling, quality=quality)
+    for quality, progressive in itertools.product((5, 50, 75, 90, 100), (False, True)):
+        data = encode(Image.fromarray(photos[name]), sampling, quality=quality, progressive=progressive)
         np.testing.assert_array_equal(by_ours(data), by_pillow(data))
 
 
@@ -145,10 +149,17 @@ def uncertain_files(photo: bytes, image: Image.Image) -> dict[str, bytes]:
         return photo[:at] + bytes(values) + photo[at + len(values) :]
 
     restarts = encode(image, restart_marker_rows=1)
+    progressive = encode(image, progressive=True)
+    *_, earlier, last = (match.start() for match in re.finditer(b"\xff\xda", progressive))
+    ahead, two_scans = progressive[:earlier], (progressive[last:-2], progressive[earlier:last])
     return {
         "nothing": b"",
         "no JPEG": b"\x89PNG" + photo[4:],
-        "progressive": encode(image, progressive=True),
+        "arithmetic coding, progressive": progressive.replace(b"\xff\xc2", b"\xff\xca", 1),
+        "a missing scan": progressive[:last] + progressive[-2:],
+        "a scan that comes twice": progressive[:-2] + progressive[last:],
+        "scans in the wrong order": b"".join([ahead, *two_scans, b"\xff\xd9"]),
+        "quantisation between scans": progressive[:last] + photo[table : table + 69] + progressive[last:],
         "CMYK": encode(image.convert("CMYK")),
         "RGB": encode(image, "4:4:4", keep_rgb=True),
         "4:1:1": changed(frame + 11, 0x41),
@@ -207,10 +218,14 @@ def test_another_size_than_pillow_read_is_left_to_pillow(photos: dict[str, NDArr
     assert (read_jpeg(data, 451, 300) is None) == ("avx2" not in _core.resize_levels())
 
 
-@pytest.mark.parametrize("sampling", SAMPLINGS)
-def test_a_damaged_file_is_pillows_or_left_to_others(photos: dict[str, NDArray[np.uint8]], sampling: str) -> None:
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("sampling", SAMPLINGS[:3])
+def test_a_damaged_file_is_pillows_or_left_to_others(
+    photos: dict[str, NDArray[np.uint8]], sampling: str, progressive: bool
+) -> None:
     """RTP_MM_MUTATIONS: how many, of each."""
-    data = encode(Image.fromarray(photos["rocket"]).resize((75, 50)), sampling, quality=60)
+    image = Image.fromarray(photos["rocket"]).resize((75, 50))
+    data = encode(image, sampling, quality=60, progressive=progressive)
     rng = np.random.default_rng(SAMPLINGS.index(sampling))
     decoded = 0
     for _ in range(MUTATIONS):
@@ -218,7 +233,7 @@ def test_a_damaged_file_is_pillows_or_left_to_others(photos: dict[str, NDArray[n
         if (ours := by_ours(damaged)) is not None:
             np.testing.assert_array_equal(ours, by_pillow(damaged))
             decoded += 1
-    assert decoded > MUTATIONS / 20
+    assert decoded > MUTATIONS / 50
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,13 @@ class JpegBits {
     count_ -= count;
   }
 
+  RTP_MM_INLINE unsigned bit() {
+    if (count_ == 0) refill();
+    const auto first = static_cast<unsigned>(bits_ >> 63);
+    skip(1);
+    return first;
+  }
+
   // Where the next bit is, in bits from `begin` on.
   int64_t place(const uint8_t* begin) const { return (next_ - begin) * 8 - static_cast<int64_t>(count_); }
 
@@ -48,16 +55,19 @@ struct JpegSymbol {
   uint8_t advance;  // coefficients
   int16_t value;
 
-  // In place of an advance: nothing but zeros follows, or the file is broken. Added to at most 62, they stay apart from
-  // all that leads to a coefficient, and from each other.
+  // In place of an advance: nothing but zeros follows, in as many blocks as the value says if the file is progressive;
+  // or the file is broken. Added to at most 62, they stay apart from all that leads to a coefficient, and from each
+  // other.
   static constexpr uint8_t kEndOfBlock = 128, kInvalid = 192;
 };
 
 class HuffmanTable {
  public:
+  // What symbols say: the size of a difference; a run of zeros and a size; the same, or how many blocks end here.
+  enum Kind { kDc, kAc, kProgressiveAc };
+
   // counts: of words of 1 to 16 bits; symbols: all of them, the shortest words first. False for what is no code.
-  // is_dc: symbols are sizes of differences, else runs of zeros and sizes.
-  bool build(const uint8_t* counts, const uint8_t* symbols, bool is_dc);
+  bool build(const uint8_t* counts, const uint8_t* symbols, Kind kind);
 
   RTP_MM_INLINE JpegSymbol find(uint64_t peeked) const {
     const JpegSymbol symbol = by_bits_[peeked >> (64 - kLookBits)];
@@ -69,9 +79,12 @@ class HuffmanTable {
 
   struct Word {
     uint8_t bits, value_bits, advance;
+    bool is_run;  // of ends of blocks, whose number is the value
 
     JpegSymbol with_value(uint64_t peeked) const;
   };
+
+  static Word word_of(uint8_t symbol, uint8_t length, Kind kind);
 
   JpegSymbol find_long(uint64_t peeked) const;
 

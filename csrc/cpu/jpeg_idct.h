@@ -13,6 +13,10 @@ namespace rtp_mm {
 // Four blocks side by side: coefficient (row, column) of block b stands at [32 * row + 8 * b + column].
 constexpr int kQuadBlocks = 4, kQuadRow = 8 * kQuadBlocks, kQuadSize = 8 * kQuadRow;
 
+struct alignas(64) Quad {
+  int16_t at[kQuadSize];
+};
+
 struct alignas(64) QuadSteps {
   int16_t steps[kQuadSize];   // of quantisation
   int16_t limits[kQuadSize];  // of coefficients before they are multiplied by them

@@ -5,91 +5,31 @@
 #include <cstring>
 
 #include "cpu/jpeg_color.h"
+#include "cpu/jpeg_scan.h"
 
 namespace rtp_mm {
-namespace {
-
-constexpr uint8_t kZigzag[64] = {0,  1,  8,  16, 9,  2,  3,  10, 17, 24, 32, 25, 18, 11, 4,  5,  12, 19, 26, 33, 40, 48,
-                                 41, 34, 27, 20, 13, 6,  7,  14, 21, 28, 35, 42, 49, 56, 57, 50, 43, 36, 29, 22, 15, 23,
-                                 30, 37, 44, 51, 58, 59, 52, 45, 38, 31, 39, 46, 53, 60, 61, 54, 47, 55, 62, 63};
-
-constexpr int quad_place(int zigzag) { return kZigzag[zigzag] / 8 * kQuadRow + kZigzag[zigzag] % 8; }
-
-// By zigzag order. Past it is its last place, to which the end of a block writes the 0 that is there.
-constexpr auto kQuadPlaces = [] {
-  std::array<uint8_t, 256> places{};
-  for (int i = 0; i < 256; ++i) places[i] = static_cast<uint8_t>(quad_place(std::min(i, 63)));
-  return places;
-}();
-static_assert(quad_place(63) < 256);
-
-constexpr int kMostPrediction = 2047;
-
-// One block's coefficients into its place in a quad of zeros. False for what is broken.
-RTP_MM_INLINE bool read_block(JpegBits& bits, const JpegComponent& component, int& prediction, int16_t* quad) {
-  const auto next = [&](const HuffmanTable& table) __attribute__((always_inline)) {
-    const JpegSymbol symbol = table.find(bits.peek());
-    bits.skip(symbol.bits);
-    return symbol;
-  };
-  bits.refill();
-  const JpegSymbol dc = next(component.dc);
-  prediction += dc.value;
-  bool is_valid = dc.advance == 1 && prediction >= -kMostPrediction && prediction <= kMostPrediction;
-  quad[0] = static_cast<int16_t>(prediction);
-  unsigned place = 0;
-  for (;;) {
-    bits.refill();  // of twice 26 bits
-    const JpegSymbol first = next(component.ac);
-    place += first.advance;
-    quad[kQuadPlaces[place]] = first.value;
-    if (place >= 63) break;
-    const JpegSymbol second = next(component.ac);
-    place += second.advance;
-    quad[kQuadPlaces[place]] = second.value;
-    if (place >= 63) break;
-  }
-  return is_valid & (place == 63 || (place >= JpegSymbol::kEndOfBlock && place < JpegSymbol::kInvalid));
-}
-
-}  // namespace
 
 // A row of MCUs, four at a time. False where it is broken or uncertain.
 struct DecodeMcus {
   template <class Arch>
   RTP_MM_INLINE static void run(JpegRows* rows, bool* is_valid) {
     const JpegFile& file = rows->file_;
-    const auto count = static_cast<int>(file.components.size());
-    const auto across = static_cast<int>(file.across), down = static_cast<int>(file.down), luma = across * down;
+    const int count = file.components(), across = static_cast<int>(file.across), down = static_cast<int>(file.down);
+    const int luma = across * down;  // blocks in an MCU, and quads in four
     alignas(64) int16_t quads[kMostQuads][kQuadSize];
     Shorts<Arch> over{};
     bool is_good = true;
     for (int64_t first = 0; first < file.mcus_across && is_good; first += kQuadBlocks) {
-      std::memset(quads, 0, (luma + count - 1) * sizeof(quads[0]));
       const auto mcus = static_cast<int>(std::min<int64_t>(kQuadBlocks, file.mcus_across - first));
-      for (int mcu = 0; mcu < mcus; ++mcu) {
-        if (rows->mcus_left_-- == 0) rows->next_segment();
-        JpegBits bits = rows->bits_;
-        for (int block = 0; block < luma; ++block) {
-          const int column = mcu * across + block % across, quad = block / across * across + column / kQuadBlocks;
-          is_good &=
-              read_block(bits, file.components[0], rows->predictions_[0], quads[quad] + 8 * (column % kQuadBlocks));
-        }
-        for (int c = 1; c < count; ++c) {
-          is_good &= read_block(bits, file.components[c], rows->predictions_[c], quads[luma + c - 1] + 8 * mcu);
-        }
-        rows->bits_ = bits;
-        is_good &= rows->bits_left() >= 0;
-        if (!is_good) break;
-      }
-      for (int quad = 0; quad < luma; ++quad) {
-        JpegRows::Plane& plane = rows->planes_[0];
-        uint8_t* samples = plane.row(8 * (quad / across)) + 8 * (first * across + quad % across * kQuadBlocks);
-        over |= idct_quad<Arch>(quads[quad], plane.steps, samples, plane.stride);
-      }
-      for (int c = 1; c < count; ++c) {
+      if (!rows->coefficients_) is_good = read_quads(*rows, mcus, quads);
+      for (int i = 0; i < luma + count - 1; ++i) {
+        const int c = std::max(0, i - luma + 1), v = c ? 0 : i / across, q = c ? 0 : i % across;
+        const int64_t quads_across = c ? 1 : across, quad = first / kQuadBlocks * quads_across + q;
         JpegRows::Plane& plane = rows->planes_[c];
-        over |= idct_quad<Arch>(quads[luma + c - 1], plane.steps, plane.row(0) + 8 * first, plane.stride);
+        const int16_t* coefficients = quads[i];
+        if (rows->coefficients_)
+          coefficients = rows->coefficients_->quad(c, rows->mcu_rows_ * (c ? 1 : down) + v, quad);
+        over |= idct_quad<Arch>(coefficients, plane.steps, plane.row(8 * v) + 8 * kQuadBlocks * quad, plane.stride);
       }
     }
     int16_t elements[sizeof(over) / 2];
@@ -98,7 +38,32 @@ struct DecodeMcus {
     *is_valid = is_good;
   }
 
+ private:
   static constexpr int kMostQuads = 6;
+
+  RTP_MM_INLINE static bool read_quads(JpegRows& rows, int mcus, int16_t (*quads)[kQuadSize]) {
+    const JpegFile& file = rows.file_;
+    const JpegScan& scan = file.scans[0];
+    const int count = file.components(), across = static_cast<int>(file.across),
+              luma = across * static_cast<int>(file.down);
+    std::memset(quads, 0, (luma + count - 1) * sizeof(quads[0]));
+    bool is_good = true;
+    for (int mcu = 0; mcu < mcus && is_good; ++mcu) {
+      if (rows.reader_.next_mcu()) rows.predictions_ = {};
+      JpegBits bits = rows.reader_.bits;
+      for (int block = 0; block < luma; ++block) {
+        const int column = mcu * across + block % across, quad = block / across * across + column / kQuadBlocks;
+        is_good &=
+            read_block(bits, *scan.dc[0], *scan.ac[0], rows.predictions_[0], quads[quad] + 8 * (column % kQuadBlocks));
+      }
+      for (int c = 1; c < count; ++c) {
+        is_good &= read_block(bits, *scan.dc[c], *scan.ac[c], rows.predictions_[c], quads[luma + c - 1] + 8 * mcu);
+      }
+      rows.reader_.bits = bits;
+      is_good &= rows.reader_.is_within();
+    }
+    return is_good;
+  }
 };
 
 // A row of the last row of MCUs, counted from its top, or the one above.
@@ -107,7 +72,7 @@ struct WriteRow {
   RTP_MM_INLINE static void run(JpegRows* rows, int64_t y, uint8_t* rgb) {
     const JpegFile& file = rows->file_;
     const uint8_t* luma = rows->planes_[0].row(y);
-    if (file.components.size() == 1) {
+    if (file.components() == 1) {
       grey_to_rgb(luma, file.width, rgb);
       return;
     }
@@ -134,7 +99,12 @@ struct WriteRow {
   }
 };
 
-JpegRows::JpegRows(const JpegFile& file, Isa isa) : file_(file), isa_(isa), planes_(file.components.size()) {
+JpegRows::JpegRows(const JpegFile& file, Isa isa)
+    : file_(file),
+      isa_(isa),
+      planes_(file.components()),
+      reader_(file, file.scans[0], file.mcus_across * file.mcus_down) {
+  if (file.is_progressive) coefficients_.emplace(file, isa);
   const int64_t mcus = (file.mcus_across + kQuadBlocks - 1) / kQuadBlocks * kQuadBlocks;  // whole quads are written
   for (size_t c = 0; c < planes_.size(); ++c) {
     Plane& plane = planes_[c];
@@ -142,7 +112,7 @@ JpegRows::JpegRows(const JpegFile& file, Isa isa) : file_(file), isa_(isa), plan
     plane.height = c == 0 ? mcu_height() : 8;
     plane.samples.resize((plane.height + 2) * plane.stride);
     for (int i = 0; i < 64; ++i) {
-      const int16_t step = file.components[c].steps[i];
+      const int16_t step = file.steps[c][i];
       for (int block = 0; block < kQuadBlocks; ++block) {
         plane.steps.steps[quad_place(i) + 8 * block] = step;
         plane.steps.limits[quad_place(i) + 8 * block] = kMostInColumn / step;
@@ -151,18 +121,6 @@ JpegRows::JpegRows(const JpegFile& file, Isa isa) : file_(file), isa_(isa), plan
   }
   sums_.resize(8 * mcus + 2);
   for (std::vector<uint8_t>& row : upsampled_) row.resize(8 * mcus * file.across + kVectorMargin);
-}
-
-int64_t JpegRows::bits_left() const {
-  return 8 * static_cast<int64_t>(file_.segments[segments_ - 1].end) - bits_.place(file_.bits.get());
-}
-
-void JpegRows::next_segment() {
-  require(segments_ == 0 || bits_left() < 8);  // no byte that nobody asks for
-  const int64_t done = static_cast<int64_t>(segments_) * file_.segment_mcus;
-  mcus_left_ = std::min(file_.segment_mcus, file_.mcus_across * file_.mcus_down - done) - 1;
-  bits_ = JpegBits(file_.bits.get() + file_.segments[segments_++].begin);
-  predictions_ = {};
 }
 
 void JpegRows::advance() {
@@ -177,7 +135,7 @@ void JpegRows::advance() {
     if (mcu_rows_ == 0) std::copy_n(plane.row(0), plane.stride, plane.row(-1));
   }
   if (++mcu_rows_ < file_.mcus_down) return;
-  require(bits_left() < 8);
+  if (!coefficients_) reader_.finish();
   const int64_t rows = file_.height - (mcu_rows_ - 1) * mcu_height(),
                 chroma_rows = (rows + file_.down - 1) / file_.down;
   for (size_t c = 1; c < planes_.size(); ++c) {

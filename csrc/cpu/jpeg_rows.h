@@ -2,11 +2,14 @@
 
 #include <array>
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include "cpu/isa.h"
 #include "cpu/jpeg_file.h"
 #include "cpu/jpeg_idct.h"
+#include "cpu/jpeg_progressive.h"
+#include "cpu/jpeg_scan.h"
 
 namespace rtp_mm {
 
@@ -40,8 +43,6 @@ class JpegRows {
     uint8_t* row(int64_t y) { return samples.data() + (y + 1) * stride; }
   };
 
-  void next_segment();
-  int64_t bits_left() const;  // in this segment
   int64_t mcu_height() const { return 8 * file_.down; }
 
   const JpegFile& file_;
@@ -49,11 +50,10 @@ class JpegRows {
   std::vector<Plane> planes_;
   std::vector<uint16_t> sums_;
   std::array<std::vector<uint8_t>, 2> upsampled_;
-  int64_t mcu_rows_ = 0;   // decoded so far
-  size_t segments_ = 0;    // begun so far
-  int64_t mcus_left_ = 0;  // in this segment
-  JpegBits bits_{nullptr};
+  std::optional<JpegCoefficients> coefficients_;  // of a progressive file
+  JpegScanReader reader_;                         // of another
   std::array<int, 3> predictions_{};
+  int64_t mcu_rows_ = 0;  // decoded so far
 };
 
 }  // namespace rtp_mm

@@ -60,7 +60,7 @@ def keep_decode_buffers() -> None:
 
 @dataclass(frozen=True, slots=True)
 class OpenedImage:
-    """An image that is decoded where it is needed, if a JPEG: of other formats the header may be wrong about the size."""
+    """An image, which is decoded where it is needed if it is a JPEG: other headers may be wrong about the size."""
 
     height: int
     width: int
