@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import simplejpeg
 import skimage.data
 import torch
 from numpy.typing import NDArray
@@ -143,10 +144,10 @@ class Contenders:
         processor = self.by_torchvision
         return {} if processor is None else {TORCHVISION: lambda: processor(self.image, return_tensors="pt")}
 
-    def from_file(self, format: str) -> Runs:
-        """With the decode alone, Pillow's and ours, beside."""
+    def from_file(self, format: str, **encoding: Any) -> Runs:
+        """With the decode alone, Pillow's and ours, and of a JPEG libjpeg-turbo's without Pillow, beside."""
         file = io.BytesIO()
-        self.image.save(file, format, quality=QUALITY)
+        self.image.save(file, format, quality=QUALITY, **encoding)
         data = file.getvalue()
         blob, options = Blob(data, b"", ""), PreprocessOptions()
         limits = {"max_pixels": 10**9, "allow_truncated": False, "exif_transpose": False}
@@ -154,9 +155,11 @@ class Contenders:
         def pillow() -> Image.Image:
             return Image.open(io.BytesIO(data)).convert("RGB")
 
+        turbo: Runs = {"libjpeg-turbo decode": lambda: simplejpeg.decode_jpeg(data, "RGB")} if format == "JPEG" else {}
         return {
             "Hugging Face": lambda: self.processor(pillow(), return_tensors="np"),
             "Pillow decode": pillow,
+            **turbo,
             "our decode": lambda: decode(data, **limits),
             "ours": lambda: self.preprocessor(blob, MMUrlType.IMAGE, options, lambda _: self.rows),
         }
@@ -207,6 +210,9 @@ SECTIONS = {
     "jpeg": Section("JPEG bytes to rows, one thread", lambda c: c.from_file("JPEG")),
     "jpeg-kept": Section(
         "JPEG bytes to rows, one thread, kept blocks", lambda c: c.from_file("JPEG"), state=kept_blocks
+    ),
+    "jpeg-progressive": Section(
+        "progressive JPEG bytes to rows, one thread", lambda c: c.from_file("JPEG", progressive=True)
     ),
     "png-kept": Section(
         "PNG bytes to rows, one thread, kept blocks", lambda c: c.from_file("PNG"), CASES[:5], state=kept_blocks

@@ -68,10 +68,7 @@ def load() -> str:
 
 def preprocess() -> str:
     [(_, result)] = results("preprocess")
-    pixels, jpeg = (
-        result["tables"]["decoded pixels to rows, one thread"],
-        result["tables"]["JPEG bytes to rows, one thread"],
-    )
+    pixels = result["tables"]["decoded pixels to rows, one thread"]
     best = next(name for name in next(iter(pixels.values())) if name.startswith("ours"))
 
     def times(table: dict[str, Any], size: str, peer: str, ours: str) -> str:
@@ -85,7 +82,6 @@ def preprocess() -> str:
             times(pixels, size, "Hugging Face", best),
             times(pixels, size, "Hugging Face, torchvision", best),
             times(pixels, size, "Pillow resize", best),
-            times(jpeg, size, "Hugging Face", "ours"),
         ]
         for size in pixels
     ]
@@ -96,8 +92,23 @@ def preprocess() -> str:
         "Hugging Face",
         "by torchvision",
         "Pillow's resize alone",
-        "Hugging Face, from JPEG bytes",
     ]
+    return markdown(header, rows)
+
+
+def jpeg() -> str:
+    """Plain files, then progressive ones."""
+    [(_, result)] = results("preprocess")
+    tables = [result["tables"][f"{kind} bytes to rows, one thread"] for kind in ("JPEG", "progressive JPEG")]
+    peers = {"libjpeg-turbo decode": "libjpeg-turbo's decode alone", "Hugging Face": "Hugging Face"}
+    rows = []
+    for size in tables[0]:
+        row = [size]
+        for table in tables:
+            ours = table[size]["ours"]["median"]
+            row += [f"{ours:.2f}", *(f"{table[size][peer]['median'] / ours:.1f}x" for peer in peers)]
+        rows.append(row)
+    header = ["JPEG", "ours, ms", *peers.values(), "progressive, ours, ms", *peers.values()]
     return markdown(header, rows)
 
 
@@ -305,6 +316,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "bf16_products": bf16_products,
     "load": load,
     "preprocess": preprocess,
+    "jpeg": jpeg,
     "tower": tower,
     "video": video,
     "audio": audio,

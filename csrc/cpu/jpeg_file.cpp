@@ -255,6 +255,7 @@ class Reader {
         continue;
       }
       const size_t restarts = scan.segments.size(), end = next_bits_ - bits;
+      require(restarts < count);
       scan.segments.push_back({begin, end});
       if (marker[1] < kRst0 || marker[1] > kRst7) break;
       require(marker[1] == kRst0 + restarts % 8);
