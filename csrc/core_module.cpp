@@ -108,8 +108,8 @@ class Jpeg {
 
   // False where the file turns out to be uncertain.
   bool resize_patchify(const ResizePatchify& job, uint8_t* rows) const {
-    JpegSource source(*file_, window_, isa_of(job.level));
     try {
+      JpegSource source(*file_, window_, isa_of(job.level));
       rtp_mm::resize_patchify(source, job, rows);
       source.finish();
     } catch (const UncertainJpeg&) {
@@ -218,6 +218,7 @@ py::object Jpeg::pixels(const std::optional<std::string>& level) const {
   } catch (const UncertainJpeg&) {
     return py::none();
   }
+  pixels.attr("flags").attr("writeable") = false;
   const py::slice rows(window_.top, window_.top + window_.height, 1);
   return pixels[py::make_tuple(rows, py::slice(window_.left, window_.left + window_.width, 1))];
 }
@@ -288,8 +289,8 @@ PYBIND11_MODULE(_core, m) {
       .def("pixels", &rtp_mm::Jpeg::pixels, py::kw_only(), py::arg("level") = py::none(),
            "[H, W, 3] uint8, or None where the file turns out to be of another kind, or broken.");
   m.def(
-      "resize_patchify", &rtp_mm::resize_patchify_array, py::arg("image"), py::arg("height"), py::arg("width"),
-      py::arg("patch_size"), py::arg("merge_size"), py::kw_only(), py::arg("order") = "horizontal",
+      "resize_patchify", &rtp_mm::resize_patchify_array, py::arg("image").none(false), py::arg("height"),
+      py::arg("width"), py::arg("patch_size"), py::arg("merge_size"), py::kw_only(), py::arg("order") = "horizontal",
       py::arg("filter") = "bicubic", py::arg("temporal_patch_size") = 1, py::arg("slot") = 0,
       py::arg("level") = py::none(), py::arg("out") = py::none(),
       "[H, W, 3] uint8, or a Jpeg -> [height/P * width/P, 3 * T * P * P] uint8: Pillow's resize, cut into patch rows; "

@@ -1,14 +1,14 @@
 """Preprocessing on the CPU without torch (csrc/core_module.cpp)."""
 
-from typing import Literal
+from typing import Literal, overload
 
 import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import Buffer
 
 class Jpeg:
-    """A JPEG file, or a part of its image, of the plainest kind: of one sequential scan by Huffman's code, of 8 bits,
-    grey or YCbCr, chroma of full or half size. Its pixels are libjpeg-turbo's, byte for byte.
+    """A JPEG file, or a part of its image, of the plainer kinds: sequential, of one scan, or progressive, by Huffman's
+    code, of 8 bits, grey or YCbCr, chroma of full or half size. Its pixels are libjpeg-turbo's, byte for byte.
     """
 
     @staticmethod
@@ -25,10 +25,39 @@ class Jpeg:
         """A part of the image. Raises `ValueError` for one that is empty or has steps."""
 
     def pixels(self, *, level: str | None = None) -> NDArray[np.uint8] | None:
-        """[H, W, 3]; `None` where the file is broken after all. Releases the GIL meanwhile."""
+        """[H, W, 3], read-only; `None` where the file is broken after all. Releases the GIL meanwhile."""
 
+@overload
 def resize_patchify(
-    image: NDArray[np.uint8] | Jpeg,
+    image: NDArray[np.uint8],
+    height: int,
+    width: int,
+    patch_size: int,
+    merge_size: int,
+    *,
+    order: Literal["horizontal", "vertical"] = "horizontal",
+    filter: Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"] = "bicubic",
+    temporal_patch_size: int = 1,
+    slot: int = 0,
+    level: str | None = None,
+    out: NDArray[np.uint8] | None = None,
+) -> NDArray[np.uint8]:
+    """Pillow's 8-bit resize to `height` x `width`, byte for byte, cut into patch rows; releases the GIL meanwhile.
+
+    image:  [H, W, 3] with any row stride, 3 or 4 bytes from pixel to pixel: a crop is a view.
+    order:  the pass that goes first; each rounds to bytes. A pass that changes no size changes nothing.
+    slot:   which of the `temporal_patch_size` T frames of a patch the image is; only its columns are written. A still
+            image is 0 of 1.
+    level:  one of `resize_levels()`; the last and fastest if left out. All give the same bytes.
+    out:    [height/P * width/P, 3 * T * P * P] contiguous, written and returned; a new array if left out.
+
+    Rows are in merge-block order, (block row, block column, row in block, column in block), columns (channel, frame,
+    y, x). Raises `ValueError` that says what came.
+    """
+
+@overload
+def resize_patchify(
+    image: Jpeg,
     height: int,
     width: int,
     patch_size: int,
@@ -41,19 +70,7 @@ def resize_patchify(
     level: str | None = None,
     out: NDArray[np.uint8] | None = None,
 ) -> NDArray[np.uint8] | None:
-    """Pillow's 8-bit resize to `height` x `width`, byte for byte, cut into patch rows; releases the GIL meanwhile.
-
-    image:  [H, W, 3] with any row stride, 3 or 4 bytes from pixel to pixel: a crop is a view. Or a JPEG, whose rows are
-            resized as they are decoded, and `None` is returned where that fails, with anything in `out`.
-    order:  the pass that goes first; each rounds to bytes. A pass that changes no size changes nothing.
-    slot:   which of the `temporal_patch_size` T frames of a patch the image is; only its columns are written. A still
-            image is 0 of 1.
-    level:  one of `resize_levels()`; the last and fastest if left out. All give the same bytes.
-    out:    [height/P * width/P, 3 * T * P * P] contiguous, written and returned; a new array if left out.
-
-    Rows are in merge-block order, (block row, block column, row in block, column in block), columns (channel, frame,
-    y, x). Raises `ValueError` that says what came.
-    """
+    """The same of a JPEG, whose rows are resized as they are decoded; `None`, and anything in `out`, if broken."""
 
 def arrow_pixels(schema: object, array: object, height: int, width: int) -> NDArray[np.uint8]:
     """[height, width, 3], read-only, strides (4 * width, 4, 1): the memory of a Pillow image, which it keeps alive.

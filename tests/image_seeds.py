@@ -42,7 +42,7 @@ STILL: list[Variant] = [
     ("TGA", "RGB", {}),
     ("TGA", "P", {"compression": "tga_rle"}),
     ("JPEG", "L", {"quality": 95}),
-    ("JPEG", "RGB", {"quality": 95, "progressive": True}),
+    ("JPEG", "RGB", {"quality": 95, "progressive": True, "restart_marker_rows": 1}),
     ("JPEG", "RGB", {"subsampling": "4:4:4", "restart_marker_blocks": 2, "optimize": True}),
     ("JPEG", "RGB", {"subsampling": "4:2:2", "restart_marker_rows": 1}),
 ]
@@ -57,7 +57,9 @@ def encode(image: Image.Image, format: str, **options: Any) -> bytes:
 
 def seeds(size: tuple[int, int] = (18, 17)) -> Iterator[tuple[str, bytes]]:
     """A name and a file, one of each kind."""
-    image = Image.linear_gradient("L").resize(size)
+    gradient = Image.linear_gradient("L").resize(size)
+    sideways = Image.linear_gradient("L").rotate(90).resize(size)
+    image = Image.merge("RGB", (gradient, sideways, gradient.rotate(180)))  # every colour channel another
     for number, (format, mode, options) in enumerate(STILL):
         yield f"{number:02}.{format.lower()}", encode(image.convert(mode), format, **options)
     for format in ANIMATED:

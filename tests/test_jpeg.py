@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import itertools
 import os
-import re
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,9 +19,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from rtp_mm import _core
+from rtp_mm.config import load_settings
 from rtp_mm.errors import WrongFormatError
 from rtp_mm.media.image import decode
 from rtp_mm.media.jpeg import read_jpeg
+from rtp_mm.preprocess.image_config import ImageProcessorConfig
+from rtp_mm.preprocess.patches import ImagePreprocessor
+from rtp_mm.types import Blob, CropBox, MMUrlType, PreprocessOptions
 
 LIMITS = {"max_pixels": 10**9, "allow_truncated": False, "exif_transpose": False}
 SAMPLINGS = ["4:4:4", "4:2:2", "4:2:0", "4:4:0"]
@@ -28,7 +33,7 @@ MUTATIONS = int(os.environ.get("RTP_MM_MUTATIONS", "300"))
 
 
 def encode(image: Image.Image, sampling: str = "4:2:0", **options: Any) -> bytes:
-    """Pillow cannot write 4:4:0."""
+    """Pillow cannot write 4:4:0, simplejpeg no progressive files."""
     if sampling == "4:4:0":
         pixels = np.ascontiguousarray(np.asarray(image.convert("RGB")))
         return simplejpeg.encode_jpeg(pixels, quality=options.get("quality", 75), colorsubsampling="440")
@@ -110,6 +115,7 @@ def test_a_photographs_pixels_are_pillows(photos: dict[str, NDArray[np.uint8]], 
     order=st.sampled_from(["horizontal", "vertical"]),
     filter=st.sampled_from(["nearest", "box", "bilinear", "bicubic", "lanczos"]),
     level=st.sampled_from(_core.resize_levels()),
+    progressive=st.booleans(),
 )
 def test_rows_resized_as_they_are_decoded_are_those_of_the_pixels(
     photos: dict[str, NDArray[np.uint8]],
@@ -120,9 +126,10 @@ def test_rows_resized_as_they_are_decoded_are_those_of_the_pixels(
     order: Any,
     filter: Any,
     level: str,
+    progressive: bool,
 ) -> None:
     """Of any part of the image."""
-    jpeg = _core.Jpeg.read(encode(picture(photos["chelsea"], size, 0, 1), sampling))
+    jpeg = _core.Jpeg.read(encode(picture(photos["chelsea"], size, 0, 1), sampling, progressive=progressive))
     assert jpeg is not None
     assert jpeg.shape == (size[1], size[0], 3)
     pixels = jpeg.pixels()
@@ -150,15 +157,13 @@ def uncertain_files(photo: bytes, image: Image.Image) -> dict[str, bytes]:
 
     restarts = encode(image, restart_marker_rows=1)
     progressive = encode(image, progressive=True)
-    *_, earlier, last = (match.start() for match in re.finditer(b"\xff\xda", progressive))
-    ahead, two_scans = progressive[:earlier], (progressive[last:-2], progressive[earlier:last])
+    last = progressive.rindex(b"\xff\xda")
     return {
         "nothing": b"",
         "no JPEG": b"\x89PNG" + photo[4:],
         "arithmetic coding, progressive": progressive.replace(b"\xff\xc2", b"\xff\xca", 1),
         "a missing scan": progressive[:last] + progressive[-2:],
         "a scan that comes twice": progressive[:-2] + progressive[last:],
-        "scans in the wrong order": b"".join([ahead, *two_scans, b"\xff\xd9"]),
         "quantisation between scans": progressive[:last] + photo[table : table + 69] + progressive[last:],
         "CMYK": encode(image.convert("CMYK")),
         "RGB": encode(image, "4:4:4", keep_rgb=True),
@@ -167,6 +172,7 @@ def uncertain_files(photo: bytes, image: Image.Image) -> dict[str, bytes]:
         "arithmetic coding": changed(frame + 1, 0xC9),
         "lossless": changed(frame + 1, 0xC3),
         "no height": changed(frame + 5, 0, 0),
+        "a side that libjpeg does not take": changed(frame + 5, 0xFF, 0xDD),
         "a table of 16 bits": changed(table + 4, 0x10),
         "a step of 0": changed(table + 5, 0),
         "a table that there is not": changed(scan + 6, 0x22),
@@ -234,6 +240,50 @@ def test_a_damaged_file_is_pillows_or_left_to_others(
             np.testing.assert_array_equal(ours, by_pillow(damaged))
             decoded += 1
     assert decoded > MUTATIONS / 50
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("crop", [None, CropBox(0.0, 0.0, 0.5, 0.3), CropBox(0.2, 0.6, 1.0, 1.0)], ids=str)
+@pytest.mark.parametrize("allow_truncated", [False, True])
+def test_a_damaged_files_rows_are_those_of_its_pixels(
+    photos: dict[str, NDArray[np.uint8]],
+    progressive: bool,
+    crop: CropBox | None,
+    allow_truncated: bool,
+) -> None:
+    """Or its error is the same, also where no row of the part that was asked for is damaged."""
+    config = ImageProcessorConfig(14, 2, 2, 3136, 100352, (0.5,) * 3, (0.5,) * 3)
+    preprocessor = ImagePreprocessor.from_config(config, load_settings(mm_allow_truncated_images=allow_truncated))
+    options = PreprocessOptions(crop=crop)
+
+    def outcome(make: Callable[[], NDArray[np.uint8]]) -> NDArray[np.uint8] | str:
+        try:
+            return make()
+        except WrongFormatError as error:
+            return str(error)
+
+    def rows(data: bytes | NDArray[np.uint8]) -> NDArray[np.uint8]:
+        return preprocessor(Blob(data, b"", ""), MMUrlType.IMAGE, options).rows
+
+    def rows_of_pixels(data: bytes) -> NDArray[np.uint8]:
+        return rows(decode(data, max_pixels=10**9, allow_truncated=allow_truncated, exif_transpose=False)[None])
+
+    data = encode(Image.fromarray(photos["astronaut"]).resize((150, 111)), progressive=progressive)
+    rng = np.random.default_rng(5)
+    cut = [data[: len(data) * i // 10] for i in range(1, 10)]
+    late = [data[:-40] + data[-40 + i :] for i in range(1, 20)]
+    outcomes = set()
+    for damaged in (data, *cut, *late, *(mutated(data, rng, head=len(data)) for _ in range(60))):
+        expected, found = outcome(partial(rows_of_pixels, damaged)), outcome(partial(rows, damaged))
+        outcomes.add((type(expected), _core.Jpeg.read(damaged) is not None))
+        np.testing.assert_equal(found, expected)
+    assert {kind for kind, _ in outcomes} == {np.ndarray, str}
+    assert {is_read for _, is_read in outcomes} == {True, False}
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}], ids=str)
+def test_pixels_are_read_only(photos: dict[str, NDArray[np.uint8]], options: dict[str, Any]) -> None:
+    assert not decode(encode(Image.fromarray(photos["chelsea"]), **options), **LIMITS).flags.writeable
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ import pytest
 from animations import RANDOM
 from conftest import FEATURES, require
 from image_seeds import seeds
+from jpeg_encoder import random_jpeg
 from mutations import mutated
 
 pytestmark = pytest.mark.timeout(1200)  # it compiles a good deal, beside whatever else the machine does
@@ -115,6 +117,10 @@ def jpeg_inputs(rng: np.random.Generator) -> Iterator[bytes]:
         if name.endswith(".jpeg"):
             yield data
             yield from (mutated(data, rng, head=len(data) if i % 3 else 200) for i in range(300))
+    for sampling, is_progressive in product([None, (1, 1), (2, 1), (1, 2), (2, 2)], [False, True]):
+        for data in (random_jpeg(rng, 37, 29, sampling, is_progressive) for _ in range(10)):
+            yield data
+            yield from (mutated(data, rng, head=len(data)) for _ in range(30))
 
 
 def resize_inputs(rng: np.random.Generator) -> Iterator[bytes]:

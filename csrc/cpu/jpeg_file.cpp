@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <numeric>
 #include <optional>
 #include <string_view>
 
@@ -42,23 +43,26 @@ struct Bytes {
 class Code {
  public:
   void define(Bytes counts, Bytes symbols) {
-    counts_ = counts;
-    symbols_ = symbols;
+    std::copy(counts.begin, counts.end, counts_.begin());
+    std::copy(symbols.begin, symbols.end, symbols_.begin());
+    is_defined_ = true;
     table_.reset();
   }
 
   std::shared_ptr<const HuffmanTable> table(HuffmanTable::Kind kind) {
-    require(counts_.size());
+    require(is_defined_);
     if (!table_) {
       auto table = std::make_shared<HuffmanTable>();
-      require(table->build(counts_.begin, symbols_.begin, kind));
+      require(table->build(counts_.data(), symbols_.data(), kind));
       table_ = std::move(table);
     }
     return table_;
   }
 
  private:
-  Bytes counts_{}, symbols_{};
+  std::array<uint8_t, 16> counts_;
+  std::array<uint8_t, 256> symbols_;
+  bool is_defined_ = false;
   std::shared_ptr<const HuffmanTable> table_;
 };
 
@@ -131,8 +135,7 @@ class Reader {
       const uint8_t id = segment.byte();
       require((id & 0xec) == 0);  // DC or AC, 0 to 3
       const Bytes counts = segment.take(16);
-      size_t symbols = 0;
-      for (const uint8_t* count = counts.begin; count < counts.end; ++count) symbols += *count;
+      const auto symbols = std::accumulate(counts.begin, counts.end, size_t{0});
       require(symbols <= 256);
       (id < 0x10 ? dc_ : ac_)[id & 3].define(counts, segment.take(symbols));
     }
@@ -143,7 +146,8 @@ class Reader {
     file_.height = segment.word();
     file_.width = segment.word();
     const uint8_t count = segment.byte();
-    require(file_.height > 0 && file_.width > 0 && (count == 1 || count == 3) && segment.size() == 3u * count);
+    require(file_.height > 0 && file_.height <= kMostSide && file_.width > 0 && file_.width <= kMostSide);
+    require((count == 1 || count == 3) && segment.size() == 3u * count);
     file_.across = file_.down = 1;
     for (uint8_t i = 0; i < count; ++i) {
       ids_[i] = segment.byte();
@@ -267,7 +271,7 @@ class Reader {
 
   static int64_t blocks(int64_t samples, int64_t shrink) { return ((samples + shrink - 1) / shrink + 7) / 8; }
 
-  static constexpr int kNothing = -1, kMostLow = 10;
+  static constexpr int kNothing = -1, kMostLow = 10, kMostSide = 65500;  // libjpeg's
 
   Bytes data_;
   JpegFile file_{};

@@ -28,9 +28,10 @@ bool HuffmanTable::build(const uint8_t* counts, const uint8_t* symbols, Kind kin
   uint32_t code = 0;
   int32_t count = 0;
   for (uint8_t length = 1; length <= 16; ++length, code *= 2) {
+    if ((code + counts[length - 1]) >> length) return false;  // all ones are no word
     offsets_[length] = count - static_cast<int32_t>(code);
     for (int i = 0; i < counts[length - 1]; ++i, ++code, ++count) {
-      if (code >> length || (kind == kDc && symbols[count] > 15)) return false;
+      if (kind == kDc && symbols[count] > 15) return false;
       const Word& word = words_[count] = word_of(symbols[count], length, kind);
       if (length + word.value_bits > kLookBits) continue;
       const uint64_t first = uint64_t{code} << (kLookBits - length), last = uint64_t{code + 1} << (kLookBits - length);

@@ -75,7 +75,7 @@ class HuffmanTable {
   }
 
  private:
-  static constexpr int kLookBits = 11;  // 8 KB each, of which two are in use: 3 % of a photograph's symbols are longer
+  static constexpr int kLookBits = 11;  // 8 KB each; 3 to 4 % of a photograph's symbols are longer
 
   struct Word {
     uint8_t bits, value_bits, advance;

@@ -33,7 +33,6 @@ RTP_MM_INLINE uint64_t deposit(uint64_t bits, uint64_t mask) {
 // How the blocks of a scan are read, one after the other, from where a segment begins. False for what is broken.
 // `known`: which coefficients but the first are not 0.
 
-template <class Arch>
 struct ReadDc {
   std::array<int, 3> predictions{};
 
@@ -48,7 +47,6 @@ struct ReadDc {
 };
 
 // The highest bits of coefficients.
-template <class Arch>
 struct ReadAc {
   int ended = 0;  // blocks from here on that have none
 
@@ -138,9 +136,9 @@ struct ReadScan {
   template <class Arch>
   RTP_MM_INLINE static void run(const JpegFile* file, const JpegScan* scan, JpegCoefficients* coefficients) {
     if (scan->first == 0) {
-      read<ReadDc<Arch>>(*file, *scan, *coefficients);
+      read<ReadDc>(*file, *scan, *coefficients);
     } else if (scan->high == 0) {
-      read<ReadAc<Arch>>(*file, *scan, *coefficients);
+      read<ReadAc>(*file, *scan, *coefficients);
     } else {
       read<RefineAc<Arch>>(*file, *scan, *coefficients);
     }
@@ -158,7 +156,7 @@ struct ReadScan {
     for (int64_t row = 0; row < rows; ++row) {
       for (int64_t column = 0; column < columns; ++column) {
         if (reader.next_mcu()) read_block = {};
-        JpegBits bits = reader.bits;
+        JpegBits bits = reader.bits;  // in registers
         bool is_valid = true;
         for (int c = scan.component; c < scan.component + scan.count; ++c) {
           JpegCoefficients::Plane& plane = coefficients.planes_[c];

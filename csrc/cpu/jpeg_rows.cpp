@@ -50,7 +50,7 @@ struct DecodeMcus {
     bool is_good = true;
     for (int mcu = 0; mcu < mcus && is_good; ++mcu) {
       if (rows.reader_.next_mcu()) rows.predictions_ = {};
-      JpegBits bits = rows.reader_.bits;
+      JpegBits bits = rows.reader_.bits;  // in registers
       for (int block = 0; block < luma; ++block) {
         const int column = mcu * across + block % across, quad = block / across * across + column / kQuadBlocks;
         is_good &=
@@ -131,8 +131,8 @@ void JpegRows::advance() {
   run<DecodeMcus>(isa_, this, &is_valid);
   require(is_valid);
   // Above the first row of chroma and below the last stands that row again.
-  for (Plane& plane : planes_) {
-    if (mcu_rows_ == 0) std::copy_n(plane.row(0), plane.stride, plane.row(-1));
+  if (mcu_rows_ == 0) {
+    for (Plane& plane : planes_) std::copy_n(plane.row(0), plane.stride, plane.row(-1));
   }
   if (++mcu_rows_ < file_.mcus_down) return;
   if (!coefficients_) reader_.finish();

@@ -17,6 +17,7 @@ namespace rtp_mm {
 // inverse DCT, smooth chroma.
 class JpegRows {
  public:
+  // The file must outlive it. Throws UncertainJpeg.
   explicit JpegRows(const JpegFile& file, Isa isa = best_isa());
 
   // Decodes the next row of MCUs. Throws UncertainJpeg.

@@ -16,6 +16,7 @@ struct JpegWindow {
 // Rows for a resize as they are decoded, of which no more than two bands are kept.
 class JpegSource : public RowSource {
  public:
+  // The file must outlive it. Throws UncertainJpeg.
   JpegSource(const JpegFile& file, const JpegWindow& window, Isa isa = best_isa());
 
   Rows rows(int64_t begin, int64_t count, int64_t reach) override;  // throws UncertainJpeg
@@ -24,7 +25,7 @@ class JpegSource : public RowSource {
   void finish();
 
  private:
-  // More than the rows that wait for their band, up to one less than it has, and those of a row of MCUs, up to 16.
+  // As many as wait for their band, up to one less than it has, and a row of MCUs makes ready, up to one more.
   static constexpr int64_t kKeptRows = 2 * kBandRows;
 
   uint8_t* row(int64_t y) { return kept_.get() + y % kKeptRows * stride_; }

@@ -19,7 +19,7 @@ _HAS_KERNELS = "avx2" in _core.resize_levels()  # without, libjpeg-turbo's are f
 
 def read_jpeg(data: bytes, width: int, height: int) -> _core.Jpeg | None:
     """A file for our own decoder, whose bytes are libjpeg-turbo's; or `None` for one that is another decoder's to
-    judge: progressive, in another colour space, of unusual sampling, of another size than Pillow read, or broken.
+    judge: in another colour space, of unusual sampling, of another size than Pillow read, unusual otherwise, or broken.
     """
     if not _HAS_KERNELS or (jpeg := _core.Jpeg.read(data)) is None or jpeg.shape != (height, width, 3):
         return None

@@ -1,4 +1,4 @@
-// A JPEG's own decoder on any bytes: it stays within its memory, every instruction set has the same answer, a resize of
+// The decoder of JPEGs on any bytes: it stays within its memory, every instruction set has the same answer, a resize of
 // rows as they are decoded has that of the pixels, and windows are parts of them.
 
 #include <algorithm>
@@ -24,17 +24,23 @@ std::optional<std::vector<uint8_t>> pixels_of(const JpegFile& file, Isa isa) {
   return pixels;
 }
 
-std::optional<std::vector<uint8_t>> rows_of(RowSource& source, bool is_vertical_first) {
+std::vector<uint8_t> rows_of(RowSource& source, bool is_vertical_first) {
   constexpr int64_t kHeight = 24, kWidth = 32;
   const ResizePatchify job{kHeight, kWidth, 4, 2, 1, 0, ResizeFilter::kBicubic, is_vertical_first, best_resize_level()};
   std::vector<uint8_t> rows(kHeight * kWidth * 3);
+  resize_patchify(source, job, rows.data());
+  return rows;
+}
+
+std::optional<std::vector<uint8_t>> rows_of(const JpegFile& file, const JpegWindow& window, bool is_vertical_first) {
   try {
-    resize_patchify(source, job, rows.data());
-    if (auto* jpeg = dynamic_cast<JpegSource*>(&source)) jpeg->finish();
+    JpegSource source(file, window);
+    const std::vector<uint8_t> rows = rows_of(source, is_vertical_first);
+    source.finish();
+    return rows;
   } catch (const UncertainJpeg&) {
     return {};
   }
-  return rows;
 }
 
 class Pixels : public RowSource {
@@ -65,8 +71,7 @@ void check(const JpegFile& file) {
   const JpegWindow part{file.height / 3, file.width / 5, (file.height + 2) / 3, (file.width + 4) / 5};
   for (const JpegWindow& window : {whole, part}) {
     for (const bool is_vertical_first : {false, true}) {
-      JpegSource source(file, window);
-      const auto rows = rows_of(source, is_vertical_first);
+      const auto rows = rows_of(file, window, is_vertical_first);
       if (rows.has_value() != pixels.has_value()) std::abort();
       if (!rows) continue;
       Pixels decoded(*pixels, file, window);
