@@ -5,6 +5,7 @@
 #ifdef __aarch64__
 #include <sys/auxv.h>
 #else
+#include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -26,9 +27,10 @@ enum class Isa { kPortable, kAvx2, kAvx512, kAvx512Vnni, kAvx512Bf16, kAmx };
 // ask. RTP_MM_AMX=0 forbids them: bfloat16s are summed then as on a CPU that has AVX-512 BF16 alone.
 inline bool may_use_amx() {
   constexpr long kRequestPermission = 0x1023, kTileData = 18;  // Linux's ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  constexpr unsigned kAmx = 1u << 22 | 1u << 24 | 1u << 25;    // of cpuid 7: bf16, tiles, int8
   const char* choice = std::getenv("RTP_MM_AMX");
-  return !(choice && std::strcmp(choice, "0") == 0) && __builtin_cpu_supports("amx-tile") &&
-         __builtin_cpu_supports("amx-bf16") && __builtin_cpu_supports("amx-int8") &&
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return !(choice && std::strcmp(choice, "0") == 0) && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kAmx) == kAmx &&
          syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
 #endif
@@ -112,6 +114,11 @@ struct Avx512Bf16 : Avx512Vnni {
   static constexpr bool kMultipliesPairs = true;
 };
 
+// clang looks at the vectors of a function before it is inlined, where it has the portable instructions alone.
+#if defined(__x86_64__) && !defined(__clang__)
+#define RTP_MM_X86_KERNELS
+#endif
+
 #define RTP_MM_INLINE [[gnu::always_inline]] inline
 
 // Compiles a function for NeonI8mm. The assembler wants armv8.2-a for it, which the build's own options, where it has
@@ -128,7 +135,7 @@ struct Avx512Bf16 : Avx512Vnni {
 
 namespace detail {
 
-#if defined(__x86_64__)
+#ifdef RTP_MM_X86_KERNELS
 template <class Arch, class Kernel, class... Args>
 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,bmi,bmi2"))) void on_avx512(Args... args) {
   Kernel::template run<Arch>(args...);
@@ -158,7 +165,7 @@ void on_portable(Args... args) {
 template <class Kernel, class... Args>
 void run([[maybe_unused]] Isa isa, Args... args) {
   [[maybe_unused]] constexpr bool kMultipliesBytes = requires { requires Kernel::kMultipliesBytes; };
-#if defined(__x86_64__)
+#ifdef RTP_MM_X86_KERNELS
   if constexpr (requires { requires Kernel::kMultipliesPairs; }) {
     if (isa >= Isa::kAvx512Bf16) return detail::on_avx512<Avx512Bf16, Kernel, Args...>(args...);
   }

@@ -50,7 +50,7 @@ RTP_MM_INLINE void upsample_down(const ChromaRows& chroma, uint8_t* row) {
 
 namespace detail {
 
-#ifdef __x86_64__
+#ifdef RTP_MM_X86_KERNELS
 // Bytes [begin, begin + 16) of 8 pixels, whose channels are at `channels[c] + pixel` of 16 bytes, -1 for another's; for
 // each 16 bytes of a vector.
 template <class Arch>
@@ -81,10 +81,10 @@ RTP_MM_INLINE Longs<Arch> pieces(Longs<Arch> low, Longs<Arch> high) {
     return piece % 3 == 2 ? kCount + 2 * group : 2 * group + piece % 3;
   };
   if constexpr (kCount == 4) {
-    return __builtin_shuffle(low, high, Longs<Arch>{place(0), place(1), place(2), place(3)});
+    return __builtin_shufflevector(low, high, place(0), place(1), place(2), place(3));
   } else {
-    return __builtin_shuffle(
-        low, high, Longs<Arch>{place(0), place(1), place(2), place(3), place(4), place(5), place(6), place(7)});
+    return __builtin_shufflevector(low, high, place(0), place(1), place(2), place(3), place(4), place(5), place(6),
+                                   place(7));
   }
 }
 #endif
@@ -93,7 +93,7 @@ RTP_MM_INLINE Longs<Arch> pieces(Longs<Arch> low, Longs<Arch> high) {
 template <class Arch>
 RTP_MM_INLINE void store_pixels(Shorts<Arch> red, Shorts<Arch> green, Shorts<Arch> blue, uint8_t* rgb) {
   constexpr int kPixels = sizeof(red) / 2;
-#ifdef __x86_64__
+#ifdef RTP_MM_X86_KERNELS
   if constexpr (Arch::kLanes > 4) {
     static constexpr PixelOrder<Arch> kLow(0, {0, 8, -1}), kLowBlue(0, {-1, -1, 0}), kHigh(16, {0, 8, -1}),
         kHighBlue(16, {-1, -1, 0});

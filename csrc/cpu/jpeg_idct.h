@@ -113,10 +113,9 @@ RTP_MM_INLINE void transpose_blocks(Shorts<Arch> (&rows)[8]) {
 // 8 bytes of each block from each of two rows, to where they belong: [first row's blocks, second row's blocks].
 template <class Arch>
 RTP_MM_INLINE Longs<Arch> rows_apart(Longs<Arch> bytes) {
-  Longs<Arch> order;
-  constexpr int kCount = sizeof(bytes) / 8;
-  for (int i = 0; i < kCount; ++i) order[i] = i < kCount / 2 ? 2 * i : 2 * i - kCount + 1;
-  return __builtin_shuffle(bytes, order);
+  if constexpr (sizeof(bytes) == 64) return __builtin_shufflevector(bytes, bytes, 0, 2, 4, 6, 1, 3, 5, 7);
+  if constexpr (sizeof(bytes) == 32) return __builtin_shufflevector(bytes, bytes, 0, 2, 1, 3);
+  return bytes;
 }
 
 }  // namespace detail

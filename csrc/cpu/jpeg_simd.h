@@ -59,37 +59,37 @@ RTP_MM_WRAPPING(multiply, *, Short)
 template <class Arch>
 RTP_MM_INLINE Shorts<Arch> zip_low(Shorts<Arch> a, Shorts<Arch> b) {
   RTP_MM_BY("vpunpcklwd")
-  if constexpr (Arch::kLanes == 4) return __builtin_shuffle(a, b, Shorts<Arch>{0, 8, 1, 9, 2, 10, 3, 11});
+  if constexpr (Arch::kLanes == 4) return __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
 }
 
 template <class Arch>
 RTP_MM_INLINE Shorts<Arch> zip_high(Shorts<Arch> a, Shorts<Arch> b) {
   RTP_MM_BY("vpunpckhwd")
-  if constexpr (Arch::kLanes == 4) return __builtin_shuffle(a, b, Shorts<Arch>{4, 12, 5, 13, 6, 14, 7, 15});
+  if constexpr (Arch::kLanes == 4) return __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
 }
 
 template <class Arch>
 RTP_MM_INLINE Ints<Arch> zip_low(Ints<Arch> a, Ints<Arch> b) {
   RTP_MM_BY("vpunpckldq")
-  if constexpr (Arch::kLanes == 4) return __builtin_shuffle(a, b, Ints<Arch>{0, 4, 1, 5});
+  if constexpr (Arch::kLanes == 4) return __builtin_shufflevector(a, b, 0, 4, 1, 5);
 }
 
 template <class Arch>
 RTP_MM_INLINE Ints<Arch> zip_high(Ints<Arch> a, Ints<Arch> b) {
   RTP_MM_BY("vpunpckhdq")
-  if constexpr (Arch::kLanes == 4) return __builtin_shuffle(a, b, Ints<Arch>{2, 6, 3, 7});
+  if constexpr (Arch::kLanes == 4) return __builtin_shufflevector(a, b, 2, 6, 3, 7);
 }
 
 template <class Arch>
 RTP_MM_INLINE Longs<Arch> zip_low(Longs<Arch> a, Longs<Arch> b) {
   RTP_MM_BY("vpunpcklqdq")
-  if constexpr (Arch::kLanes == 4) return __builtin_shuffle(a, b, Longs<Arch>{0, 2});
+  if constexpr (Arch::kLanes == 4) return __builtin_shufflevector(a, b, 0, 2);
 }
 
 template <class Arch>
 RTP_MM_INLINE Longs<Arch> zip_high(Longs<Arch> a, Longs<Arch> b) {
   RTP_MM_BY("vpunpckhqdq")
-  if constexpr (Arch::kLanes == 4) return __builtin_shuffle(a, b, Longs<Arch>{1, 3});
+  if constexpr (Arch::kLanes == 4) return __builtin_shufflevector(a, b, 1, 3);
 }
 
 template <class Arch>
