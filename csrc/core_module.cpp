@@ -79,6 +79,14 @@ PixelView view_of(const py::array& image) {
   return view;
 }
 
+py::buffer_info bytes_of(const py::buffer& data, const char* function) {
+  py::buffer_info file = data.request();
+  if (file.ndim != 1 || file.itemsize != 1 || file.strides[0] != 1) {
+    throw py::value_error(std::string(function) + ": data must be bytes");
+  }
+  return file;
+}
+
 // The decoder's own levels are fewer.
 Isa isa_of(ResizeLevel level) {
 #ifdef __aarch64__
@@ -94,17 +102,46 @@ Isa isa_of(ResizeLevel level) {
 // A file that has been read as far as its pixels, or a part of its image.
 class Jpeg {
  public:
-  static std::optional<Jpeg> read(const py::buffer& data);
+  static std::optional<Jpeg> read(const py::buffer& data) {
+    const py::buffer_info bytes = bytes_of(data, "Jpeg.read");
+    py::gil_scoped_release release;
+    try {
+      auto file = std::make_shared<const JpegFile>(read_jpeg(static_cast<const uint8_t*>(bytes.ptr), bytes.size));
+      const JpegWindow window{0, 0, file->height, file->width};
+      return Jpeg(std::move(file), window);
+    } catch (const UncertainJpeg&) {
+      return {};
+    }
+  }
 
   py::tuple shape() const { return py::make_tuple(window_.height, window_.width, kChannels); }
 
-  Jpeg window(const py::slice& rows, const py::slice& columns) const {
-    const auto [top, height] = range(rows, window_.height);
-    const auto [left, width] = range(columns, window_.width);
+  // [..., rows, columns, :]
+  Jpeg part(const py::tuple& index) const {
+    const py::object all = py::slice(std::nullopt, std::nullopt, std::nullopt);
+    const bool is_part = index.size() == 4 && py::isinstance<py::ellipsis>(index[0]) &&
+                         py::isinstance<py::slice>(index[1]) && py::isinstance<py::slice>(index[2]) &&
+                         all.equal(index[3]);
+    if (!is_part) throw py::value_error("Jpeg: a part is [..., rows, columns, :], got " + text(index));
+    const auto [top, height] = range(index[1], window_.height);
+    const auto [left, width] = range(index[2], window_.width);
     return Jpeg(file_, {window_.top + top, window_.left + left, height, width});
   }
 
-  py::object pixels(const std::optional<std::string>& level) const;
+  py::object pixels(const std::optional<std::string>& level) const {
+    py::array_t<uint8_t> pixels({file_->height, file_->width, kChannels});
+    uint8_t* pointer = pixels.mutable_data();
+    const Isa isa = isa_of(level_of(level));
+    try {
+      py::gil_scoped_release release;
+      decode_jpeg(*file_, pointer, isa);
+    } catch (const UncertainJpeg&) {
+      return py::none();
+    }
+    pixels.attr("flags").attr("writeable") = false;
+    const py::slice rows(window_.top, window_.top + window_.height, 1);
+    return pixels[py::make_tuple(rows, py::slice(window_.left, window_.left + window_.width, 1))];
+  }
 
   // False where the file turns out to be uncertain.
   bool resize_patchify(const ResizePatchify& job, uint8_t* rows) const {
@@ -125,7 +162,7 @@ class Jpeg {
   static std::pair<int64_t, int64_t> range(const py::slice& slice, int64_t size) {
     py::ssize_t begin, end, step, count;
     if (!slice.compute(size, &begin, &end, &step, &count) || step != 1 || count < 1) {
-      throw py::value_error("Jpeg.window: rows and columns must be some, one after another, got " + text(slice) +
+      throw py::value_error("Jpeg: rows and columns of a part must be some, one after another, got " + text(slice) +
                             " of " + std::to_string(size));
     }
     return {begin, count};
@@ -186,41 +223,6 @@ py::object resize_patchify_array(const std::variant<py::array, const Jpeg*>& ima
     }
   }
   return is_done ? py::object(std::move(rows)) : py::none();
-}
-
-py::buffer_info bytes_of(const py::buffer& data, const char* function) {
-  py::buffer_info file = data.request();
-  if (file.ndim != 1 || file.itemsize != 1 || file.strides[0] != 1) {
-    throw py::value_error(std::string(function) + ": data must be bytes");
-  }
-  return file;
-}
-
-std::optional<Jpeg> Jpeg::read(const py::buffer& data) {
-  const py::buffer_info bytes = bytes_of(data, "Jpeg.read");
-  py::gil_scoped_release release;
-  try {
-    auto file = std::make_shared<const JpegFile>(read_jpeg(static_cast<const uint8_t*>(bytes.ptr), bytes.size));
-    const JpegWindow window{0, 0, file->height, file->width};
-    return Jpeg(std::move(file), window);
-  } catch (const UncertainJpeg&) {
-    return {};
-  }
-}
-
-py::object Jpeg::pixels(const std::optional<std::string>& level) const {
-  py::array_t<uint8_t> pixels({file_->height, file_->width, kChannels});
-  uint8_t* pointer = pixels.mutable_data();
-  const Isa isa = isa_of(level_of(level));
-  try {
-    py::gil_scoped_release release;
-    decode_jpeg(*file_, pointer, isa);
-  } catch (const UncertainJpeg&) {
-    return py::none();
-  }
-  pixels.attr("flags").attr("writeable") = false;
-  const py::slice rows(window_.top, window_.top + window_.height, 1);
-  return pixels[py::make_tuple(rows, py::slice(window_.left, window_.left + window_.width, 1))];
 }
 
 py::object probe_bytes(const py::buffer& data) {
@@ -285,7 +287,7 @@ PYBIND11_MODULE(_core, m) {
   py::class_<rtp_mm::Jpeg>(m, "Jpeg", "A JPEG file of the plainest kind, of which all decoders make the same pixels.")
       .def_static("read", &rtp_mm::Jpeg::read, py::arg("data"), "Its headers and bits, or None for any other file.")
       .def_property_readonly("shape", &rtp_mm::Jpeg::shape, "(H, W, 3)")
-      .def("window", &rtp_mm::Jpeg::window, py::arg("rows"), py::arg("columns"), "A part of the image, by slices.")
+      .def("__getitem__", &rtp_mm::Jpeg::part, py::arg("index"), "A part of the image: [..., rows, columns, :].")
       .def("pixels", &rtp_mm::Jpeg::pixels, py::kw_only(), py::arg("level") = py::none(),
            "[H, W, 3] uint8, or None where the file turns out to be of another kind, or broken.");
   m.def(

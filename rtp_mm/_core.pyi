@@ -1,5 +1,6 @@
 """Preprocessing on the CPU without torch (csrc/core_module.cpp)."""
 
+from types import EllipsisType
 from typing import Literal, overload
 
 import numpy as np
@@ -21,8 +22,10 @@ class Jpeg:
     def shape(self) -> tuple[int, int, int]:
         """(H, W, 3)."""
 
-    def window(self, rows: slice, columns: slice) -> Jpeg:
-        """A part of the image. Raises `ValueError` for one that is empty or has steps."""
+    def __getitem__(self, index: tuple[EllipsisType, slice, slice, slice]) -> Jpeg:
+        """A part of the image as of an array, [..., rows, columns, :]. Raises `ValueError` for one that is empty or has
+        steps.
+        """
 
     def pixels(self, *, level: str | None = None) -> NDArray[np.uint8] | None:
         """[H, W, 3], read-only; `None` where the file is broken after all. Releases the GIL meanwhile."""

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import gc
 import io
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -98,3 +101,31 @@ def test_other_objects_are_refused() -> None:
         _core.arrow_pixels(array, schema, 10, 20)
     with pytest.raises(TypeError):
         _core.arrow_pixels(None, array, 10, 20)
+
+
+def test_a_large_jpeg_never_lies_in_memory_as_a_whole(tmp_path: Path) -> None:
+    """Its 62 MB of pixels go to the resize row by row."""
+    if "avx2" not in _core.resize_levels():
+        pytest.skip("libjpeg-turbo decodes here, which makes all of them")
+    file = tmp_path / "large.jpg"
+    Image.linear_gradient("L").resize((5400, 3840)).convert("RGB").save(file)
+    code = f"""
+import resource
+from pathlib import Path
+from rtp_mm.config import load_settings
+from rtp_mm.preprocess.image_config import ImageProcessorConfig
+from rtp_mm.preprocess.patches import ImagePreprocessor
+from rtp_mm.types import Blob, MMUrlType, PreprocessOptions
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+config = ImageProcessorConfig(14, 2, 2, 3136, 1003520, (0.5,) * 3, (0.5,) * 3)
+preprocessor = ImagePreprocessor.from_config(config, load_settings())
+blob = Blob(Path({str(file)!r}).read_bytes(), b"", "")
+before = peak()
+preprocessor(blob, MMUrlType.IMAGE, PreprocessOptions())
+print(peak() - before)
+"""
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(told.stdout) < 25 << 10  # KB: rows of 3 MB, a ring of bands, libraries on their first use

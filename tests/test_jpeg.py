@@ -21,7 +21,7 @@ from PIL import Image
 from rtp_mm import _core
 from rtp_mm.config import load_settings
 from rtp_mm.errors import WrongFormatError
-from rtp_mm.media.image import decode
+from rtp_mm.media.image import decode, open_image
 from rtp_mm.media.jpeg import read_jpeg
 from rtp_mm.preprocess.image_config import ImageProcessorConfig
 from rtp_mm.preprocess.patches import ImagePreprocessor
@@ -143,7 +143,7 @@ def test_rows_resized_as_they_are_decoded_are_those_of_the_pixels(
     options = {"order": order, "filter": filter, "level": level}
     height, width = 28 * target[0], 28 * target[1]
     expected = _core.resize_patchify(pixels[rows, columns], height, width, 14, 2, **options)
-    window = jpeg.window(rows, columns)
+    window = jpeg[..., rows, columns, :]
     np.testing.assert_array_equal(_core.resize_patchify(window, height, width, 14, 2, **options), expected)
     np.testing.assert_array_equal(window.pixels(level=level), pixels[rows, columns])
 
@@ -218,6 +218,21 @@ def test_coefficients_that_no_pixels_have_are_left_to_others(photos: dict[str, N
     assert by_ours(data[: table + 5] + bytes([255]) * 64 + data[table + 69 :]) is None
 
 
+def test_a_usual_file_takes_no_other_decoder(
+    photos: dict[str, NDArray[np.uint8]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor memory for its pixels: a silent way back to the others would cost what it is there for."""
+    if "avx2" not in _core.resize_levels():
+        pytest.skip("libjpeg-turbo is faster here")
+    for name in ("decode_jpeg", "_decode"):
+        monkeypatch.setattr(f"rtp_mm.media.image.{name}", None)
+    for progressive in (False, True):
+        data = encode(Image.fromarray(photos["chelsea"]), progressive=progressive)
+        np.testing.assert_array_equal(decode(data, **LIMITS), by_pillow(data))
+        with open_image(data, **LIMITS) as image:
+            assert isinstance(image.give(lambda form: form), _core.Jpeg)
+
+
 def test_another_size_than_pillow_read_is_left_to_pillow(photos: dict[str, NDArray[np.uint8]]) -> None:
     data = encode(Image.fromarray(photos["chelsea"]))
     assert read_jpeg(data, 451, 299) is None
@@ -290,11 +305,13 @@ def test_pixels_are_read_only(photos: dict[str, NDArray[np.uint8]], options: dic
     ("rows", "columns"),
     [(slice(0, 0), slice(0, 8)), (slice(0, 8), slice(4, 2)), (slice(0, 8, 2), slice(0, 8)), (slice(60, 70), slice(8))],
 )
-def test_no_window_is_empty_or_has_steps(rows: slice, columns: slice) -> None:
+def test_no_part_is_empty_or_has_steps(rows: slice, columns: slice) -> None:
     jpeg = _core.Jpeg.read(encode(Image.new("RGB", (50, 40))))
     assert jpeg is not None
-    with pytest.raises(ValueError, match=r"Jpeg\.window: rows and columns must be some, one after another, got slice"):
-        jpeg.window(rows, columns)
+    with pytest.raises(ValueError, match="rows and columns of a part must be some, one after another, got slice"):
+        jpeg[..., rows, columns, :]
+    with pytest.raises(ValueError, match=r"Jpeg: a part is \[\.\.\., rows, columns, :\], got "):
+        jpeg[..., slice(0, 8), slice(0, 8), slice(0, 1)]
 
 
 def test_a_file_that_is_no_bytes_is_refused() -> None:

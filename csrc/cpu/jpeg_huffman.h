@@ -75,7 +75,7 @@ class HuffmanTable {
   }
 
  private:
-  static constexpr int kLookBits = 11;  // 8 KB each; 3 to 4 % of a photograph's symbols are longer
+  static constexpr int kLookBits = 11;  // 8 KB each, a few of which stay in L1; few words are longer with their values
 
   struct Word {
     uint8_t bits, value_bits, advance;

@@ -123,7 +123,7 @@ RTP_MM_INLINE Longs<Arch> rows_apart(Longs<Arch> bytes) {
 // Samples of four blocks, side by side, to rows `stride` bytes apart. Where an element of the answer is negative, a
 // coefficient or a column of them is more than an encoder makes of pixels, and decoders differ.
 template <class Arch>
-RTP_MM_INLINE Shorts<Arch> idct_quad(const int16_t* quad, const QuadSteps& steps, uint8_t* samples, int64_t stride) {
+RTP_MM_INLINE Shorts<Arch> idct_quad(const Quad& quad, const QuadSteps& steps, uint8_t* samples, int64_t stride) {
   using Vector = Shorts<Arch>;
   constexpr int kLanes = sizeof(Vector) / 2;
   Vector over{};
@@ -131,7 +131,7 @@ RTP_MM_INLINE Shorts<Arch> idct_quad(const int16_t* quad, const QuadSteps& steps
     Vector rows[8], sum{};
     for (int i = 0; i < 8; ++i) {
       const int at = part + i * kQuadRow;
-      const auto coefficients = *reinterpret_cast<const Vector*>(quad + at);
+      const auto coefficients = *reinterpret_cast<const Vector*>(quad.at + at);
       over |= *reinterpret_cast<const Vector*>(steps.limits + at) - magnitude<Arch>(coefficients);
       rows[i] = multiply<Arch>(coefficients, *reinterpret_cast<const Vector*>(steps.steps + at));
       sum = add<Arch>(sum, magnitude<Arch>(rows[i]));

@@ -15,9 +15,9 @@ class JpegCoefficients {
   JpegCoefficients(const JpegFile& file, Isa isa);  // throws UncertainJpeg
 
   // Blocks [4 * quad, 4 * quad + 4) of a row of a component's blocks.
-  const int16_t* quad(int component, int64_t row, int64_t quad) const {
+  const Quad& quad(int component, int64_t row, int64_t quad) const {
     const Plane& plane = planes_[component];
-    return plane.values[row * plane.quads + quad].at;
+    return plane.values[row * plane.quads + quad];
   }
 
  private:

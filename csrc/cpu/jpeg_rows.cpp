@@ -16,7 +16,7 @@ struct DecodeMcus {
     const JpegFile& file = rows->file_;
     const int count = file.components(), across = static_cast<int>(file.across), down = static_cast<int>(file.down);
     const int luma = across * down;  // blocks in an MCU, and quads in four
-    alignas(64) int16_t quads[kMostQuads][kQuadSize];
+    Quad quads[kMostQuads];
     Shorts<Arch> over{};
     bool is_good = true;
     for (int64_t first = 0; first < file.mcus_across && is_good; first += kQuadBlocks) {
@@ -26,9 +26,8 @@ struct DecodeMcus {
         const int c = std::max(0, i - luma + 1), v = c ? 0 : i / across, q = c ? 0 : i % across;
         const int64_t quads_across = c ? 1 : across, quad = first / kQuadBlocks * quads_across + q;
         JpegRows::Plane& plane = rows->planes_[c];
-        const int16_t* coefficients = quads[i];
-        if (rows->coefficients_)
-          coefficients = rows->coefficients_->quad(c, rows->mcu_rows_ * (c ? 1 : down) + v, quad);
+        const int64_t row = rows->mcu_rows_ * (c ? 1 : down) + v;  // of blocks
+        const Quad& coefficients = rows->coefficients_ ? rows->coefficients_->quad(c, row, quad) : quads[i];
         over |= idct_quad<Arch>(coefficients, plane.steps, plane.row(8 * v) + 8 * kQuadBlocks * quad, plane.stride);
       }
     }
@@ -41,11 +40,11 @@ struct DecodeMcus {
  private:
   static constexpr int kMostQuads = 6;
 
-  RTP_MM_INLINE static bool read_quads(JpegRows& rows, int mcus, int16_t (*quads)[kQuadSize]) {
+  RTP_MM_INLINE static bool read_quads(JpegRows& rows, int mcus, Quad* quads) {
     const JpegFile& file = rows.file_;
     const JpegScan& scan = file.scans[0];
-    const int count = file.components(), across = static_cast<int>(file.across),
-              luma = across * static_cast<int>(file.down);
+    const int count = file.components(), across = static_cast<int>(file.across);
+    const int luma = across * static_cast<int>(file.down);
     std::memset(quads, 0, (luma + count - 1) * sizeof(quads[0]));
     bool is_good = true;
     for (int mcu = 0; mcu < mcus && is_good; ++mcu) {
@@ -53,11 +52,11 @@ struct DecodeMcus {
       JpegBits bits = rows.reader_.bits;  // in registers
       for (int block = 0; block < luma; ++block) {
         const int column = mcu * across + block % across, quad = block / across * across + column / kQuadBlocks;
-        is_good &=
-            read_block(bits, *scan.dc[0], *scan.ac[0], rows.predictions_[0], quads[quad] + 8 * (column % kQuadBlocks));
+        is_good &= read_block(bits, *scan.dc[0], *scan.ac[0], rows.predictions_[0],
+                              quads[quad].at + 8 * (column % kQuadBlocks));
       }
       for (int c = 1; c < count; ++c) {
-        is_good &= read_block(bits, *scan.dc[c], *scan.ac[c], rows.predictions_[c], quads[luma + c - 1] + 8 * mcu);
+        is_good &= read_block(bits, *scan.dc[c], *scan.ac[c], rows.predictions_[c], quads[luma + c - 1].at + 8 * mcu);
       }
       rows.reader_.bits = bits;
       is_good &= rows.reader_.is_within();
@@ -136,8 +135,8 @@ void JpegRows::advance() {
   }
   if (++mcu_rows_ < file_.mcus_down) return;
   if (!coefficients_) reader_.finish();
-  const int64_t rows = file_.height - (mcu_rows_ - 1) * mcu_height(),
-                chroma_rows = (rows + file_.down - 1) / file_.down;
+  const int64_t rows = file_.height - (mcu_rows_ - 1) * mcu_height();
+  const int64_t chroma_rows = (rows + file_.down - 1) / file_.down;
   for (size_t c = 1; c < planes_.size(); ++c) {
     std::copy_n(planes_[c].row(chroma_rows - 1), planes_[c].stride, planes_[c].row(chroma_rows));
   }

@@ -43,147 +43,76 @@ RTP_MM_WRAPPING(subtract, -, Int)
 RTP_MM_WRAPPING(multiply, *, Short)
 #undef RTP_MM_WRAPPING
 
+// A function of a and b that is one instruction of x86-64, on every instruction set of it, and `...` elsewhere, where
+// vectors have 16 bytes. By assembler, as gcc 12 does not find all of them by itself, or not those of 64 bytes.
 #ifdef __x86_64__
-// Of AVX2 and AVX-512, which gcc 12 does not find by itself, or not in this form.
-#define RTP_MM_BY(instruction)                                      \
-  if constexpr (Arch::kLanes > 4) {                                 \
-    decltype(a) result;                                             \
-    asm(instruction " %2, %1, %0" : "=v"(result) : "v"(a), "v"(b)); \
-    return result;                                                  \
+#define RTP_MM_BINARY(Result, name, Operand, instruction, ...)            \
+  template <class Arch>                                                   \
+  RTP_MM_INLINE Result<Arch> name(Operand<Arch> a, Operand<Arch> b) {     \
+    auto result = reinterpret_cast<Result<Arch>>(a);                      \
+    if constexpr (Arch::kLanes > 4) {                                     \
+      asm("v" instruction " %2, %1, %0" : "=v"(result) : "v"(a), "v"(b)); \
+    } else {                                                              \
+      asm(instruction " %1, %0" : "+x"(result) : "x"(b));                 \
+    }                                                                     \
+    return result;                                                        \
   }
 #else
-#define RTP_MM_BY(instruction)
+#define RTP_MM_BINARY(Result, name, Operand, instruction, ...)        \
+  template <class Arch>                                               \
+  RTP_MM_INLINE Result<Arch> name(Operand<Arch> a, Operand<Arch> b) { \
+    __VA_ARGS__                                                       \
+  }
+typedef int32_t EightInts __attribute__((vector_size(32)));
+typedef int16_t SixteenShorts __attribute__((vector_size(32)));
+typedef uint8_t SixteenBytes __attribute__((vector_size(16)));
+
+template <int kLow, int kHigh, class Vector>
+RTP_MM_INLINE Vector clamped(Vector x) {
+  x = x < kLow ? Vector{} + kLow : x;
+  return x > kHigh ? Vector{} + kHigh : x;
+}
 #endif
 
 // The first halves of a and b in turns, element by element of 16, 32 or 64 bits; and the second halves.
-template <class Arch>
-RTP_MM_INLINE Shorts<Arch> zip_low(Shorts<Arch> a, Shorts<Arch> b) {
-  RTP_MM_BY("vpunpcklwd")
-  if constexpr (Arch::kLanes == 4) return __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
-}
+RTP_MM_BINARY(Shorts, zip_low, Shorts, "punpcklwd", return __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);)
+RTP_MM_BINARY(Shorts, zip_high, Shorts, "punpckhwd", return __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);)
+RTP_MM_BINARY(Ints, zip_low, Ints, "punpckldq", return __builtin_shufflevector(a, b, 0, 4, 1, 5);)
+RTP_MM_BINARY(Ints, zip_high, Ints, "punpckhdq", return __builtin_shufflevector(a, b, 2, 6, 3, 7);)
+RTP_MM_BINARY(Longs, zip_low, Longs, "punpcklqdq", return __builtin_shufflevector(a, b, 0, 2);)
+RTP_MM_BINARY(Longs, zip_high, Longs, "punpckhqdq", return __builtin_shufflevector(a, b, 1, 3);)
 
-template <class Arch>
-RTP_MM_INLINE Shorts<Arch> zip_high(Shorts<Arch> a, Shorts<Arch> b) {
-  RTP_MM_BY("vpunpckhwd")
-  if constexpr (Arch::kLanes == 4) return __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
-}
+// Products of 16 bits each, added two by two.
+RTP_MM_BINARY(Ints, multiply_add_pairs, Shorts, "pmaddwd", const auto x = reinterpret_cast<Ints<Arch>>(a),
+              y = reinterpret_cast<Ints<Arch>>(b);
+              return (x << 16 >> 16) * (y << 16 >> 16) + (x >> 16) * (y >> 16);)
 
-template <class Arch>
-RTP_MM_INLINE Ints<Arch> zip_low(Ints<Arch> a, Ints<Arch> b) {
-  RTP_MM_BY("vpunpckldq")
-  if constexpr (Arch::kLanes == 4) return __builtin_shufflevector(a, b, 0, 4, 1, 5);
-}
+// The upper halves of products.
+RTP_MM_BINARY(Shorts, multiply_high, Shorts, "pmulhw",
+              const EightInts products = __builtin_convertvector(a, EightInts) * __builtin_convertvector(b, EightInts);
+              return __builtin_convertvector(products >> 16, Shorts<Arch>);)
 
-template <class Arch>
-RTP_MM_INLINE Ints<Arch> zip_high(Ints<Arch> a, Ints<Arch> b) {
-  RTP_MM_BY("vpunpckhdq")
-  if constexpr (Arch::kLanes == 4) return __builtin_shufflevector(a, b, 2, 6, 3, 7);
-}
+// Those of a, then those of b, clamped to 16 bits.
+RTP_MM_BINARY(Shorts, pack, Ints, "packssdw",
+              const EightInts both = __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7);
+              return __builtin_convertvector(clamped<-32768, 32767>(both), Shorts<Arch>);)
 
-template <class Arch>
-RTP_MM_INLINE Longs<Arch> zip_low(Longs<Arch> a, Longs<Arch> b) {
-  RTP_MM_BY("vpunpcklqdq")
-  if constexpr (Arch::kLanes == 4) return __builtin_shufflevector(a, b, 0, 2);
-}
-
-template <class Arch>
-RTP_MM_INLINE Longs<Arch> zip_high(Longs<Arch> a, Longs<Arch> b) {
-  RTP_MM_BY("vpunpckhqdq")
-  if constexpr (Arch::kLanes == 4) return __builtin_shufflevector(a, b, 1, 3);
-}
+// Those of a, then those of b, clamped to 0 to 255.
+RTP_MM_BINARY(Longs, pack_bytes, Shorts, "packuswb",
+              const SixteenShorts both = __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14,
+                                                                 15);
+              return reinterpret_cast<Longs<Arch>>(__builtin_convertvector(clamped<0, 255>(both), SixteenBytes));)
+#undef RTP_MM_BINARY
 
 template <class Arch>
 RTP_MM_INLINE Shorts<Arch> magnitude(Shorts<Arch> a) {
 #ifdef __x86_64__
   if constexpr (Arch::kLanes > 4) {
-    Shorts<Arch> result;
-    asm("vpabsw %1, %0" : "=v"(result) : "v"(a));
-    return result;
+    asm("vpabsw %0, %0" : "+v"(a));
+    return a;
   }
 #endif
   return a < 0 ? subtract<Arch>(Shorts<Arch>{}, a) : a;
-}
-
-// Products of 16 bits each, added two by two. `b` is the same in all lanes.
-template <class Arch>
-RTP_MM_INLINE Ints<Arch> multiply_add_pairs(Shorts<Arch> a, Shorts<Arch> b) {
-#ifdef __x86_64__
-  if constexpr (Arch::kLanes > 4) {
-    Ints<Arch> result;
-    asm("vpmaddwd %2, %1, %0" : "=v"(result) : "v"(a), "v"(b));
-    return result;
-  } else {
-    Shorts<Arch> result = a;
-    asm("pmaddwd %1, %0" : "+x"(result) : "x"(b));
-    return reinterpret_cast<Ints<Arch>>(result);
-  }
-#else
-  const auto x = reinterpret_cast<Ints<Arch>>(a), y = reinterpret_cast<Ints<Arch>>(b);
-  return (x << 16 >> 16) * (y << 16 >> 16) + (x >> 16) * (y >> 16);
-#endif
-}
-
-// The upper halves of products.
-template <class Arch>
-RTP_MM_INLINE Shorts<Arch> multiply_high(Shorts<Arch> a, Shorts<Arch> b) {
-#ifdef __x86_64__
-  if constexpr (Arch::kLanes > 4) {
-    Shorts<Arch> result;
-    asm("vpmulhw %2, %1, %0" : "=v"(result) : "v"(a), "v"(b));
-    return result;
-  } else {
-    asm("pmulhw %1, %0" : "+x"(a) : "x"(b));
-    return a;
-  }
-#else
-  typedef int32_t Wide __attribute__((vector_size(32)));
-  const Wide products = __builtin_convertvector(a, Wide) * __builtin_convertvector(b, Wide);
-  return __builtin_convertvector(products >> 16, Shorts<Arch>);
-#endif
-}
-
-// Those of a, then those of b, clamped to 16 bits.
-template <class Arch>
-RTP_MM_INLINE Shorts<Arch> pack(Ints<Arch> a, Ints<Arch> b) {
-#ifdef __x86_64__
-  if constexpr (Arch::kLanes > 4) {
-    Shorts<Arch> result;
-    asm("vpackssdw %2, %1, %0" : "=v"(result) : "v"(a), "v"(b));
-    return result;
-  } else {
-    auto result = reinterpret_cast<Shorts<Arch>>(a);
-    asm("packssdw %1, %0" : "+x"(result) : "x"(b));
-    return result;
-  }
-#else
-  typedef int32_t Wide __attribute__((vector_size(32)));
-  Wide wide = __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7);
-  wide = wide < -32768 ? Wide{} - 32768 : wide;
-  wide = wide > 32767 ? Wide{} + 32767 : wide;
-  return __builtin_convertvector(wide, Shorts<Arch>);
-#endif
-}
-
-// Those of a, then those of b, clamped to 0 to 255.
-template <class Arch>
-RTP_MM_INLINE Longs<Arch> pack_bytes(Shorts<Arch> a, Shorts<Arch> b) {
-#ifdef __x86_64__
-  if constexpr (Arch::kLanes > 4) {
-    Longs<Arch> result;
-    asm("vpackuswb %2, %1, %0" : "=v"(result) : "v"(a), "v"(b));
-    return result;
-  } else {
-    asm("packuswb %1, %0" : "+x"(a) : "x"(b));
-    return reinterpret_cast<Longs<Arch>>(a);
-  }
-#else
-  typedef int16_t Wide __attribute__((vector_size(32)));
-  typedef uint8_t Bytes __attribute__((vector_size(16)));
-  Wide wide = __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  wide = wide < 0 ? Wide{} : wide;
-  wide = wide > 255 ? Wide{} + 255 : wide;
-  return reinterpret_cast<Longs<Arch>>(__builtin_convertvector(wide, Bytes));
-#endif
 }
 
 }  // namespace rtp_mm

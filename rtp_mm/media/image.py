@@ -31,8 +31,9 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "ICO
 KEPT_BYTES = 48 << 20  # an image of 12 megapixels, in Pillow's four bytes each
 MAX_SCANS = 200  # of a JPEG; encoders make a dozen, and each, of a few bytes, may take as long as the whole image
 _TILE_SIDES, _TILE_OFFSETS = (322, 323), 324  # tags of a TIFF: TileWidth and TileLength
-Taken = TypeVar("Taken")  # what becomes of pixels
 _MODES = {1: "L", 2: "LA", 4: "RGBA"}  # Pillow's, by channels
+
+Taken = TypeVar("Taken")  # what becomes of pixels
 
 # What Pillow's readers raise for broken files. RuntimeError and ArithmeticError (a time scale of 0) are AVIF's. The
 # warning is an exception where warnings are errors. A MemoryError is for the caller, who knows the memory's limit.

@@ -53,10 +53,7 @@ class ResizePlan(NamedTuple):
 
     def cut(self, pixels: Pixels) -> Pixels:
         """A view of [..., H, W, 3]."""
-        rows, columns = self.rows, self.columns
-        if isinstance(pixels, _core.Jpeg):
-            return pixels.window(rows, columns)  # type: ignore[return-value]
-        view: Pixels = pixels[..., rows, columns, :]  # type: ignore[index]
+        view: Pixels = pixels[..., self.rows, self.columns, :]  # type: ignore[index]
         return view
 
 

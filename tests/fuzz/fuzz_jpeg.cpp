@@ -24,43 +24,26 @@ std::optional<std::vector<uint8_t>> pixels_of(const JpegFile& file, Isa isa) {
   return pixels;
 }
 
-std::vector<uint8_t> rows_of(RowSource& source, bool is_vertical_first) {
+// An image, or rows of a JPEG as they are decoded.
+template <class Image>
+std::vector<uint8_t> rows_of(Image& image, bool is_vertical_first) {
   constexpr int64_t kHeight = 24, kWidth = 32;
   const ResizePatchify job{kHeight, kWidth, 4, 2, 1, 0, ResizeFilter::kBicubic, is_vertical_first, best_resize_level()};
   std::vector<uint8_t> rows(kHeight * kWidth * 3);
-  resize_patchify(source, job, rows.data());
+  resize_patchify(image, job, rows.data());
   return rows;
 }
 
 std::optional<std::vector<uint8_t>> rows_of(const JpegFile& file, const JpegWindow& window, bool is_vertical_first) {
   try {
     JpegSource source(file, window);
-    const std::vector<uint8_t> rows = rows_of(source, is_vertical_first);
+    const std::vector<uint8_t> rows = rows_of<RowSource>(source, is_vertical_first);
     source.finish();
     return rows;
   } catch (const UncertainJpeg&) {
     return {};
   }
 }
-
-class Pixels : public RowSource {
- public:
-  Pixels(const std::vector<uint8_t>& pixels, const JpegFile& file, const JpegWindow& window)
-      : RowSource(window.height, window.width, 3), stride_(3 * window.width + kReadAhead) {
-    for (int64_t y = 0; y < window.height; ++y) {
-      const uint8_t* row = pixels.data() + 3 * ((window.top + y) * file.width + window.left);
-      rows_.insert(rows_.end(), row, row + 3 * window.width);
-      rows_.resize(rows_.size() + kReadAhead);
-    }
-    for (int64_t i = 0; i < kBandRows + 4; ++i) rows_.insert(rows_.end(), rows_.end() - stride_, rows_.end());
-  }
-
-  Rows rows(int64_t begin, int64_t, int64_t) override { return {rows_.data() + begin * stride_, stride_}; }
-
- private:
-  int64_t stride_;
-  std::vector<uint8_t> rows_;
-};
 
 void check(const JpegFile& file) {
   const auto pixels = pixels_of(file, Isa::kPortable);
@@ -74,8 +57,9 @@ void check(const JpegFile& file) {
       const auto rows = rows_of(file, window, is_vertical_first);
       if (rows.has_value() != pixels.has_value()) std::abort();
       if (!rows) continue;
-      Pixels decoded(*pixels, file, window);
-      if (rows != rows_of(decoded, is_vertical_first)) std::abort();
+      const PixelView view{pixels->data() + 3 * (window.top * file.width + window.left), window.height, window.width,
+                           3 * file.width, 3};
+      if (*rows != rows_of<const PixelView>(view, is_vertical_first)) std::abort();
     }
   }
 }
