@@ -97,7 +97,7 @@ def preprocess() -> str:
 
 
 def jpeg() -> str:
-    """Plain files, then progressive ones."""
+    """Sequential files, then progressive ones: how many times as long peers take as ours from bytes to rows."""
     [(_, result)] = results("preprocess")
     tables = [result["tables"][f"{kind} bytes to rows, one thread"] for kind in ("JPEG", "progressive JPEG")]
     peers = {"libjpeg-turbo decode": "libjpeg-turbo's decode alone", "Hugging Face": "Hugging Face"}

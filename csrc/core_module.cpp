@@ -284,7 +284,7 @@ py::array_t<uint8_t> over_white_array(const py::array_t<uint8_t, py::array::c_st
 
 PYBIND11_MODULE(_core, m) {
   m.doc() = "Preprocessing on the CPU without torch.";
-  py::class_<rtp_mm::Jpeg>(m, "Jpeg", "A JPEG file of the plainest kind, of which all decoders make the same pixels.")
+  py::class_<rtp_mm::Jpeg>(m, "Jpeg", "A JPEG file of the plainer kinds, whose pixels are libjpeg-turbo's.")
       .def_static("read", &rtp_mm::Jpeg::read, py::arg("data"), "Its headers and bits, or None for any other file.")
       .def_property_readonly("shape", &rtp_mm::Jpeg::shape, "(H, W, 3)")
       .def("__getitem__", &rtp_mm::Jpeg::part, py::arg("index"), "A part of the image: [..., rows, columns, :].")

@@ -14,7 +14,8 @@ DECODER = f"simplejpeg {simplejpeg.__version__}"  # which bundles libjpeg-turbo
 # (CMYK, YCCK) are turned to RGB by Pillow's own rules.
 _SAME_AS_PILLOW = ("YCbCr", "Gray")
 
-_HAS_KERNELS = "avx2" in _core.resize_levels()  # without, libjpeg-turbo's are faster than our own decoder
+# Without, libjpeg-turbo's own kernels are faster than our decoder, or, on ARM, nobody has measured which are.
+_HAS_KERNELS = "avx2" in _core.resize_levels()
 
 
 def read_jpeg(data: bytes, width: int, height: int) -> _core.Jpeg | None:
