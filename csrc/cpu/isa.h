@@ -84,28 +84,29 @@ inline const char* bf16_instructions([[maybe_unused]] Isa isa) {
   return "";
 }
 
-// What a kernel knows of an instruction set: floats in a vector, and how many vectors a matrix product may hold; and
-// whether one instruction multiplies words of four bytes, or of two bfloat16s (see multiply_add).
-// Without FMA a product and its sum need a few of the 16 registers. kVectors is the width of the widest strip: the
-// wider, the fewer loads, until too few rows are left.
+// What a kernel knows of an instruction set: floats in a vector, and how many vectors a matrix product may hold;
+// whether it is AVX-512, which has instructions of its own for some functions of vectors; and whether one instruction
+// multiplies words of four bytes, or of two bfloat16s (see multiply_add). Without FMA a product and its sum need a few
+// of the 16 registers. kVectors is the width of the widest strip: the wider, the fewer loads, until too few rows are
+// left.
 struct Portable {
 #ifdef __aarch64__
   static constexpr int kLanes = 4, kRegisters = 28, kVectors = 4;
 #else
   static constexpr int kLanes = 4, kRegisters = 12, kVectors = 2;
 #endif
-  static constexpr bool kMultipliesBytes = false, kMultipliesPairs = false;
+  static constexpr bool kIsAvx512 = false, kMultipliesBytes = false, kMultipliesPairs = false;
 };
 struct NeonI8mm : Portable {
   static constexpr bool kMultipliesBytes = true;
 };
 struct Avx2 {
   static constexpr int kLanes = 8, kRegisters = 16, kVectors = 2;
-  static constexpr bool kMultipliesBytes = false, kMultipliesPairs = false;
+  static constexpr bool kIsAvx512 = false, kMultipliesBytes = false, kMultipliesPairs = false;
 };
 struct Avx512 {
   static constexpr int kLanes = 16, kRegisters = 32, kVectors = 4;
-  static constexpr bool kMultipliesBytes = false, kMultipliesPairs = false;
+  static constexpr bool kIsAvx512 = true, kMultipliesBytes = false, kMultipliesPairs = false;
 };
 struct Avx512Vnni : Avx512 {
   static constexpr bool kMultipliesBytes = true;

@@ -5,8 +5,8 @@
 #include <limits>
 #include <type_traits>
 #include <utility>
-#include <vector>
 
+#include "cpu/aligned.h"
 #include "cpu/multiply.h"
 #include "cpu/multiply_amx.h"
 #include "cpu/rotate.h"
@@ -21,10 +21,15 @@ namespace {
 constexpr int64_t kPanel = 32;
 constexpr int64_t kQueries = 4 * kPanel;  // of a block, which reads keys and values from memory once
 constexpr int64_t kKeys = 128;            // of a block: their scores (16 KB) stay in L1, they and their values in L2
-constexpr int64_t kPairs = kKeys / 2;     // of their values
+constexpr int64_t kAmxKeys = 96;          // where tiles read keys and values beside them
+constexpr int64_t kAmxPairs = kAmxKeys / 2;
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 
-static_assert(kMaxHeadDim <= kStripDepth && kPairs % kAmxSide == 0 && kColumnUnit == kAmxSide);
+// How far a score may exceed what its row's weights are relative to, in powers of two: only beyond that are they scaled
+// anew. Sums in float32 have room for it, and are as exact.
+constexpr float kMostAbove = 8;
+
+static_assert(kMaxHeadDim <= kStripDepth && kAmxPairs % kAmxSide == 0 && kColumnUnit == kAmxSide);
 
 // What elements are multiplied as: the dimensions of a query or a key in pairs, and values and probabilities of two
 // keys.
@@ -37,6 +42,9 @@ struct PairRows {
   RTP_MM_INLINE static void run(const BFloat16* src, int64_t src_stride, int64_t rows, int64_t dim, BFloat16Pair* dst,
                                 int64_t dst_stride) {
     for (int64_t r = 0; r < rows; r += 2, src += 2 * src_stride, dst += dst_stride) {
+      for (int64_t i = r + kRowsAhead; i < std::min(r + kRowsAhead + 2, rows); ++i) {
+        prefetch(src + (i - r) * src_stride, dim);
+      }
       const BFloat16* next = r + 1 < rows ? src + src_stride : nullptr;
       for (int64_t i = 0; i < dim; ++i) dst[i] = src[i].bits | (next ? BFloat16Pair{next[i].bits} << 16 : 0);
     }
@@ -72,44 +80,88 @@ struct Narrow {
   }
 };
 
+// Products that AMX's tiles make while vectors go on.
+struct BesideVectors {
+  AmxProduct<BFloat16Pair> first, second;
+
+  RTP_MM_INLINE bool step() { return first.step() || second.step(); }
+
+  RTP_MM_INLINE void finish() {
+    while (step()) {
+    }
+  }
+};
+
+struct Nothing {
+  RTP_MM_INLINE void step() {}
+  RTP_MM_INLINE void finish() {}
+};
+
 // A panel of queries between blocks of keys.
 template <class Word>
 struct Panel {
-  std::vector<Word> queries;    // [words of dim][kPanel]
-  std::vector<float> weighted;  // [dim][kPanel], values times probabilities so far
-  float largest[kPanel], sum[kPanel];
+  int64_t rows = 0;               // of queries
+  AlignedVector<Word> queries;    // [words of dim][kPanel]
+  AlignedVector<float> weighted;  // [dim][kPanel], values times weights so far
+  // Of a query: what its weights are relative to, a score that is hardly less than its largest; and their sum.
+  alignas(64) float reference[kPanel], sum[kPanel];
 
-  // scores[keys][kPanel] -> 2^(score - largest so far), as words in their place. What was summed relative to a smaller
-  // score, if anything was, is scaled down.
+  // scores[keys][kPanel] -> weights 2^(score - reference), as words in their place. Where a score exceeds the reference
+  // by more than kMostAbove, it is the new one, and what was summed relative to the old one is scaled down.
   struct Softmax {
+    static constexpr int64_t kValues = std::is_same_v<Word, BFloat16Pair> ? 2 : 1;
+
     template <class Arch>
     RTP_MM_INLINE static Vector<Arch> power(Vector<Arch> x) {
-      return exp2_of_negative<Arch, std::is_same_v<Word, BFloat16Pair>>(x);
+      return exp2<Arch, kValues == 2>(x);
     }
 
+    // The larger of the scores of two keys.
     template <class Arch>
-    RTP_MM_INLINE static void run(Panel* panel, float* scores, int64_t keys, bool is_first) {
-      constexpr int kVectors = kPanel / Arch::kLanes;
-      constexpr int64_t kValues = std::is_same_v<Word, BFloat16Pair> ? 2 : 1;
-      Vector<Arch> largest[kVectors], total[kVectors] = {}, shrink[kVectors];
-      for (int v = 0; v < kVectors; ++v) largest[v] = at<Arch>(panel->largest + v * Arch::kLanes);
-      for (int64_t key = 0; key < keys; ++key) {
-        for (int v = 0; v < kVectors; ++v) {
-          const Vector<Arch> score = at<Arch>(scores + key * kPanel + v * Arch::kLanes);
-          largest[v] = largest[v] < score ? score : largest[v];
+    RTP_MM_INLINE static Vector<Arch> larger(const float* a, const float* b) {
+      return at<Arch>(a) < at<Arch>(b) ? at<Arch>(b) : at<Arch>(a);
+    }
+
+    // Each lane's largest of its scores and of what stands there: two in turns, as each waits for itself.
+    template <class Arch, int kVectors>
+    RTP_MM_INLINE static void take_largest(const float* scores, int64_t keys, Vector<Arch> (&largest)[kVectors]) {
+      Vector<Arch> other[kVectors];
+      for (int v = 0; v < kVectors; ++v) other[v] = largest[v];
+      for (int64_t key = 0; key < keys; key += 4) {
+        const float* rows[4];
+        for (int i = 0; i < 4; ++i) rows[i] = scores + std::min(key + i, keys - 1) * kPanel;
+        for (int64_t v = 0, lane = 0; v < kVectors; ++v, lane += Arch::kLanes) {
+          const Vector<Arch> first = larger<Arch>(rows[0] + lane, rows[1] + lane),
+                             second = larger<Arch>(rows[2] + lane, rows[3] + lane);
+          largest[v] = largest[v] < first ? first : largest[v];
+          other[v] = other[v] < second ? second : other[v];
         }
       }
+      for (int v = 0; v < kVectors; ++v) largest[v] = largest[v] < other[v] ? other[v] : largest[v];
+    }
+
+    template <class Arch, class Beside>
+    RTP_MM_INLINE static void run(Panel* panel, float* scores, int64_t keys, bool is_first, Beside* beside) {
+      constexpr int kVectors = kPanel / Arch::kLanes;
+      Vector<Arch> reference[kVectors], total[kVectors] = {};
+      for (int v = 0; v < kVectors; ++v) reference[v] = at<Arch>(panel->reference + v * Arch::kLanes);
+      take_largest<Arch>(scores, keys, reference);
+      for (int v = 0; v < kVectors; ++v) {
+        const Vector<Arch> before = at<Arch>(panel->reference + v * Arch::kLanes);
+        reference[v] = before + kMostAbove < reference[v] ? reference[v] : before;
+      }
       for (int64_t key = 0; key < keys; key += kValues) {
+        if (key % (2 * kValues) == 0) beside->step();
         for (int v = 0; v < kVectors; ++v) {
           const float* score = scores + key * kPanel + v * Arch::kLanes;
           float* word = scores + key / kValues * kPanel + v * Arch::kLanes;
-          const Vector<Arch> first = power<Arch>(at<Arch>(score) - largest[v]);
+          const Vector<Arch> first = power<Arch>(at<Arch>(score) - reference[v]);
           total[v] += first;
           if constexpr (kValues == 1) {
             at<Arch>(word) = first;
           } else {
             const bool is_last = key + 1 == keys;
-            const Vector<Arch> second = is_last ? Vector<Arch>{} : power<Arch>(at<Arch>(score + kPanel) - largest[v]);
+            const Vector<Arch> second = is_last ? Vector<Arch>{} : power<Arch>(at<Arch>(score + kPanel) - reference[v]);
             total[v] += second;
             // Ties go up; a NaN, which may be lost here, stays in the total.
             constexpr BFloat16Pair kHalf = 0x8000, kUpper = 0xffff0000;
@@ -119,31 +171,43 @@ struct Panel {
           }
         }
       }
+      beside->finish();
+      rescale<Arch>(panel, reference, total, is_first);
+    }
+
+    template <class Arch, int kVectors>
+    RTP_MM_INLINE static void rescale(Panel* panel, const Vector<Arch> (&reference)[kVectors],
+                                      const Vector<Arch> (&total)[kVectors], bool is_first) {
+      Vector<Arch> shrink[kVectors];
       IntVector<Arch> has_grown = {};
       for (int v = 0; v < kVectors; ++v) {
-        float *before = panel->largest + v * Arch::kLanes, *sum = panel->sum + v * Arch::kLanes;
-        has_grown |= at<Arch>(before) < largest[v];
-        shrink[v] = power<Arch>(at<Arch>(before) - largest[v]);
-        at<Arch>(before) = largest[v];
+        float *before = panel->reference + v * Arch::kLanes, *sum = panel->sum + v * Arch::kLanes;
+        has_grown |= at<Arch>(before) < reference[v];
+        shrink[v] = power<Arch>(at<Arch>(before) - reference[v]);
+        at<Arch>(before) = reference[v];
         at<Arch>(sum) = at<Arch>(sum) * shrink[v] + total[v];
       }
       int32_t lanes_grown = 0;
       for (int lane = 0; lane < Arch::kLanes; ++lane) lanes_grown |= has_grown[lane];
-      if (is_first || !lanes_grown) return;  // they would be multiplied by 1
-      for (float* row = panel->weighted.data(); row < panel->weighted.data() + panel->weighted.size(); row += kPanel) {
-        for (int v = 0; v < kVectors; ++v) at<Arch>(row + v * Arch::kLanes) *= shrink[v];
-      }
+      if (!is_first && lanes_grown) multiply<Arch>(panel, shrink);  // else it would be by 1
     }
   };
 
   struct Divide {
     template <class Arch>
     RTP_MM_INLINE static void run(Panel* panel) {
-      for (float* row = panel->weighted.data(); row < panel->weighted.data() + panel->weighted.size(); row += kPanel) {
-        for (int64_t i = 0; i < kPanel; i += Arch::kLanes) at<Arch>(row + i) /= at<Arch>(panel->sum + i);
-      }
+      Vector<Arch> inverse[kPanel / Arch::kLanes];
+      for (int64_t i = 0; i < kPanel; i += Arch::kLanes) inverse[i / Arch::kLanes] = 1.0f / at<Arch>(panel->sum + i);
+      multiply<Arch>(panel, inverse);
     }
   };
+
+  template <class Arch, int kVectors>
+  RTP_MM_INLINE static void multiply(Panel* panel, const Vector<Arch> (&factor)[kVectors]) {
+    for (float* row = panel->weighted.data(); row < panel->weighted.data() + panel->weighted.size(); row += kPanel) {
+      for (int v = 0; v < kVectors; ++v) at<Arch>(row + v * Arch::kLanes) *= factor[v];
+    }
+  }
 };
 
 // What one thread holds, in the layouts of `multiply`.
@@ -161,20 +225,20 @@ class Workspace {
         padded_dim_(up_to_multiple(job.dim, kColumnUnit)),
         key_stride_(by_amx_ ? padded_depth_ : kStripDepth) {
     for (Panel<Word>& panel : panels_) {
-      panel.queries.resize(padded_depth_ * kPanel);
-      panel.weighted.resize(padded_dim_ * kPanel);
+      panel.queries.resize(padded_depth_ * kPanel, Word{});
+      panel.weighted.resize(padded_dim_ * kPanel, 0.0f);
     }
   }
 
   // Takes over the keys of rows [first, first + length), and pairs of their values; floats are read where they are.
   void load_segment(int64_t head, int64_t first, int64_t length) {
     head_ = head, first_ = first, length_ = length;
-    keys_.resize(up_to_multiple(length, kAmxSide) * key_stride_);
+    keys_.resize(up_to_multiple(length, kAmxSide) * key_stride_, Word{});
     rotate(1, first, length, 1, keys_.data(), key_stride_);
     if constexpr (kValues == 2) {
-      values_.resize(up_to_multiple(length, kKeys) / 2 * padded_dim_);
+      values_.resize(up_to_multiple(length, kAmxKeys) / 2 * padded_dim_, Word{});
       if (by_amx_) {
-        for (int64_t key = 0; key < length; key += kKeys) load_values(key, std::min(kKeys, length - key));
+        for (int64_t key = 0; key < length; key += kAmxKeys) load_values(key, std::min(kAmxKeys, length - key));
       } else {
         rtp_mm::run<PairRows>(job_.isa, row(2, first), job_.row_stride, length, job_.dim, values_.data(), job_.dim);
       }
@@ -183,78 +247,109 @@ class Workspace {
 
   // Answers queries [first, first + count) of the segment that was loaded last.
   void attend(int64_t first, int64_t count) {
-    const int64_t panels = (count + kPanel - 1) / kPanel;
-    const auto rows_of = [&](int64_t p) { return std::min(kPanel, count - p * kPanel); };
-    for (int64_t p = 0; p < panels; ++p) begin(panels_[p], first_ + first + p * kPanel, rows_of(p));
-    for (int64_t key = 0; key < length_; key += kKeys) {
-      for (int64_t p = 0; p < panels; ++p) step(panels_[p], rows_of(p), key, std::min(kKeys, length_ - key));
+    panels_in_use_ = (count + kPanel - 1) / kPanel;
+    for (int64_t p = 0; p < panels_in_use_; ++p) {
+      panels_[p].rows = std::min(kPanel, count - p * kPanel);
+      begin(panels_[p], first_ + first + p * kPanel);
     }
-    for (int64_t p = 0; p < panels; ++p) finish(panels_[p], first_ + first + p * kPanel, rows_of(p));
+    if constexpr (kValues == 2) {
+      if (by_amx_) attend_by_tiles();
+    }
+    if (!by_amx_) {
+      for (int64_t key = 0; key < length_; key += kKeys) {
+        for (int64_t p = 0; p < panels_in_use_; ++p) attend_by_strips(panels_[p], key, std::min(kKeys, length_ - key));
+      }
+    }
+    for (int64_t p = 0; p < panels_in_use_; ++p) finish(panels_[p], first_ + first + p * kPanel);
   }
 
  private:
-  // For AMX: pairs of values of a block of keys, [padded_dim_][kPairs], with zeros up to a multiple of kAmxSide.
+  // For AMX: pairs of values of a block of keys, [padded_dim_][kAmxPairs], with zeros up to a multiple of kAmxSide.
   void load_values(int64_t key, int64_t keys) {
     const int64_t pairs = (keys + 1) / 2, padded = up_to_multiple(pairs, kAmxSide);
     auto* paired = reinterpret_cast<Word*>(paired_);
     rtp_mm::run<PairRows>(job_.isa, row(2, first_ + key), job_.row_stride, keys, job_.dim, paired, padded_dim_);
     std::fill_n(paired + pairs * padded_dim_, (padded - pairs) * padded_dim_, Word{});
     rtp_mm::run<Transpose>(job_.isa, static_cast<const float*>(paired_), padded_dim_, padded, padded_dim_,
-                           reinterpret_cast<float*>(values_.data()) + key / 2 * padded_dim_, kPairs);
+                           reinterpret_cast<float*>(values_.data()) + key / 2 * padded_dim_, kAmxPairs);
   }
 
-  void begin(Panel<Word>& panel, int64_t first, int64_t rows) {
+  void begin(Panel<Word>& panel, int64_t first) {
     auto* words = reinterpret_cast<Word*>(queries_);
     constexpr float kLog2OfE = 1.44269504f;  // so that scores are powers of two
-    rotate(0, first, rows, kLog2OfE / std::sqrt(static_cast<float>(job_.dim)), words, kStripDepth);
+    rotate(0, first, panel.rows, kLog2OfE / std::sqrt(static_cast<float>(job_.dim)), words, kStripDepth);
     rtp_mm::run<Transpose>(job_.isa, static_cast<const float*>(queries_), kStripDepth, kPanel, padded_depth_,
                            reinterpret_cast<float*>(panel.queries.data()), kPanel);
-    std::fill_n(panel.largest, kPanel, kMinusInfinity);
+    std::fill_n(panel.reference, kPanel, kMinusInfinity);
     std::fill_n(panel.sum, kPanel, 0.0f);
   }
 
-  void step(Panel<Word>& panel, int64_t rows, int64_t key, int64_t keys) {
-    const int64_t columns = up_to_multiple(rows, kColumnUnit);
-    const Product<Word> scores{.rows = keys,
-                               .columns = columns,
-                               .depth = by_amx_ ? padded_depth_ : depth_,
-                               .panel = panel.queries.data(),
-                               .panel_stride = kPanel,
-                               .sums = scores_,
-                               .sums_stride = kPanel,
-                               .is_added = false};
-    const Word* key_words = keys_.data() + key * key_stride_;
-    if constexpr (kValues == 2) {
-      if (by_amx_) multiply_amx(key_words, key_stride_, scores, Ahead{});
-    }
-    if (!by_amx_) multiply(job_.isa, key_words, scores);
-    rtp_mm::run<typename Panel<Word>::Softmax>(job_.isa, &panel, static_cast<float*>(scores_), keys, key == 0);
-    auto* weights = reinterpret_cast<Word*>(scores_);
-    Product<Word> product{.rows = job_.dim,
-                          .columns = columns,
-                          .depth = (keys + kValues - 1) / kValues,
-                          .panel = weights,
-                          .panel_stride = kPanel,
-                          .sums = panel.weighted.data(),
-                          .sums_stride = kPanel,
-                          .is_added = key > 0};
-    if constexpr (kValues == 2) {
-      if (by_amx_) {
-        const int64_t padded = up_to_multiple(product.depth, kAmxSide);
-        std::fill(weights + product.depth * kPanel, weights + padded * kPanel, Word{});
-        product.depth = padded;
-        return multiply_amx(values_.data() + key / 2 * padded_dim_, kPairs, product, Ahead{});
-      }
-    }
-    const auto [values, stride] = values_from(key);
-    multiply_transposed(job_.isa, values, stride, product);
+  // The products of a panel and a block of keys, but for what they read of keys and values.
+  Product<Word> scores_of(const Panel<Word>& panel, int64_t keys, int64_t depth, float* scores) const {
+    return {.rows = keys,
+            .columns = up_to_multiple(panel.rows, kColumnUnit),
+            .depth = depth,
+            .panel = panel.queries.data(),
+            .panel_stride = kPanel,
+            .sums = scores,
+            .sums_stride = kPanel,
+            .is_added = false};
   }
 
-  void finish(Panel<Word>& panel, int64_t first, int64_t rows) {
+  Product<Word> weighted_of(Panel<Word>& panel, int64_t key, int64_t depth, const float* weights) const {
+    return {.rows = job_.dim,
+            .columns = up_to_multiple(panel.rows, kColumnUnit),
+            .depth = depth,
+            .panel = reinterpret_cast<const Word*>(weights),
+            .panel_stride = kPanel,
+            .sums = panel.weighted.data(),
+            .sums_stride = kPanel,
+            .is_added = key > 0};
+  }
+
+  void attend_by_strips(Panel<Word>& panel, int64_t key, int64_t keys) {
+    float* scores = scores_[0];
+    multiply(job_.isa, keys_.data() + key * key_stride_, scores_of(panel, keys, depth_, scores));
+    Nothing nothing;
+    rtp_mm::run<typename Panel<Word>::Softmax>(job_.isa, &panel, scores, keys, key == 0, &nothing);
+    const auto [values, stride] = values_from(key);
+    multiply_transposed(job_.isa, values, stride, weighted_of(panel, key, (keys + kValues - 1) / kValues, scores));
+  }
+
+  // Blocks of keys times panels, a step each: while its scores become weights, tiles weigh values for the step before
+  // and make the scores of the next.
+  void attend_by_tiles() {
+    const int64_t steps = (length_ + kAmxKeys - 1) / kAmxKeys * panels_in_use_;
+    const auto key_of = [&](int64_t step) { return step / panels_in_use_ * kAmxKeys; };
+    const auto keys_of = [&](int64_t step) { return std::min(kAmxKeys, length_ - key_of(step)); };
+    const auto panel_of = [&](int64_t step) -> Panel<Word>& { return panels_[step % panels_in_use_]; };
+    const auto scores = [&](int64_t step) -> AmxProduct<Word> {
+      return {keys_.data() + key_of(step) * key_stride_, key_stride_,
+              scores_of(panel_of(step), keys_of(step), padded_depth_, scores_[step % 2])};
+    };
+    const auto weighted = [&](int64_t step) -> AmxProduct<Word> {
+      const int64_t key = key_of(step), pairs = (keys_of(step) + 1) / 2, padded = up_to_multiple(pairs, kAmxSide);
+      float* weights = scores_[step % 2];
+      std::fill(weights + pairs * kPanel, weights + padded * kPanel, 0.0f);
+      return {values_.data() + key / 2 * padded_dim_, kAmxPairs, weighted_of(panel_of(step), key, padded, weights)};
+    };
+    BesideVectors beside{.first = {}, .second = scores(0)};
+    beside.finish();
+    for (int64_t step = 0; step < steps; ++step) {
+      beside = {.first = step > 0 ? weighted(step - 1) : AmxProduct<Word>(),
+                .second = step + 1 < steps ? scores(step + 1) : AmxProduct<Word>()};
+      rtp_mm::run<typename Panel<Word>::Softmax>(job_.isa, &panel_of(step), static_cast<float*>(scores_[step % 2]),
+                                                 keys_of(step), key_of(step) == 0, &beside);
+    }
+    beside = {.first = weighted(steps - 1), .second = {}};
+    beside.finish();
+  }
+
+  void finish(Panel<Word>& panel, int64_t first) {
     rtp_mm::run<typename Panel<Word>::Divide>(job_.isa, &panel);
     rtp_mm::run<Transpose>(job_.isa, static_cast<const float*>(panel.weighted.data()), kPanel, padded_dim_, kPanel,
                            static_cast<float*>(answers_), kStripDepth);
-    rtp_mm::run<Narrow>(job_.isa, static_cast<const float*>(answers_), rows, job_.dim,
+    rtp_mm::run<Narrow>(job_.isa, static_cast<const float*>(answers_), panel.rows, job_.dim,
                         job_.out + (first * job_.heads + head_) * job_.dim, job_.heads * job_.dim);
   }
 
@@ -285,14 +380,15 @@ class Workspace {
   const int64_t key_stride_;                         // in words
   int64_t head_ = 0, first_ = 0, length_ = 0;
   // Words past a dim stay zero, and so does what AMX multiplies them by: see `multiply_amx`.
-  std::vector<Word> keys_;    // [length][key_stride_]
-  std::vector<Word> values_;  // of pairs: [length / 2][dim], or as `load_values` has them
+  AlignedVector<Word> keys_;    // [length][key_stride_]
+  AlignedVector<Word> values_;  // of pairs: [length / 2][dim], or as `load_values` has them
   Panel<Word> panels_[kQueries / kPanel];
+  int64_t panels_in_use_ = 0;
   const AmxTiles amx_tiles_{by_amx_};
   alignas(64) float queries_[kPanel * kStripDepth] = {};  // of words, whose bits floats hold
   alignas(64) float answers_[kPanel * kStripDepth] = {};
-  alignas(64) float paired_[kPairs * kStripDepth] = {};
-  alignas(64) float scores_[kKeys * kPanel] = {};
+  alignas(64) float paired_[kAmxPairs * kStripDepth] = {};
+  alignas(64) float scores_[2][kKeys * kPanel] = {};
 };
 
 int64_t blocks(int64_t length) { return (length + kQueries - 1) / kQueries; }

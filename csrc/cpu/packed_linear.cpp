@@ -1,9 +1,9 @@
 #include "cpu/packed_linear.h"
 
 #include <algorithm>
-#include <memory>
 #include <type_traits>
 
+#include "cpu/aligned.h"
 #include "cpu/float_formats.h"
 #include "cpu/multiply.h"
 #include "cpu/multiply_amx.h"
@@ -166,8 +166,8 @@ class Workspace {
         panel_(job.layout.panel()),
         tiling_(job.tiling()),
         groups_(ceil_div(job.layout.panels(), tiling_.panels)),
-        strips_(new Word[tiling_.rows * steps_ * strip_depth_]),
-        sums_(new float[up_to_multiple(tiling_.rows, kSquareRows) * kTileColumns]),
+        strips_(tiling_.rows * steps_ * strip_depth_),
+        sums_(up_to_multiple(tiling_.rows, kSquareRows) * kTileColumns),
         amx_tiles_(by_amx_) {}
 
   void run(int64_t tile) {
@@ -177,7 +177,7 @@ class Workspace {
       if (by_amx_) return multiply_by_amx(first, end);
     }
     multiply_by_steps(first, end);
-    finish(sums_.get(), tile_columns(job_, first, end), 0, rows_, first, end);
+    finish(sums_.data(), tile_columns(job_, first, end), 0, rows_, first, end);
   }
 
  private:
@@ -187,15 +187,15 @@ class Workspace {
     block_ = block;
     first_row_ = block * tiling_.rows;
     rows_ = std::min(tiling_.rows, job_.m - first_row_);
-    left_ = strips_.get();
+    left_ = strips_.data();
     if constexpr (std::is_same_v<Rows, ByteRows>) {
-      centre_rows(job_.isa, job_.x + first_row_, rows_, job_.k, strips_.get());
+      centre_rows(job_.isa, job_.x + first_row_, rows_, job_.k, strips_.data());
     } else if constexpr (kIsBytes) {
-      quantize_rows(job_.isa, rows_of_x(), rows_, job_.k, strip_depth_, strips_.get(), row_scales_);
+      quantize_rows(job_.isa, rows_of_x(), rows_, job_.k, strip_depth_, strips_.data(), row_scales_);
     } else if (by_amx_ && 2 * words_ == job_.k && rows_ % kAmxSide == 0) {
       left_ = reinterpret_cast<const Word*>(rows_of_x());
     } else {
-      pack_strips(rows_of_x(), rows_, job_.k, strip_depth_, strips_.get());
+      pack_strips(rows_of_x(), rows_, job_.k, strip_depth_, strips_.data());
     }
   }
 
@@ -216,7 +216,7 @@ class Workspace {
                   .depth = depth,
                   .panel = widened_panel(job_.isa, weight, depth * panel_, panel_scratch_),
                   .panel_stride = panel_,
-                  .sums = reinterpret_cast<Sum<Word>*>(sums_.get()) + (panel - first_panel) * panel_,
+                  .sums = reinterpret_cast<Sum<Word>*>(sums_.data()) + (panel - first_panel) * panel_,
                   .sums_stride = kTileColumns,
                   .is_added = step > 0},
                  {next, depth * panel_ * static_cast<int64_t>(sizeof(Weight))});
@@ -235,17 +235,20 @@ class Workspace {
         const int64_t bytes = depth * panel_ * sizeof(Word);  // of this step, and those to fetch of the next
         for (int64_t row = 0; row < rows_; row += kSquareRows) {
           const int64_t rows = std::min(kSquareRows, rows_ - row);
-          float* sums = sums_.get() + (amx_depth_ < words_ ? row * kTileColumns : 0);
-          multiply_amx(left_ + row * words_ + step, words_,
-                       {.rows = rows,
-                        .columns = panel_,
-                        .depth = depth,
-                        .panel = weight,
-                        .panel_stride = panel_,
-                        .sums = reinterpret_cast<Sum<Word>*>(sums),
-                        .sums_stride = kTileColumns,
-                        .is_added = step > 0},
-                       {reinterpret_cast<const char*>(weight) + bytes + bytes * row / rows_, bytes * rows / rows_});
+          float* sums = sums_.data() + (amx_depth_ < words_ ? row * kTileColumns : 0);
+          AmxProduct<Word> product(
+              left_ + row * words_ + step, words_,
+              {.rows = rows,
+               .columns = panel_,
+               .depth = depth,
+               .panel = weight,
+               .panel_stride = panel_,
+               .sums = reinterpret_cast<Sum<Word>*>(sums),
+               .sums_stride = kTileColumns,
+               .is_added = step > 0},
+              {reinterpret_cast<const char*>(weight) + bytes + bytes * row / rows_, bytes * rows / rows_});
+          while (product.step()) {
+          }
           if (step + depth == words_) finish(sums, columns, row, rows, panel, panel + 1);
         }
       }
@@ -279,8 +282,8 @@ class Workspace {
   const int64_t words_, strip_depth_, steps_, amx_depth_, panel_;
   const typename Job::Tiling tiling_;
   const int64_t groups_;
-  const std::unique_ptr<Word[]> strips_;  // [steps of k][rows][strip_depth_]
-  const std::unique_ptr<float[]> sums_;   // [rows][kTileColumns]
+  AlignedVector<Word> strips_;  // [steps of k][rows][strip_depth_]
+  AlignedVector<float> sums_;   // [rows][kTileColumns]
   const AmxTiles amx_tiles_;
   const Word* left_ = nullptr;  // the strips, or the rows of x
   int64_t block_ = -1, first_row_ = 0, rows_ = 0;

@@ -11,7 +11,8 @@ namespace rtp_mm {
 // Rows of dst = scale * the rotated rows of src, which may be the same. Dimension i is turned together with
 // i + dim / 2, in float32; cos, sin: [rows][dim / 2].
 struct Rotate {
-  struct Eight {
+  template <class Arch>
+  struct Eight : Arch {
     static constexpr int kLanes = 8;
   };
 
@@ -33,8 +34,9 @@ struct Rotate {
                                 int64_t rows, int64_t dim, float scale, Element* dst, int64_t dst_stride) {
     const int64_t half = dim / 2;
     for (; rows > 0; --rows, src += src_stride, dst += dst_stride, cos += half, sin += half) {
+      if (rows > kRowsAhead) prefetch(src + kRowsAhead * src_stride, dim);
       int64_t i = vectors_from<Wide<Arch, Element>>(0, src, cos, sin, half, scale, dst);
-      i = vectors_from<Eight>(i, src, cos, sin, half, scale, dst);  // half of 80 is 16 + 16 + 8
+      i = vectors_from<Eight<Arch>>(i, src, cos, sin, half, scale, dst);  // half of 80 is 16 + 16 + 8
       for (; i < half; ++i) {
         const float x = widened(src[i]), y = widened(src[half + i]), c = scale * cos[i], s = scale * sin[i];
         narrow(x * c - y * s, dst + i);

@@ -111,7 +111,7 @@ RTP_MM_INLINE void multiply_add(Vector<Arch>& sum, BFloat16Pair a, const PairVec
 // As many lanes as Arch has, or as 16 bytes of narrower elements have: gcc 12 widens and narrows less than that one
 // element at a time.
 template <class Arch, class Narrow>
-struct Wide {
+struct Wide : Arch {
   static constexpr int kLanes = std::max(Arch::kLanes, static_cast<int>(16 / sizeof(Narrow)));
 };
 
@@ -127,7 +127,15 @@ RTP_MM_INLINE Vector<Arch> widened(const uint8_t* p) {
 template <class Arch>
 RTP_MM_INLINE Vector<Arch> widened(const BFloat16* p) {
   using Types = Simd<Arch::kLanes>;
-  const auto bits = __builtin_convertvector(*reinterpret_cast<const typename Types::Half*>(p), typename Types::Word);
+  using Half = typename Types::Half;
+  typename Types::Word bits;
+#ifdef __x86_64__
+  if constexpr (Arch::kIsAvx512) {  // of which gcc 12 makes five instructions
+    asm("vpmovzxwd %1, %0" : "=v"(bits) : "m"(*reinterpret_cast<const Half*>(p)));
+    return reinterpret_cast<Vector<Arch>>(bits << 16);
+  }
+#endif
+  bits = __builtin_convertvector(*reinterpret_cast<const Half*>(p), typename Types::Word);
   return reinterpret_cast<Vector<Arch>>(bits << 16);
 }
 
@@ -180,6 +188,16 @@ inline float widened(BFloat16 x) { return std::bit_cast<float>(uint32_t{x.bits} 
 
 inline float widened(float x) { return x; }
 
+// Rows of a strided matrix that are read that many rows before: each is in a page of its own, where no hardware looks
+// ahead.
+constexpr int64_t kRowsAhead = 8;
+
+template <class Element>
+RTP_MM_INLINE void prefetch(const Element* row, int64_t count) {
+  for (int64_t i = 0; i < count; i += 64 / sizeof(Element)) __builtin_prefetch(row + i, 0, 3);
+  __builtin_prefetch(row + count - 1, 0, 3);
+}
+
 // The sum of a vector's lanes, folded in halves.
 template <class Arch>
 RTP_MM_INLINE float sum(const Vector<Arch>& x) {
@@ -229,15 +247,35 @@ RTP_MM_INLINE Vector<Arch> exp(Vector<Arch> x) {
   return p * reinterpret_cast<Vector<Arch>>(bits);
 }
 
-// 2^x for x <= 0, of which less than -126 count as that; 1 for 0, and NaN for NaN. Relative error at most 1.9e-7; a
+// 2^x for x < 8, of which less than -126 count as that; 1 for 0, and NaN for NaN. Relative error at most 1.9e-7; a
 // rough one's, for what is rounded to bfloat16 (2e-3), 1.1e-4.
 template <class Arch, bool kIsRough>
-RTP_MM_INLINE Vector<Arch> exp2_of_negative(Vector<Arch> x) {
-  const Vector<Arch> low = Vector<Arch>{} - 126.0f;
+RTP_MM_INLINE Vector<Arch> exp2(Vector<Arch> x) {
+  const Vector<Arch> low = Vector<Arch>{} - 126.0f;  // subnormal numbers would take a hundred times as long
+  Vector<Arch> p;
+#ifdef __x86_64__
+  if constexpr (Arch::kIsAvx512) {
+    Vector<Arch> r, power;
+    asm("vmaxps %1, %2, %0" : "=v"(x) : "v"(x), "v"(low));
+    asm("vreduceps $1, %1, %0" : "=v"(r) : "v"(x));  // x - floor(x)
+    // Minimax on 0 <= r <= 1 among those that are 1 at 0.
+    if constexpr (kIsRough) {
+      p = r * 7.7067240e-2f + 2.2764498e-1f;
+      p = p * r + 6.9511663e-1f;
+    } else {
+      p = r * 1.8650337e-3f + 9.0226974e-3f;
+      p = p * r + 5.5794484e-2f;
+      p = p * r + 2.4016660e-1f;
+      p = p * r + 6.9315104e-1f;
+    }
+    p = p * r + 1.0f;
+    asm("vscalefps %2, %1, %0" : "=v"(power) : "v"(p), "v"(x));  // p 2^floor(x)
+    return power;
+  }
+#endif
   x = x < low ? low : x;
   const Vector<Arch> shifted = x + 12582912.0f, r = x - (shifted - 12582912.0f);  // as in `exp`
   // Minimax on |r| <= 1/2 among those that are 1 at 0.
-  Vector<Arch> p;
   if constexpr (kIsRough) {
     p = r * 5.5008933e-2f + 2.4221095e-1f;
     p = p * r + 6.932829e-1f;
