@@ -71,6 +71,29 @@ def test_large_scores_neither_overflow_nor_lose_the_largest() -> None:
     assert error(ours, reference.packed_attention(qkv, cos, sin, [300])) < 1e-4  # scores of 1e3 are exact to 1e-4
 
 
+def test_scores_that_rise_by_a_little_and_by_much(dtype: torch.dtype) -> None:
+    """Weights are relative to a score that is not always the row's largest so far: a little above it, or far."""
+    qkv, cos, sin = random_inputs(400, 2, 80, dtype)
+    qkv[:, 1] *= torch.linspace(0.01, 6, 400)[:, None, None].to(dtype)
+    cu = cumulative([400])
+    exact = reference.packed_attention(qkv, cos, sin, [400])
+    plain = sdpa(qkv.clone(), RotaryTable(cos, sin), Segments.from_lengths(cu, [400]))
+    ours = ops.packed_attention(qkv, cos, sin, cu)
+    assert error(ours, exact) <= (2 if dtype == torch.float32 else 1.1) * error(plain, exact)
+
+
+def test_a_key_that_is_infinite_or_no_number_is_seen_by_its_segment_alone(dtype: torch.dtype) -> None:
+    qkv, cos, sin = random_inputs(300, 1, 16, dtype)
+    clean = ops.packed_attention(qkv, cos, sin, cumulative([130, 170]))
+    for value in (float("nan"), float("inf")):
+        broken = qkv.clone()
+        broken[120, 1, 0, 3] = value
+        answers = ops.packed_attention(broken, cos, sin, cumulative([130, 170]))
+        assert torch.equal(answers[130:], clean[130:])
+        if value != value:
+            assert answers[:130].isnan().all()
+
+
 def test_batching_is_invisible(dtype: torch.dtype) -> None:
     lengths = [64, 130, 1, 300, 5, 64, 113]
     starts = [0, *accumulate(lengths)]

@@ -18,7 +18,7 @@ constexpr int64_t kStripDepth = 128;
 // Columns come in multiples of this: a vector of the widest instruction set.
 constexpr int64_t kColumnUnit = 16;
 
-// The side of AMX's tiles, in rows and in words. What they multiply (see `multiply_amx`) has zeros up to a depth that
+// The side of AMX's tiles, in rows and in words. What they multiply (see `AmxProduct`) has zeros up to a depth that
 // is a multiple of it.
 constexpr int64_t kAmxSide = 16;
 

@@ -25,10 +25,11 @@ class AmxTiles {
 
 // As `multiply`, with rows of `left` that many words apart, in steps that a caller takes between other work: the tiles
 // are busy with a step for some 70 cycles, while vectors go on. One product at a time, to its end. The depth and the
-// columns are multiples of kAmxSide; rows are taken in as many, so `left` must be readable, and `sums` have room, up to
-// the next multiple: what stands there is of no importance, and lost. A row of a tile that lies in two cache lines is
-// loaded as slowly as two. Bytes are added exactly, bfloat16s in an order of their own: of each 16 words the lower
-// halves' products, and the upper ones', are summed from 0 on, both sums added up, and that added to what was before.
+// columns are multiples of kAmxSide, the depth not 0; rows are taken in as many, so `left` must be readable, and `sums`
+// have room, up to the next multiple: what stands there is of no importance, and lost. A row of a tile that lies in two
+// cache lines is loaded as slowly as two. Bytes are added exactly, bfloat16s in an order of their own: of each 16 words
+// the lower halves' products, and the upper ones', are summed from 0 on, both sums added up, and that added to what was
+// before.
 template <class Word>
 class AmxProduct {
  public:
@@ -52,6 +53,11 @@ class AmxProduct {
     in_shape(place, [&]<int kRows, int kColumns>() __attribute__((always_inline)) { step<kRows, kColumns>(place); });
     return true;
 #endif
+  }
+
+  RTP_MM_INLINE void finish() {
+    while (step()) {
+    }
   }
 
  private:
@@ -164,6 +170,12 @@ class AmxProduct {
   bool is_begun_ = false;
   const char* ahead_ = nullptr;
   int64_t lines_ = 0;  // of `ahead`, to prefetch at a step
+};
+
+// Where there is nothing to multiply beside vectors.
+struct NoProduct {
+  RTP_MM_INLINE void step() {}
+  RTP_MM_INLINE void finish() {}
 };
 
 }  // namespace rtp_mm

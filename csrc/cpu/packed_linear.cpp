@@ -56,7 +56,7 @@ struct ActivateSums {
 
 // sums[rows] to `columns` of the rows of out, or added to them.
 struct Write {
-  static constexpr int64_t kRowsAhead = 4;  // each is in a page of its own, where no hardware looks ahead
+  static constexpr int64_t kRowsWrittenAhead = 4;  // each is in a page of its own, where no hardware looks ahead
 
   template <class Arch, class Out>
   RTP_MM_INLINE static void run(const float* sums, int64_t rows, int64_t columns, bool is_added, Out* out,
@@ -65,7 +65,7 @@ struct Write {
     for (int64_t r = 0; r < rows; ++r, sums += kTileColumns, out += out_stride) {
       int64_t j = 0;
       for (; j + Lanes::kLanes <= columns; j += Lanes::kLanes) {
-        if (r + kRowsAhead < rows) __builtin_prefetch(out + kRowsAhead * out_stride + j, 1, 3);
+        if (r + kRowsWrittenAhead < rows) __builtin_prefetch(out + kRowsWrittenAhead * out_stride + j, 1, 3);
         const Vector<Lanes> sum = at<Lanes>(sums + j);
         narrow<Lanes>(is_added ? widened<Lanes>(out + j) + sum : sum, out + j);
       }
@@ -247,8 +247,7 @@ class Workspace {
                .sums_stride = kTileColumns,
                .is_added = step > 0},
               {reinterpret_cast<const char*>(weight) + bytes + bytes * row / rows_, bytes * rows / rows_});
-          while (product.step()) {
-          }
+          product.finish();
           if (step + depth == words_) finish(sums, columns, row, rows, panel, panel + 1);
         }
       }

@@ -34,7 +34,7 @@ struct Rotate {
                                 int64_t rows, int64_t dim, float scale, Element* dst, int64_t dst_stride) {
     const int64_t half = dim / 2;
     for (; rows > 0; --rows, src += src_stride, dst += dst_stride, cos += half, sin += half) {
-      if (rows > kRowsAhead) prefetch(src + kRowsAhead * src_stride, dim);
+      if (rows > kRowsReadAhead) prefetch(src + kRowsReadAhead * src_stride, dim);
       int64_t i = vectors_from<Wide<Arch, Element>>(0, src, cos, sin, half, scale, dst);
       i = vectors_from<Eight<Arch>>(i, src, cos, sin, half, scale, dst);  // half of 80 is 16 + 16 + 8
       for (; i < half; ++i) {

@@ -188,9 +188,9 @@ inline float widened(BFloat16 x) { return std::bit_cast<float>(uint32_t{x.bits} 
 
 inline float widened(float x) { return x; }
 
-// Rows of a strided matrix that are read that many rows before: each is in a page of its own, where no hardware looks
-// ahead.
-constexpr int64_t kRowsAhead = 8;
+// How many rows before they are read those of a strided matrix are fetched: each is in a page of its own, where no
+// hardware looks ahead.
+constexpr int64_t kRowsReadAhead = 8;
 
 template <class Element>
 RTP_MM_INLINE void prefetch(const Element* row, int64_t count) {
@@ -247,7 +247,7 @@ RTP_MM_INLINE Vector<Arch> exp(Vector<Arch> x) {
   return p * reinterpret_cast<Vector<Arch>>(bits);
 }
 
-// 2^x for x < 8, of which less than -126 count as that; 1 for 0, and NaN for NaN. Relative error at most 1.9e-7; a
+// 2^x for x < 127, of which less than -126 count as that; 1 for 0, and NaN for NaN. Relative error at most 1.9e-7; a
 // rough one's, for what is rounded to bfloat16 (2e-3), 1.1e-4.
 template <class Arch, bool kIsRough>
 RTP_MM_INLINE Vector<Arch> exp2(Vector<Arch> x) {

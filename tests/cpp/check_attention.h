@@ -9,15 +9,24 @@
 
 #include "check.h"
 #include "cpu/packed_attention.h"
+#include "cpu/simd.h"
 #include "random_data.h"
 
 namespace rtp_mm {
 
-// Values are of size 1; `error` is how far an answer may be off.
+// Values are of size 1; `error` is how far an answer may be off. Keys grow up to `growth` times as large, and scores
+// with them, so that the largest so far is left far behind.
 template <class Element>
-void test_packed_attention(Isa isa, const std::vector<int32_t>& cu_seqlens, int64_t heads, int64_t dim, double error) {
+void test_packed_attention(Isa isa, const std::vector<int32_t>& cu_seqlens, int64_t heads, int64_t dim, double error,
+                           float growth = 1) {
   const int64_t n = cu_seqlens.back(), half = dim / 2;
-  const std::vector<Element> qkv = random_floats<Element>(n * 3 * heads * dim);
+  std::vector<Element> qkv = random_floats<Element>(n * 3 * heads * dim);
+  for (int64_t i = 0; i < n; ++i) {
+    for (int64_t j = 0; j < heads * dim; ++j) {
+      Element& key = qkv[(i * 3 + 1) * heads * dim + j];
+      narrow(static_cast<float>(to_float(key)) * (1 + (growth - 1) * i / n), &key);
+    }
+  }
   const std::vector<float> angles = random_floats<float>(n * half);
   std::vector<float> cos, sin;
   for (float angle : angles) cos.push_back(std::cos(angle)), sin.push_back(std::sin(angle));

@@ -209,6 +209,7 @@ int main() {
     test_int8_linear(isa, 230, 1030, 70);
     test_packed_attention<float>(isa, {0, 1, 1, 130, 160}, 2, 10, 1e-5);
     test_packed_attention<float>(isa, {0, 40}, 1, 128, 1e-5);
+    test_packed_attention<float>(isa, {0, 272}, 1, 10, 1e-4, 8);
     test_pointwise<float>(isa);
   }
 }
