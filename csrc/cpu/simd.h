@@ -226,6 +226,14 @@ RTP_MM_INLINE void transpose(Vector<Arch> (&rows)[Arch::kLanes]) {
   if constexpr (kHalf > 1) transpose<Arch, kHalf / 2>(rows);
 }
 
+// Coefficients from the highest power down, at least two.
+template <class Arch, class... Floats>
+RTP_MM_INLINE Vector<Arch> polynomial(Vector<Arch> x, float highest, float next, Floats... others) {
+  Vector<Arch> sum = x * highest + next;
+  ((sum = sum * x + others), ...);
+  return sum;
+}
+
 // e^x, relative error at most 1.2e-7, for x clamped to [-87, 88]; NaN stays NaN. Below -87 that is 1.6e-38, which
 // vanishes beside the 1 that it is added to.
 template <class Arch>
@@ -237,12 +245,8 @@ RTP_MM_INLINE Vector<Arch> exp(Vector<Arch> x) {
   const Vector<Arch> shifted = x * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f;
   const Vector<Arch> r = x - n * 0.693359375f + n * 2.12194440e-4f;  // ln 2 in two terms, the first exact in products
   // Minimax on |r| <= ln 2 / 2, relative error 1.9e-9.
-  Vector<Arch> p = r * 1.3836823e-3f + 8.3748350e-3f;
-  p = p * r + 4.1668227e-2f;
-  p = p * r + 1.6666420e-1f;
-  p = p * r + 4.9999992e-1f;
-  p = p * r + 1.0f;
-  p = p * r + 1.0f;
+  const Vector<Arch> p =
+      polynomial<Arch>(r, 1.3836823e-3f, 8.3748350e-3f, 4.1668227e-2f, 1.6666420e-1f, 4.9999992e-1f, 1.0f, 1.0f);
   const auto bits = (reinterpret_cast<typename Simd<Arch::kLanes>::Word>(shifted) << 23) + 0x3f800000;
   return p * reinterpret_cast<Vector<Arch>>(bits);
 }
@@ -259,16 +263,8 @@ RTP_MM_INLINE Vector<Arch> exp2(Vector<Arch> x) {
     asm("vmaxps %1, %2, %0" : "=v"(x) : "v"(x), "v"(low));
     asm("vreduceps $1, %1, %0" : "=v"(r) : "v"(x));  // x - floor(x)
     // Minimax on 0 <= r <= 1 among those that are 1 at 0.
-    if constexpr (kIsRough) {
-      p = r * 7.7067240e-2f + 2.2764498e-1f;
-      p = p * r + 6.9511663e-1f;
-    } else {
-      p = r * 1.8650337e-3f + 9.0226974e-3f;
-      p = p * r + 5.5794484e-2f;
-      p = p * r + 2.4016660e-1f;
-      p = p * r + 6.9315104e-1f;
-    }
-    p = p * r + 1.0f;
+    p = kIsRough ? polynomial<Arch>(r, 7.7067240e-2f, 2.2764498e-1f, 6.9511663e-1f, 1.0f)
+                 : polynomial<Arch>(r, 1.8650337e-3f, 9.0226974e-3f, 5.5794484e-2f, 2.4016660e-1f, 6.9315104e-1f, 1.0f);
     asm("vscalefps %2, %1, %0" : "=v"(power) : "v"(p), "v"(x));  // p 2^floor(x)
     return power;
   }
@@ -276,16 +272,8 @@ RTP_MM_INLINE Vector<Arch> exp2(Vector<Arch> x) {
   x = x < low ? low : x;
   const Vector<Arch> shifted = x + 12582912.0f, r = x - (shifted - 12582912.0f);  // as in `exp`
   // Minimax on |r| <= 1/2 among those that are 1 at 0.
-  if constexpr (kIsRough) {
-    p = r * 5.5008933e-2f + 2.4221095e-1f;
-    p = p * r + 6.932829e-1f;
-  } else {
-    p = r * 1.326472e-3f + 9.671513e-3f;
-    p = p * r + 5.550734e-2f;
-    p = p * r + 2.4022242e-1f;
-    p = p * r + 6.93147e-1f;
-  }
-  p = p * r + 1.0f;
+  p = kIsRough ? polynomial<Arch>(r, 5.5008933e-2f, 2.4221095e-1f, 6.932829e-1f, 1.0f)
+               : polynomial<Arch>(r, 1.326472e-3f, 9.671513e-3f, 5.550734e-2f, 2.4022242e-1f, 6.93147e-1f, 1.0f);
   const auto bits = (reinterpret_cast<typename Simd<Arch::kLanes>::Word>(shifted) << 23) + 0x3f800000;
   return p * reinterpret_cast<Vector<Arch>>(bits);
 }
@@ -303,14 +291,8 @@ RTP_MM_INLINE Vector<Arch> gelu(Vector<Arch> x) {
   const Vector<Arch> y = x < 0.0f ? -x : x;
   const Vector<Arch> t = 1.0f / (1.0f + 0.3f * y);
   // Minimax on 0 <= y <= 13, relative error 5.7e-8.
-  Vector<Arch> q = t * 3.8270980e-2f - 1.6864341e-1f;
-  q = q * t + 2.2757773e-1f;
-  q = q * t - 7.5265193e-2f;
-  q = q * t + 1.4167526e-1f;
-  q = q * t + 9.5051230e-2f;
-  q = q * t + 1.2182586e-1f;
-  q = q * t + 1.1950100e-1f;
-  q = q * t + 6.3828902e-6f;
+  const Vector<Arch> q = polynomial<Arch>(t, 3.8270980e-2f, -1.6864341e-1f, 2.2757773e-1f, -7.5265193e-2f,
+                                          1.4167526e-1f, 9.5051230e-2f, 1.2182586e-1f, 1.1950100e-1f, 6.3828902e-6f);
   return (x < 0.0f ? Vector<Arch>{} : x) - y * q * exp<Arch>(y * y * -0.5f);
 }
 
