@@ -4,6 +4,7 @@
 #include <type_traits>
 
 #include "cpu/aligned.h"
+#include "cpu/finish_sums.h"
 #include "cpu/float_formats.h"
 #include "cpu/multiply.h"
 #include "cpu/multiply_amx.h"
@@ -18,7 +19,8 @@ namespace {
 constexpr int64_t kMaxTileRows = 224;
 constexpr int64_t kTilePanels = 2;
 constexpr int64_t kMaxAmxRows = 512;                       // of a block, where products are AMX's
-constexpr int64_t kMaxAmxDepth = 1280;                     // of a step of AMX in words: a panel of it takes 320 KB
+constexpr int64_t kMaxAmxDepth = 640;                      // of a step of AMX in words: a panel of it takes 160 KB
+constexpr int64_t kMaxAmxPanels = 8;                       // of a tile, there
 constexpr int64_t kTileColumns = kTilePanels * kMaxPanel;  // at most; rows of a tile's sums are as far apart
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -30,86 +32,6 @@ struct Widen {
     for (int64_t i = 0; i < count; i += Lanes::kLanes) at<Lanes>(dst + i) = widened<Lanes>(weight + i);
   }
 };
-
-// sums[rows] of `panels` panels to their activated values in the output's order, in place. bias: of the panels'
-// columns.
-struct ActivateSums {
-  template <class Arch>
-  RTP_MM_INLINE static void run(float* sums, const float* bias, int64_t rows, int64_t panels, int64_t panel,
-                                Activation activation) {
-    for (int64_t r = 0; r < rows; ++r, sums += kTileColumns) {
-      if (activation == Activation::kSiluGate) {
-        const int64_t half = panel / 2;
-        for (int64_t j = 0; j < panels * half; j += Arch::kLanes) {  // written behind what is read
-          const int64_t gate = j / half * panel + j % half, up = gate + half;
-          at<Arch>(sums + j) =
-              silu_gate<Arch>(at<Arch>(sums + gate) + at<Arch>(bias + gate), at<Arch>(sums + up) + at<Arch>(bias + up));
-        }
-      } else {
-        for (int64_t j = 0; j < panels * panel; j += Arch::kLanes) {
-          at<Arch>(sums + j) = activated<Arch>(at<Arch>(sums + j) + at<Arch>(bias + j), activation);
-        }
-      }
-    }
-  }
-};
-
-// sums[rows] to `columns` of the rows of out, or added to them.
-struct Write {
-  static constexpr int64_t kRowsWrittenAhead = 4;  // each is in a page of its own, where no hardware looks ahead
-
-  template <class Arch, class Out>
-  RTP_MM_INLINE static void run(const float* sums, int64_t rows, int64_t columns, bool is_added, Out* out,
-                                int64_t out_stride) {
-    using Lanes = Wide<Arch, Out>;
-    for (int64_t r = 0; r < rows; ++r, sums += kTileColumns, out += out_stride) {
-      int64_t j = 0;
-      for (; j + Lanes::kLanes <= columns; j += Lanes::kLanes) {
-        if (r + kRowsWrittenAhead < rows) __builtin_prefetch(out + kRowsWrittenAhead * out_stride + j, 1, 3);
-        const Vector<Lanes> sum = at<Lanes>(sums + j);
-        narrow<Lanes>(is_added ? widened<Lanes>(out + j) + sum : sum, out + j);
-      }
-      for (; j < columns; ++j) narrow(is_added ? widened(out[j]) + sums[j] : sums[j], out + j);
-    }
-  }
-};
-
-// What the kernels read of the weight's rows that stand in a tile's columns.
-struct TileColumns {
-  float bias[kTileColumns], scales[kTileColumns];
-  int32_t offsets[kTileColumns];
-};
-
-// Sums of bytes to the products that they stand for, in place: the bytes of x are 128 above what they mean.
-struct Scale {
-  template <class Arch>
-  RTP_MM_INLINE static void run(float* sums, const TileColumns* columns, int64_t count, const float* row_scales,
-                                int64_t rows) {
-    for (int64_t r = 0; r < rows; ++r, sums += kTileColumns) {
-      for (int64_t j = 0; j < count; j += Arch::kLanes) {
-        const IntVector<Arch> exact = reinterpret_cast<IntVector<Arch>&>(sums[j]) - at<Arch>(columns->offsets + j);
-        at<Arch>(sums + j) =
-            __builtin_convertvector(exact, Vector<Arch>) * (at<Arch>(columns->scales + j) * row_scales[r]);
-      }
-    }
-  }
-};
-
-template <class Weight, class Rows, class Out>
-TileColumns tile_columns(const PackedLinear<Weight, Rows, Out>& job, int64_t first_panel, int64_t end_panel) {
-  TileColumns columns{};
-  const int64_t panel = job.layout.panel();
-  for (int64_t j = 0; j < (end_panel - first_panel) * panel; ++j) {
-    const int64_t row = job.layout.row(first_panel + j / panel, j % panel);
-    if (row < 0) continue;
-    columns.bias[j] = job.bias[row];
-    if constexpr (std::is_same_v<Weight, FourBytes>) {
-      columns.scales[j] = job.scales[row];
-      columns.offsets[j] = 128 * job.sums[row];
-    }
-  }
-  return columns;
-}
 
 // x[rows, k] as [steps of k][rows][strip_depth].
 void pack_strips(const float* x, int64_t rows, int64_t k, int64_t strip_depth, float* strips) {
@@ -160,7 +82,7 @@ class Workspace {
       : job_(job),
         by_amx_(kIsWords<Weight> && has_amx(job.isa)),
         words_(job.depth()),
-        strip_depth_(by_amx_ ? words_ : kStripDepth),
+        strip_depth_(by_amx_ ? words_ / kAmxSide % 2 ? words_ : words_ + kAmxSide : kStripDepth),
         steps_(ceil_div(words_, strip_depth_)),
         amx_depth_(up_to_multiple(ceil_div(words_, ceil_div(words_, kMaxAmxDepth)), kAmxSide)),
         panel_(job.layout.panel()),
@@ -173,29 +95,49 @@ class Workspace {
   void run(int64_t tile) {
     take_block(tile / groups_);
     const int64_t first = tile % groups_ * tiling_.panels, end = std::min(first + tiling_.panels, job_.layout.panels());
+    take_columns(first, end);
     if constexpr (kIsWords<Weight>) {
       if (by_amx_) return multiply_by_amx(first, end);
     }
     multiply_by_steps(first, end);
-    finish(sums_.data(), tile_columns(job_, first, end), 0, rows_, first, end);
+    NoProduct nothing;
+    finish(sums_.data(), {.row = 0, .rows = rows_, .panel = first, .panels = end - first}, &nothing);
   }
 
  private:
-  // Packs its rows, unless it is there, or AMX's tiles can read them where they are.
+  // Packs its rows, unless it is there.
   void take_block(int64_t block) {
     if (block == block_) return;
     block_ = block;
     first_row_ = block * tiling_.rows;
     rows_ = std::min(tiling_.rows, job_.m - first_row_);
-    left_ = strips_.data();
     if constexpr (std::is_same_v<Rows, ByteRows>) {
       centre_rows(job_.isa, job_.x + first_row_, rows_, job_.k, strips_.data());
     } else if constexpr (kIsBytes) {
       quantize_rows(job_.isa, rows_of_x(), rows_, job_.k, strip_depth_, strips_.data(), row_scales_);
-    } else if (by_amx_ && 2 * words_ == job_.k && rows_ % kAmxSide == 0) {
-      left_ = reinterpret_cast<const Word*>(rows_of_x());
     } else {
       pack_strips(rows_of_x(), rows_, job_.k, strip_depth_, strips_.data());
+    }
+  }
+
+  // What the sums' kernel reads of the weight's rows that stand in the panels.
+  void take_columns(int64_t first_panel, int64_t end_panel) {
+    first_panel_ = first_panel;
+    const int64_t width = job_.layout.columns();
+    for (int64_t panel = first_panel, column = 0; panel < end_panel; ++panel) {
+      for (int64_t part = 0; part < job_.layout.parts; ++part, column += width) {
+        const int64_t first = panel * width, count = std::clamp<int64_t>(job_.layout.width - first, 0, width);
+        const auto take = [&](const auto* of_rows, auto* of_columns, auto factor) {
+          for (int64_t j = 0; j < width; ++j) {
+            of_columns[column + j] = j < count ? factor * of_rows[part * job_.layout.width + first + j] : 0;
+          }
+        };
+        take(job_.bias, bias_, 1.0f);
+        if constexpr (kIsBytes) {
+          take(job_.scales, scales_, 1.0f);
+          take(job_.sums, offsets_, 128);
+        }
+      }
     }
   }
 
@@ -210,7 +152,7 @@ class Workspace {
         const bool is_last = panel + 1 == end_panel;
         const Weight* next =
             is_last ? weight + (depth + (first_panel - panel) * words_) * panel_ : weight + words_ * panel_;
-        multiply(job_.isa, left_ + step * rows_ * kStripDepth,
+        multiply(job_.isa, strips_.data() + step * rows_ * kStripDepth,
                  {.rows = rows_,
                   .columns = panel_,
                   .depth = depth,
@@ -224,20 +166,29 @@ class Workspace {
     }
   }
 
-  // A few rows at a time, whose sums are finished while they are in L1. AMX holds more sums than it can load and store
-  // beside its products, so steps of k are as long as L2 allows.
+  // Whose sums are finished, of a block's rows and of panels.
+  struct Place {
+    int64_t row = 0, rows = 0, panel = 0, panels = 1;
+  };
+
+  // A few rows at a time, whose sums are finished while the next ones' are made. AMX holds more sums than it can load
+  // and store beside its products, so steps of k are as long as L2 allows.
   void multiply_by_amx(int64_t first_panel, int64_t end_panel) {
-    for (int64_t panel = first_panel; panel < end_panel; ++panel) {
-      const TileColumns columns = tile_columns(job_, panel, panel + 1);
+    const bool is_one_step = amx_depth_ >= words_;
+    Place finished;
+    float* finished_sums = nullptr;
+    for (int64_t panel = first_panel, strip = 0; panel < end_panel; ++panel) {
       for (int64_t step = 0; step < words_; step += amx_depth_) {
         const int64_t depth = std::min(amx_depth_, words_ - step);
         const Word* weight = job_.panels + (panel * words_ + step) * panel_;
         const int64_t bytes = depth * panel_ * sizeof(Word);  // of this step, and those to fetch of the next
-        for (int64_t row = 0; row < rows_; row += kSquareRows) {
+        for (int64_t row = 0; row < rows_; row += kSquareRows, ++strip) {
           const int64_t rows = std::min(kSquareRows, rows_ - row);
-          float* sums = sums_.data() + (amx_depth_ < words_ ? row * kTileColumns : 0);
+          // Two places in turn: for a few rows, or for all of them.
+          float* sums =
+              sums_.data() + (is_one_step ? strip % 2 * kMaxPanel : panel % 2 * kMaxPanel + row * kTileColumns);
           AmxProduct<Word> product(
-              left_ + row * words_ + step, words_,
+              strips_.data() + row * strip_depth_ + step, strip_depth_,
               {.rows = rows,
                .columns = panel_,
                .depth = depth,
@@ -247,31 +198,39 @@ class Workspace {
                .sums_stride = kTileColumns,
                .is_added = step > 0},
               {reinterpret_cast<const char*>(weight) + bytes + bytes * row / rows_, bytes * rows / rows_});
-          product.finish();
-          if (step + depth == words_) finish(sums, columns, row, rows, panel, panel + 1);
+          finish(finished_sums, finished, &product);
+          finished = {.row = row, .rows = step + depth == words_ ? rows : 0, .panel = panel};
+          finished_sums = sums;
         }
       }
     }
+    NoProduct nothing;
+    finish(finished_sums, finished, &nothing);
   }
 
-  // The sums of rows of the block, from `row` on, and of panels to where they belong in the output.
-  void finish(float* sums, const TileColumns& columns, int64_t row, int64_t rows, int64_t first_panel,
-              int64_t end_panel) {
-    const int64_t panels = end_panel - first_panel;
-    if constexpr (kIsBytes) {
-      rtp_mm::run<Scale>(job_.isa, sums, &columns, panels * panel_, static_cast<const float*>(row_scales_ + row), rows);
-    }
-    rtp_mm::run<ActivateSums>(job_.isa, sums, static_cast<const float*>(columns.bias), rows, panels, panel_,
-                              job_.activation);
-    const int64_t first = first_panel * job_.layout.columns(),
-                  end = std::min(end_panel * job_.layout.columns(), job_.layout.width);
-    for (int64_t column = first; column < end;) {
-      const int64_t begin = column % job_.block_width, count = std::min(job_.block_width - begin, end - column);
-      Out* out = job_.out + (column / job_.block_width * job_.m + first_row_ + row) * job_.block_width + begin;
-      rtp_mm::run<Write>(job_.isa, static_cast<const float*>(sums) + column - first, rows, count, job_.is_added, out,
-                         job_.block_width);
-      column += count;
-    }
+  // Brings sums to where they belong in the output.
+  template <class Beside>
+  void finish(float* sums, const Place& place, Beside* beside) {
+    const int64_t first = place.panel * job_.layout.columns(), begin = first % job_.block_width,
+                  offset = (place.panel - first_panel_) * panel_;
+    rtp_mm::run<FinishSums<kIsBytes>>(
+        job_.isa,
+        FinishedSums<Out>{
+            .sums = sums,
+            .sums_stride = kTileColumns,
+            .rows = place.rows,
+            .panels = place.panels,
+            .panel = panel_,
+            .factors = {.bias = bias_ + offset, .scales = scales_ + offset, .offsets = offsets_ + offset},
+            .row_scales = row_scales_ + place.row,
+            .activation = job_.activation,
+            .is_added = job_.is_added,
+            .out = job_.out + (first / job_.block_width * job_.m + first_row_ + place.row) * job_.block_width + begin,
+            .columns = std::min(place.panels * job_.layout.columns(), job_.layout.width - first),
+            .first_columns = job_.block_width - begin,
+            .block_width = job_.block_width,
+            .block_gap = (job_.m - 1) * job_.block_width},
+        beside);
   }
 
   static constexpr int64_t kSquareRows = 2 * kAmxSide;
@@ -284,9 +243,11 @@ class Workspace {
   AlignedVector<Word> strips_;  // [steps of k][rows][strip_depth_]
   AlignedVector<float> sums_;   // [rows][kTileColumns]
   const AmxTiles amx_tiles_;
-  const Word* left_ = nullptr;  // the strips, or the rows of x
   int64_t block_ = -1, first_row_ = 0, rows_ = 0;
   float row_scales_[kMaxAmxRows];
+  int64_t first_panel_ = 0;
+  alignas(64) float bias_[kMaxAmxPanels * kMaxPanel], scales_[kMaxAmxPanels * kMaxPanel];
+  alignas(64) int32_t offsets_[kMaxAmxPanels * kMaxPanel] = {};
   alignas(64) float panel_scratch_[kStripDepth * kMaxPanel];
 };
 
@@ -299,11 +260,11 @@ PackedLinear<Weight, Rows, Out>::Tiling PackedLinear<Weight, Rows, Out>::tiling(
   if (!kIsWords<Weight> || !has_amx(isa)) return {even_rows(kMaxTileRows), kTilePanels};
   // A weight is read from memory once for every block, whose rows stay in L2 beside a panel and the next one. The more
   // panels in a tile, the more often the next one is known, and is on its way already.
-  constexpr int64_t kBlockBytes = 5 << 18, kMaxPanels = 8, kTilesOfThread = 4;
+  constexpr int64_t kBlockBytes = 1 << 20, kTilesOfThread = 4;
   const int64_t most = std::clamp(kBlockBytes / (depth() * 4), kAmxSide, kMaxAmxRows);
   const int64_t rows = up_to_multiple(even_rows(most), kAmxSide);
   const int64_t panels = layout.panels() * ceil_div(m, std::max(rows, kAmxSide)) / (kTilesOfThread * threads);
-  return {rows, std::clamp<int64_t>(panels, 1, kMaxPanels)};
+  return {rows, std::clamp<int64_t>(panels, 1, kMaxAmxPanels)};
 }
 
 template <class Weight, class Rows, class Out>
