@@ -18,9 +18,10 @@ namespace {
 // The more rows, the less it costs to widen a panel; the more panels, the less often the strips are read again.
 constexpr int64_t kMaxTileRows = 224;
 constexpr int64_t kTilePanels = 2;
-constexpr int64_t kMaxAmxRows = 512;                       // of a block, where products are AMX's
-constexpr int64_t kMaxAmxDepth = 640;                      // of a step of AMX in words: a panel of it takes 160 KB
-constexpr int64_t kMaxAmxPanels = 8;                       // of a tile, there
+// Where products are AMX's: words of a step of k, rows of a block whose k is one step or more, panels of a tile. In L2
+// stand a block's words of a step (1 MB, 640 KB), the sums where there are more steps (512 KB), and two panels of a
+// step (160 KB each), one of them on its way from memory.
+constexpr int64_t kMaxAmxDepth = 640, kAmxRows = 384, kAmxRowsInSteps = 256, kMaxAmxPanels = 8;
 constexpr int64_t kTileColumns = kTilePanels * kMaxPanel;  // at most; rows of a tile's sums are as far apart
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -82,14 +83,17 @@ class Workspace {
       : job_(job),
         by_amx_(kIsWords<Weight> && has_amx(job.isa)),
         words_(job.depth()),
-        strip_depth_(by_amx_ ? words_ / kAmxSide % 2 ? words_ : words_ + kAmxSide : kStripDepth),
-        steps_(ceil_div(words_, strip_depth_)),
         amx_depth_(up_to_multiple(ceil_div(words_, ceil_div(words_, kMaxAmxDepth)), kAmxSide)),
+        strip_depth_(by_amx_ ? words_ | kAmxSide : kStripDepth),  // of odd lines: even ones meet in few of L1's sets
+        steps_(ceil_div(words_, by_amx_ ? amx_depth_ : kStripDepth)),
         panel_(job.layout.panel()),
         tiling_(job.tiling()),
         groups_(ceil_div(job.layout.panels(), tiling_.panels)),
-        strips_(tiling_.rows * steps_ * strip_depth_),
-        sums_(up_to_multiple(tiling_.rows, kSquareRows) * kTileColumns),
+        padded_rows_(up_to_multiple(tiling_.rows, kSquareRows)),
+        sums_stride_(by_amx_ ? kMaxPanel : kTileColumns),
+        sums_rows_(by_amx_ && steps_ == 1 ? 2 * kSquareRows : padded_rows_ * (by_amx_ ? tiling_.panels : 1)),
+        strips_(tiling_.rows * (by_amx_ ? 1 : steps_) * strip_depth_),
+        sums_(sums_rows_ * sums_stride_),
         amx_tiles_(by_amx_) {}
 
   void run(int64_t tile) {
@@ -101,26 +105,29 @@ class Workspace {
     }
     multiply_by_steps(first, end);
     NoProduct nothing;
-    finish(sums_.data(), {.row = 0, .rows = rows_, .panel = first, .panels = end - first}, &nothing);
+    finish({.data = sums_.data(), .row = 0, .rows = rows_, .panel = first, .panels = end - first}, &nothing);
   }
 
  private:
-  // Packs its rows, unless it is there.
+  // Packs its rows, unless it is there, or AMX's tiles can read them where they are.
   void take_block(int64_t block) {
     if (block == block_) return;
     block_ = block;
     first_row_ = block * tiling_.rows;
     rows_ = std::min(tiling_.rows, job_.m - first_row_);
+    left_ = strips_.data();
     if constexpr (std::is_same_v<Rows, ByteRows>) {
       centre_rows(job_.isa, job_.x + first_row_, rows_, job_.k, strips_.data());
     } else if constexpr (kIsBytes) {
       quantize_rows(job_.isa, rows_of_x(), rows_, job_.k, strip_depth_, strips_.data(), row_scales_);
+    } else if (by_amx_ && 2 * strip_depth_ == job_.k && rows_ % kAmxSide == 0) {
+      left_ = reinterpret_cast<const Word*>(rows_of_x());
     } else {
       pack_strips(rows_of_x(), rows_, job_.k, strip_depth_, strips_.data());
     }
   }
 
-  // What the sums' kernel reads of the weight's rows that stand in the panels.
+  // What finishing sums takes of the weight's rows that stand in the panels.
   void take_columns(int64_t first_panel, int64_t end_panel) {
     first_panel_ = first_panel;
     const int64_t width = job_.layout.columns();
@@ -152,81 +159,85 @@ class Workspace {
         const bool is_last = panel + 1 == end_panel;
         const Weight* next =
             is_last ? weight + (depth + (first_panel - panel) * words_) * panel_ : weight + words_ * panel_;
-        multiply(job_.isa, strips_.data() + step * rows_ * kStripDepth,
+        multiply(job_.isa, left_ + step * rows_ * kStripDepth,
                  {.rows = rows_,
                   .columns = panel_,
                   .depth = depth,
                   .panel = widened_panel(job_.isa, weight, depth * panel_, panel_scratch_),
                   .panel_stride = panel_,
                   .sums = reinterpret_cast<Sum<Word>*>(sums_.data()) + (panel - first_panel) * panel_,
-                  .sums_stride = kTileColumns,
+                  .sums_stride = sums_stride_,
                   .is_added = step > 0},
                  {next, depth * panel_ * static_cast<int64_t>(sizeof(Weight))});
       }
     }
   }
 
-  // Whose sums are finished, of a block's rows and of panels.
-  struct Place {
-    int64_t row = 0, rows = 0, panel = 0, panels = 1;
-  };
-
   // A few rows at a time, whose sums are finished while the next ones' are made. AMX holds more sums than it can load
-  // and store beside its products, so steps of k are as long as L2 allows.
+  // and store beside its products, so steps of k are long.
   void multiply_by_amx(int64_t first_panel, int64_t end_panel) {
-    const bool is_one_step = amx_depth_ >= words_;
-    Place finished;
-    float* finished_sums = nullptr;
-    for (int64_t panel = first_panel, strip = 0; panel < end_panel; ++panel) {
-      for (int64_t step = 0; step < words_; step += amx_depth_) {
-        const int64_t depth = std::min(amx_depth_, words_ - step);
-        const Word* weight = job_.panels + (panel * words_ + step) * panel_;
-        const int64_t bytes = depth * panel_ * sizeof(Word);  // of this step, and those to fetch of the next
+    const auto words_of = [&](int64_t panel, int64_t step) {
+      return job_.panels + (panel * words_ + step * amx_depth_) * panel_;
+    };
+    Sums finished;
+    for (int64_t step = 0, strip = 0; step < steps_; ++step) {
+      const int64_t begin = step * amx_depth_, depth = std::min(amx_depth_, words_ - begin);
+      const int64_t bytes = depth * panel_ * sizeof(Word);
+      for (int64_t panel = first_panel; panel < end_panel; ++panel) {
+        const bool is_last = panel + 1 == end_panel, is_done = is_last && step + 1 == steps_;
+        const auto* next = reinterpret_cast<const char*>(is_done   ? words_of(end_panel, 0)
+                                                         : is_last ? words_of(first_panel, step + 1)
+                                                                   : words_of(panel + 1, step));
         for (int64_t row = 0; row < rows_; row += kSquareRows, ++strip) {
           const int64_t rows = std::min(kSquareRows, rows_ - row);
-          // Two places in turn: for a few rows, or for all of them.
-          float* sums =
-              sums_.data() + (is_one_step ? strip % 2 * kMaxPanel : panel % 2 * kMaxPanel + row * kTileColumns);
-          AmxProduct<Word> product(
-              strips_.data() + row * strip_depth_ + step, strip_depth_,
-              {.rows = rows,
-               .columns = panel_,
-               .depth = depth,
-               .panel = weight,
-               .panel_stride = panel_,
-               .sums = reinterpret_cast<Sum<Word>*>(sums),
-               .sums_stride = kTileColumns,
-               .is_added = step > 0},
-              {reinterpret_cast<const char*>(weight) + bytes + bytes * row / rows_, bytes * rows / rows_});
-          finish(finished_sums, finished, &product);
-          finished = {.row = row, .rows = step + depth == words_ ? rows : 0, .panel = panel};
-          finished_sums = sums;
+          // Sums of one step are soon gone: two places do, in turn.
+          const int64_t place = steps_ == 1 ? strip % 2 * kSquareRows : (panel - first_panel) * padded_rows_ + row;
+          float* sums = sums_.data() + place * sums_stride_;
+          AmxProduct<Word> product(left_ + row * strip_depth_ + begin, strip_depth_,
+                                   {.rows = rows,
+                                    .columns = panel_,
+                                    .depth = depth,
+                                    .panel = words_of(panel, step),
+                                    .panel_stride = panel_,
+                                    .sums = reinterpret_cast<Sum<Word>*>(sums),
+                                    .sums_stride = sums_stride_,
+                                    .is_added = step > 0},
+                                   {next + bytes * row / rows_, bytes * rows / rows_});
+          finish(finished, &product);
+          finished = {.data = sums, .row = row, .rows = step + 1 == steps_ ? rows : 0, .panel = panel, .panels = 1};
         }
       }
     }
     NoProduct nothing;
-    finish(finished_sums, finished, &nothing);
+    finish(finished, &nothing);
   }
 
-  // Brings sums to where they belong in the output.
+  // Those of a block's rows and of panels; none at all, if of no rows.
+  struct Sums {
+    float* data;
+    int64_t row, rows = 0, panel, panels;
+  };
+
+  // Brings them to where they belong in the output.
   template <class Beside>
-  void finish(float* sums, const Place& place, Beside* beside) {
-    const int64_t first = place.panel * job_.layout.columns(), begin = first % job_.block_width,
-                  offset = (place.panel - first_panel_) * panel_;
+  void finish(const Sums& sums, Beside* beside) {
+    if (sums.rows == 0) return beside->finish();
+    const int64_t first = sums.panel * job_.layout.columns(), begin = first % job_.block_width,
+                  offset = (sums.panel - first_panel_) * panel_;
     rtp_mm::run<FinishSums<kIsBytes>>(
         job_.isa,
         FinishedSums<Out>{
-            .sums = sums,
-            .sums_stride = kTileColumns,
-            .rows = place.rows,
-            .panels = place.panels,
+            .sums = sums.data,
+            .sums_stride = sums_stride_,
+            .rows = sums.rows,
+            .panels = sums.panels,
             .panel = panel_,
             .factors = {.bias = bias_ + offset, .scales = scales_ + offset, .offsets = offsets_ + offset},
-            .row_scales = row_scales_ + place.row,
+            .row_scales = row_scales_ + sums.row,
             .activation = job_.activation,
             .is_added = job_.is_added,
-            .out = job_.out + (first / job_.block_width * job_.m + first_row_ + place.row) * job_.block_width + begin,
-            .columns = std::min(place.panels * job_.layout.columns(), job_.layout.width - first),
+            .out = job_.out + (first / job_.block_width * job_.m + first_row_ + sums.row) * job_.block_width + begin,
+            .columns = std::min(sums.panels * job_.layout.columns(), job_.layout.width - first),
             .first_columns = job_.block_width - begin,
             .block_width = job_.block_width,
             .block_gap = (job_.m - 1) * job_.block_width},
@@ -237,14 +248,15 @@ class Workspace {
 
   const Job& job_;
   const bool by_amx_;
-  const int64_t words_, strip_depth_, steps_, amx_depth_, panel_;
+  const int64_t words_, amx_depth_, strip_depth_, steps_, panel_;
   const typename Job::Tiling tiling_;
-  const int64_t groups_;
+  const int64_t groups_, padded_rows_, sums_stride_, sums_rows_;
   AlignedVector<Word> strips_;  // [steps of k][rows][strip_depth_]
-  AlignedVector<float> sums_;   // [rows][kTileColumns]
+  AlignedVector<float> sums_;   // [sums_rows_][sums_stride_]
   const AmxTiles amx_tiles_;
+  const Word* left_ = nullptr;  // the strips, or the rows of x
   int64_t block_ = -1, first_row_ = 0, rows_ = 0;
-  float row_scales_[kMaxAmxRows];
+  float row_scales_[kAmxRows];
   int64_t first_panel_ = 0;
   alignas(64) float bias_[kMaxAmxPanels * kMaxPanel], scales_[kMaxAmxPanels * kMaxPanel];
   alignas(64) int32_t offsets_[kMaxAmxPanels * kMaxPanel] = {};
@@ -258,13 +270,14 @@ PackedLinear<Weight, Rows, Out>::Tiling PackedLinear<Weight, Rows, Out>::tiling(
   // Of even height, so that threads with as many tiles have as much to do.
   const auto even_rows = [&](int64_t most) { return ceil_div(m, std::max<int64_t>(ceil_div(m, most), 1)); };
   if (!kIsWords<Weight> || !has_amx(isa)) return {even_rows(kMaxTileRows), kTilePanels};
-  // A weight is read from memory once for every block, whose rows stay in L2 beside a panel and the next one. The more
-  // panels in a tile, the more often the next one is known, and is on its way already.
-  constexpr int64_t kBlockBytes = 1 << 20, kTilesOfThread = 4;
-  const int64_t most = std::clamp(kBlockBytes / (depth() * 4), kAmxSide, kMaxAmxRows);
-  const int64_t rows = up_to_multiple(even_rows(most), kAmxSide);
-  const int64_t panels = layout.panels() * ceil_div(m, std::max(rows, kAmxSide)) / (kTilesOfThread * threads);
-  return {rows, std::clamp<int64_t>(panels, 1, kMaxAmxPanels)};
+  // A weight is read from memory once for every block. The more panels in a tile, the more often the next one is known,
+  // and is on its way already; in steps of k, the less often a block is read anew.
+  const bool is_one_step = depth() <= kMaxAmxDepth;
+  const int64_t rows = up_to_multiple(even_rows(is_one_step ? kAmxRows : kAmxRowsInSteps), kAmxSide),
+                tiles_of_thread = is_one_step ? 4 : 2;
+  const int64_t panels = layout.panels() * ceil_div(m, std::max(rows, kAmxSide)) / (tiles_of_thread * threads);
+  const int64_t groups = ceil_div(layout.panels(), std::clamp<int64_t>(panels, 1, kMaxAmxPanels));
+  return {rows, ceil_div(layout.panels(), std::max<int64_t>(groups, 1))};
 }
 
 template <class Weight, class Rows, class Out>
