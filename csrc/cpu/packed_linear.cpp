@@ -89,6 +89,7 @@ class Workspace {
         panel_(job.layout.panel()),
         tiling_(job.tiling()),
         groups_(ceil_div(job.layout.panels(), tiling_.panels)),
+        tiles_(job.tiles()),
         padded_rows_(up_to_multiple(tiling_.rows, kSquareRows)),
         sums_stride_(by_amx_ ? kMaxPanel : kTileColumns),
         sums_rows_(by_amx_ && steps_ == 1 ? 2 * kSquareRows : padded_rows_ * (by_amx_ ? tiling_.panels : 1)),
@@ -101,7 +102,7 @@ class Workspace {
     const int64_t first = tile % groups_ * tiling_.panels, end = std::min(first + tiling_.panels, job_.layout.panels());
     take_columns(first, end);
     if constexpr (kIsWords<Weight>) {
-      if (by_amx_) return multiply_by_amx(first, end);
+      if (by_amx_) return multiply_by_amx(first, end, panel_after(tile));
     }
     multiply_by_steps(first, end);
     NoProduct nothing;
@@ -148,6 +149,12 @@ class Workspace {
     }
   }
 
+  // The first panel of the tile that this thread will probably take next, when the others have taken one each; -1 if it
+  // will take none.
+  int64_t panel_after(int64_t tile) const {
+    return tile + job_.threads < tiles_ ? (tile + job_.threads) % groups_ * tiling_.panels : -1;
+  }
+
   auto rows_of_x() const { return job_.x + first_row_ * job_.k; }
 
   // Steps of k in turn, each for all of the panels: what they read and add to stays in L2.
@@ -175,7 +182,7 @@ class Workspace {
 
   // A few rows at a time, whose sums are finished while the next ones' are made. AMX holds more sums than it can load
   // and store beside its products, so steps of k are long.
-  void multiply_by_amx(int64_t first_panel, int64_t end_panel) {
+  void multiply_by_amx(int64_t first_panel, int64_t end_panel, int64_t panel_after) {
     const auto words_of = [&](int64_t panel, int64_t step) {
       return job_.panels + (panel * words_ + step * amx_depth_) * panel_;
     };
@@ -185,24 +192,24 @@ class Workspace {
       const int64_t bytes = depth * panel_ * sizeof(Word);
       for (int64_t panel = first_panel; panel < end_panel; ++panel) {
         const bool is_last = panel + 1 == end_panel, is_done = is_last && step + 1 == steps_;
-        const auto* next = reinterpret_cast<const char*>(is_done   ? words_of(end_panel, 0)
-                                                         : is_last ? words_of(first_panel, step + 1)
-                                                                   : words_of(panel + 1, step));
+        const Word* next = !is_last ? words_of(panel + 1, step) : words_of(first_panel, step + 1);
+        if (is_done) next = panel_after < 0 ? nullptr : words_of(panel_after, 0);
         for (int64_t row = 0; row < rows_; row += kSquareRows, ++strip) {
           const int64_t rows = std::min(kSquareRows, rows_ - row);
           // Sums of one step are soon gone: two places do, in turn.
           const int64_t place = steps_ == 1 ? strip % 2 * kSquareRows : (panel - first_panel) * padded_rows_ + row;
           float* sums = sums_.data() + place * sums_stride_;
-          AmxProduct<Word> product(left_ + row * strip_depth_ + begin, strip_depth_,
-                                   {.rows = rows,
-                                    .columns = panel_,
-                                    .depth = depth,
-                                    .panel = words_of(panel, step),
-                                    .panel_stride = panel_,
-                                    .sums = reinterpret_cast<Sum<Word>*>(sums),
-                                    .sums_stride = sums_stride_,
-                                    .is_added = step > 0},
-                                   {next + bytes * row / rows_, bytes * rows / rows_});
+          AmxProduct<Word> product(
+              left_ + row * strip_depth_ + begin, strip_depth_,
+              {.rows = rows,
+               .columns = panel_,
+               .depth = depth,
+               .panel = words_of(panel, step),
+               .panel_stride = panel_,
+               .sums = reinterpret_cast<Sum<Word>*>(sums),
+               .sums_stride = sums_stride_,
+               .is_added = step > 0},
+              next ? Ahead{reinterpret_cast<const char*>(next) + bytes * row / rows_, bytes * rows / rows_} : Ahead{});
           finish(finished, &product);
           finished = {.data = sums, .row = row, .rows = step + 1 == steps_ ? rows : 0, .panel = panel, .panels = 1};
         }
@@ -250,7 +257,7 @@ class Workspace {
   const bool by_amx_;
   const int64_t words_, amx_depth_, strip_depth_, steps_, panel_;
   const typename Job::Tiling tiling_;
-  const int64_t groups_, padded_rows_, sums_stride_, sums_rows_;
+  const int64_t groups_, tiles_, padded_rows_, sums_stride_, sums_rows_;
   AlignedVector<Word> strips_;  // [steps of k][rows][strip_depth_]
   AlignedVector<float> sums_;   // [sums_rows_][sums_stride_]
   const AmxTiles amx_tiles_;
