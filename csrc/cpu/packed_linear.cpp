@@ -281,10 +281,17 @@ PackedLinear<Weight, Rows, Out>::Tiling PackedLinear<Weight, Rows, Out>::tiling(
   // and is on its way already; in steps of k, the less often a block is read anew.
   const bool is_one_step = depth() <= kMaxAmxDepth;
   const int64_t rows = up_to_multiple(even_rows(is_one_step ? kAmxRows : kAmxRowsInSteps), kAmxSide),
-                tiles_of_thread = is_one_step ? 4 : 2;
-  const int64_t panels = layout.panels() * ceil_div(m, std::max(rows, kAmxSide)) / (tiles_of_thread * threads);
-  const int64_t groups = ceil_div(layout.panels(), std::clamp<int64_t>(panels, 1, kMaxAmxPanels));
-  return {rows, ceil_div(layout.panels(), std::max<int64_t>(groups, 1))};
+                blocks = ceil_div(m, std::max(rows, kAmxSide)), tiles_of_thread = is_one_step ? 4 : 2;
+  const int64_t most = std::clamp<int64_t>(layout.panels() * blocks / (tiles_of_thread * threads), 1, kMaxAmxPanels);
+  // The most that a thread gets, in panels of a block.
+  const auto share = [&](int64_t panels) {
+    return ceil_div(ceil_div(layout.panels(), panels) * blocks, threads) * panels;
+  };
+  int64_t panels = most;
+  for (int64_t fewer = most - 1; 2 * fewer > most; --fewer) {
+    if (share(fewer) < share(panels)) panels = fewer;
+  }
+  return {rows, panels};
 }
 
 template <class Weight, class Rows, class Out>
