@@ -7,8 +7,6 @@
 #include <type_traits>
 
 #include "cpu/activation.h"
-#include "cpu/float_formats.h"
-#include "cpu/linear_panels.h"
 #include "cpu/multiply_amx.h"
 #include "cpu/simd.h"
 
@@ -40,7 +38,7 @@ struct FinishedSums {
 // Row by row, with two steps of the product beside in each.
 template <bool kIsBytes>
 struct FinishSums {
-  static constexpr int64_t kRowsAhead = 4;  // each is in a page of its own, where no hardware looks ahead
+  static constexpr int64_t kRowsWrittenAhead = 4;  // each is in a page of its own, where no hardware looks ahead
 
   template <class Arch, class Out, class Beside>
   RTP_MM_INLINE static void run(FinishedSums<Out> f, Beside* beside) {
@@ -53,9 +51,9 @@ struct FinishSums {
       Out* out = f.out;
       int64_t count = std::min(f.first_columns, f.columns);
       for (int64_t left = f.columns; left > 0; left -= count, count = std::min(f.block_width, left)) {
-        // Beside a product there is time to wait for the output, and what it reads would wait behind what is fetched.
-        if (std::is_same_v<Beside, NoProduct> && r + kRowsAhead < f.rows) {
-          prefetch(out + kRowsAhead * f.block_width, count);
+        // Beside a product to wait for the output costs nothing, and to fetch it early would delay the product's loads.
+        if (std::is_same_v<Beside, NoProduct> && r + kRowsWrittenAhead < f.rows) {
+          prefetch_to_write(out + kRowsWrittenAhead * f.block_width, count);
         }
         write<Wide<Arch, Out>>(sums, count, f.is_added, out);
         sums += count, out += count + f.block_gap;
@@ -96,7 +94,7 @@ struct FinishSums {
   }
 
   template <class Out>
-  RTP_MM_INLINE static void prefetch(const Out* out, int64_t count) {
+  RTP_MM_INLINE static void prefetch_to_write(const Out* out, int64_t count) {
     for (int64_t j = 0; j < count; j += 64 / sizeof(Out)) __builtin_prefetch(out + j, 1, 3);
   }
 

@@ -18,11 +18,11 @@ namespace {
 // The more rows, the less it costs to widen a panel; the more panels, the less often the strips are read again.
 constexpr int64_t kMaxTileRows = 224;
 constexpr int64_t kTilePanels = 2;
-// Where products are AMX's: words of a step of k, rows of a block whose k is one step or more, panels of a tile. In L2
-// stand a block's words of a step (1 MB, 640 KB), the sums where there are more steps (512 KB), and two panels of a
-// step (160 KB each), one of them on its way from memory.
-constexpr int64_t kMaxAmxDepth = 640, kAmxRows = 384, kAmxRowsInSteps = 256, kMaxAmxPanels = 8;
 constexpr int64_t kTileColumns = kTilePanels * kMaxPanel;  // at most; rows of a tile's sums are as far apart
+// Where products are AMX's, at most: words of a step of k, rows of a block whose k is one step or more, panels of a
+// tile. In L2 stand a block's words of a step (1 MB, 640 KB), the sums where there are more steps (512 KB), and two
+// panels of a step (160 KB each), one of them on its way from memory.
+constexpr int64_t kMaxAmxDepth = 640, kAmxRows = 384, kAmxRowsInSteps = 256, kMaxAmxPanels = 8;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -110,7 +110,8 @@ class Workspace {
   }
 
  private:
-  // Packs its rows, unless it is there, or AMX's tiles can read them where they are.
+  // Packs its rows, unless it is there, or AMX's tiles can read them where they are: whole tiles, an odd number of
+  // lines apart.
   void take_block(int64_t block) {
     if (block == block_) return;
     block_ = block;
@@ -182,7 +183,7 @@ class Workspace {
 
   // A few rows at a time, whose sums are finished while the next ones' are made. AMX holds more sums than it can load
   // and store beside its products, so steps of k are long.
-  void multiply_by_amx(int64_t first_panel, int64_t end_panel, int64_t panel_after) {
+  void multiply_by_amx(int64_t first_panel, int64_t end_panel, int64_t next_panel) {
     const auto words_of = [&](int64_t panel, int64_t step) {
       return job_.panels + (panel * words_ + step * amx_depth_) * panel_;
     };
@@ -191,9 +192,15 @@ class Workspace {
       const int64_t begin = step * amx_depth_, depth = std::min(amx_depth_, words_ - begin);
       const int64_t bytes = depth * panel_ * sizeof(Word);
       for (int64_t panel = first_panel; panel < end_panel; ++panel) {
-        const bool is_last = panel + 1 == end_panel, is_done = is_last && step + 1 == steps_;
-        const Word* next = !is_last ? words_of(panel + 1, step) : words_of(first_panel, step + 1);
-        if (is_done) next = panel_after < 0 ? nullptr : words_of(panel_after, 0);
+        const bool is_last = panel + 1 == end_panel;
+        const Word* next = nullptr;  // what is multiplied after this panel, of about as many words
+        if (!is_last) {
+          next = words_of(panel + 1, step);
+        } else if (step + 1 < steps_) {
+          next = words_of(first_panel, step + 1);
+        } else if (next_panel >= 0) {
+          next = words_of(next_panel, 0);
+        }
         for (int64_t row = 0; row < rows_; row += kSquareRows, ++strip) {
           const int64_t rows = std::min(kSquareRows, rows_ - row);
           // Sums of one step are soon gone: two places do, in turn.
@@ -219,7 +226,7 @@ class Workspace {
     finish(finished, &nothing);
   }
 
-  // Those of a block's rows and of panels; none at all, if of no rows.
+  // What some panels make of a block's rows; nothing, where there are no rows.
   struct Sums {
     float* data;
     int64_t row, rows = 0, panel, panels;
@@ -258,7 +265,7 @@ class Workspace {
   const int64_t words_, amx_depth_, strip_depth_, steps_, panel_;
   const typename Job::Tiling tiling_;
   const int64_t groups_, tiles_, padded_rows_, sums_stride_, sums_rows_;
-  AlignedVector<Word> strips_;  // [steps of k][rows][strip_depth_]
+  AlignedVector<Word> strips_;  // [steps of k][rows][strip_depth_]; of AMX [rows][strip_depth_]
   AlignedVector<float> sums_;   // [sums_rows_][sums_stride_]
   const AmxTiles amx_tiles_;
   const Word* left_ = nullptr;  // the strips, or the rows of x
@@ -266,7 +273,7 @@ class Workspace {
   float row_scales_[kAmxRows];
   int64_t first_panel_ = 0;
   alignas(64) float bias_[kMaxAmxPanels * kMaxPanel], scales_[kMaxAmxPanels * kMaxPanel];
-  alignas(64) int32_t offsets_[kMaxAmxPanels * kMaxPanel] = {};
+  alignas(64) int32_t offsets_[kMaxAmxPanels * kMaxPanel];
   alignas(64) float panel_scratch_[kStripDepth * kMaxPanel];
 };
 

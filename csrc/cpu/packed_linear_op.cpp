@@ -89,7 +89,7 @@ void check_of_bytes(const std::optional<Tensor>& tensor, const char* name, int64
         ", got ", tensor ? describe(*tensor) : "None");
 }
 
-// Of pairs, x may have the columns of zeros that spare AMX a copy of its rows; see pack_bf16_linear.
+// Of pairs, x may have the columns of zeros that may spare AMX a copy of its rows; see pack_bf16_linear.
 Layer checked_layer(const Tensor& x, const Tensor& packed, int64_t k, const std::optional<Tensor>& scales,
                     const std::optional<Tensor>& sums, const Tensor& bias, int64_t parts) {
   const bool is_pairs = x.scalar_type() == ScalarType::BFloat16;

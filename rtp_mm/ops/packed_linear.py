@@ -61,8 +61,8 @@ def pack_bf16_linear(weight: Tensor, parts: int = 1) -> PackedWeight:
     """As `pack_linear`, of bfloat16 and for an x of bfloat16: two steps of k are multiplied at once.
 
     By AMX where the CPU has it, in an order of its own, or by AVX-512 BF16. Elsewhere sums have the bits of the latter,
-    but for subnormal numbers, and it is slower than float32. Fastest where x has a multiple of
-    `BF16_MULTIPLE` columns: K, or zeros behind it.
+    but for subnormal numbers, and it is slower than float32. Where x has an odd multiple of
+    `BF16_MULTIPLE` columns, K or zeros behind it, AMX reads its rows without a copy.
     """
     k = weight.shape[1]
     words = F.pad(weight, (0, -k % BF16_MULTIPLE)).view(torch.int32)

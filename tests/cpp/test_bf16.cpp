@@ -122,12 +122,14 @@ std::vector<std::vector<float>> test_amx() {
   test_attention(Isa::kAmx);
   test_int8_linear(Isa::kAmx, 1, 1, 1);
   test_int8_linear(Isa::kAmx, 50, 1030, 70);
-  test_int8_linear(Isa::kAmx, 20, 2600, 130);  // in two steps of k, and three panels
+  test_int8_linear(Isa::kAmx, 20, 2600, 260);  // in two steps of k, two panels a tile
+  test_int8_linear(Isa::kAmx, 40, 100, 520);   // two panels a tile
   return {test_linear({Isa::kAmx}, {1, 1, 1, Activation::kNone}),
           test_linear({Isa::kAmx}, {29, 257, 33, Activation::kGelu}),
-          test_linear({Isa::kAmx}, {48, 96, 37, Activation::kSiluGate}),  // whose rows are read where they are
-          test_linear({Isa::kAmx}, {500, 40, 70, Activation::kNone}),     // in two blocks
-          test_linear({Isa::kAmx}, {70, 2600, 260, Activation::kNone})};  // in three steps of k, two panels a tile
+          test_linear({Isa::kAmx}, {48, 96, 37, Activation::kSiluGate}),   // whose rows are read where they are
+          test_linear({Isa::kAmx}, {40, 40, 260, Activation::kSiluGate}),  // two panels a tile
+          test_linear({Isa::kAmx}, {500, 40, 70, Activation::kNone}),      // in two blocks
+          test_linear({Isa::kAmx}, {70, 2600, 260, Activation::kNone})};   // in three steps of k, two panels a tile
 }
 #endif
 
