@@ -20,7 +20,7 @@ struct ColumnFactors {
 
 // Sums of whole panels, and the columns of the output that they are for. The output may be cut into blocks of columns.
 template <class Out>
-struct FinishedSums {
+struct PendingSums {
   float* sums;  // [rows, panels * panel], rows sums_stride apart; they are overwritten
   int64_t sums_stride;
   int64_t rows, panels, panel;
@@ -41,7 +41,7 @@ struct FinishSums {
   static constexpr int64_t kRowsWrittenAhead = 4;  // each is in a page of its own, where no hardware looks ahead
 
   template <class Arch, class Out, class Beside>
-  RTP_MM_INLINE static void run(FinishedSums<Out> f, Beside* beside) {
+  RTP_MM_INLINE static void run(PendingSums<Out> f, Beside* beside) {
     for (int64_t r = 0; r < f.rows; ++r, f.sums += f.sums_stride, f.out += f.block_width) {
       beside->step();
       if constexpr (kIsBytes) scale<Arch>(f, f.row_scales[r]);
@@ -64,7 +64,7 @@ struct FinishSums {
 
   // Sums of bytes to the products that they stand for: the bytes of x are 128 above what they mean.
   template <class Arch, class Out>
-  RTP_MM_INLINE static void scale(const FinishedSums<Out>& f, float row_scale) {
+  RTP_MM_INLINE static void scale(const PendingSums<Out>& f, float row_scale) {
     for (int64_t j = 0; j < f.panels * f.panel; j += Arch::kLanes) {
       const IntVector<Arch> exact = reinterpret_cast<IntVector<Arch>&>(f.sums[j]) - at<Arch>(f.factors.offsets + j);
       at<Arch>(f.sums + j) =
@@ -74,7 +74,7 @@ struct FinishSums {
 
   // To values in the output's order.
   template <class Arch, class Out>
-  RTP_MM_INLINE static void activate(const FinishedSums<Out>& f) {
+  RTP_MM_INLINE static void activate(const PendingSums<Out>& f) {
     float* sums = f.sums;
     const float* bias = f.factors.bias;
     if (f.activation == Activation::kSiluGate) {

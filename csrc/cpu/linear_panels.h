@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <type_traits>
 
@@ -22,6 +23,7 @@ struct PanelLayout {
     const int64_t units = panels() * kColumnUnit;
     return units ? (width + units - 1) / units * kColumnUnit : 0;
   }
+  int64_t columns_of(int64_t panel) const { return std::min(columns(), width - panel * columns()); }  // that are there
   int64_t panel() const { return parts * columns(); }  // columns of a panel
   // The weight's row in column j of a panel; -1 for columns past the end, which are zero.
   int64_t row(int64_t panel, int64_t j) const {

@@ -19,10 +19,10 @@ namespace {
 constexpr int64_t kMaxTileRows = 224;
 constexpr int64_t kTilePanels = 2;
 constexpr int64_t kTileColumns = kTilePanels * kMaxPanel;  // at most; rows of a tile's sums are as far apart
-// Where products are AMX's, at most: words of a step of k, rows of a block whose k is one step or more, panels of a
+// Where products are AMX's: words of a step of k, rows of a block whose k is one step or more, panels of a
 // tile. In L2 stand a block's words of a step (1 MB, 640 KB), the sums where there are more steps (512 KB), and two
 // panels of a step (160 KB each), one of them on its way from memory.
-constexpr int64_t kMaxAmxDepth = 640, kAmxRows = 384, kAmxRowsInSteps = 256, kMaxAmxPanels = 8;
+constexpr int64_t kMaxAmxDepth = 640, kMaxAmxRows = 384, kMaxAmxRowsInSteps = 256, kMaxAmxPanels = 8;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -134,12 +134,11 @@ class Workspace {
     first_panel_ = first_panel;
     const int64_t width = job_.layout.columns();
     for (int64_t panel = first_panel, column = 0; panel < end_panel; ++panel) {
+      const int64_t count = job_.layout.columns_of(panel);
       for (int64_t part = 0; part < job_.layout.parts; ++part, column += width) {
-        const int64_t first = panel * width, count = std::clamp<int64_t>(job_.layout.width - first, 0, width);
+        const int64_t row = job_.layout.row(panel, part * width);
         const auto take = [&](const auto* of_rows, auto* of_columns, auto factor) {
-          for (int64_t j = 0; j < width; ++j) {
-            of_columns[column + j] = j < count ? factor * of_rows[part * job_.layout.width + first + j] : 0;
-          }
+          for (int64_t j = 0; j < width; ++j) of_columns[column + j] = j < count ? factor * of_rows[row + j] : 0;
         };
         take(job_.bias, bias_, 1.0f);
         if constexpr (kIsBytes) {
@@ -187,7 +186,7 @@ class Workspace {
     const auto words_of = [&](int64_t panel, int64_t step) {
       return job_.panels + (panel * words_ + step * amx_depth_) * panel_;
     };
-    Sums finished;
+    Sums pending;
     for (int64_t step = 0, strip = 0; step < steps_; ++step) {
       const int64_t begin = step * amx_depth_, depth = std::min(amx_depth_, words_ - begin);
       const int64_t bytes = depth * panel_ * sizeof(Word);
@@ -217,13 +216,13 @@ class Workspace {
                .sums_stride = sums_stride_,
                .is_added = step > 0},
               next ? Ahead{reinterpret_cast<const char*>(next) + bytes * row / rows_, bytes * rows / rows_} : Ahead{});
-          finish(finished, &product);
-          finished = {.data = sums, .row = row, .rows = step + 1 == steps_ ? rows : 0, .panel = panel, .panels = 1};
+          finish(pending, &product);
+          pending = {.data = sums, .row = row, .rows = step + 1 == steps_ ? rows : 0, .panel = panel, .panels = 1};
         }
       }
     }
     NoProduct nothing;
-    finish(finished, &nothing);
+    finish(pending, &nothing);
   }
 
   // What some panels make of a block's rows; nothing, where there are no rows.
@@ -240,7 +239,7 @@ class Workspace {
                   offset = (sums.panel - first_panel_) * panel_;
     rtp_mm::run<FinishSums<kIsBytes>>(
         job_.isa,
-        FinishedSums<Out>{
+        PendingSums<Out>{
             .sums = sums.data,
             .sums_stride = sums_stride_,
             .rows = sums.rows,
@@ -270,7 +269,7 @@ class Workspace {
   const AmxTiles amx_tiles_;
   const Word* left_ = nullptr;  // the strips, or the rows of x
   int64_t block_ = -1, first_row_ = 0, rows_ = 0;
-  float row_scales_[kAmxRows];
+  float row_scales_[kMaxAmxRows];
   int64_t first_panel_ = 0;
   alignas(64) float bias_[kMaxAmxPanels * kMaxPanel], scales_[kMaxAmxPanels * kMaxPanel];
   alignas(64) int32_t offsets_[kMaxAmxPanels * kMaxPanel];
@@ -287,7 +286,7 @@ PackedLinear<Weight, Rows, Out>::Tiling PackedLinear<Weight, Rows, Out>::tiling(
   // A weight is read from memory once for every block. The more panels in a tile, the more often the next one is known,
   // and is on its way already; in steps of k, the less often a block is read anew.
   const bool is_one_step = depth() <= kMaxAmxDepth;
-  const int64_t rows = up_to_multiple(even_rows(is_one_step ? kAmxRows : kAmxRowsInSteps), kAmxSide),
+  const int64_t rows = up_to_multiple(even_rows(is_one_step ? kMaxAmxRows : kMaxAmxRowsInSteps), kAmxSide),
                 blocks = ceil_div(m, std::max(rows, kAmxSide)), tiles_of_thread = is_one_step ? 4 : 2;
   const int64_t most = std::clamp<int64_t>(layout.panels() * blocks / (tiles_of_thread * threads), 1, kMaxAmxPanels);
   // The most that a thread gets, in panels of a block.
