@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 FLOOR = 1e-10  # of the energy in a band
+_FRAMES_AT_ONCE = 64  # whose windows, spectra and power stay in a core's cache
 RANGE = 8.0  # decades below the loudest band, to which all quieter ones are lifted
 # Slaney's mel scale (Auditory Toolbox, 1998): 3 mel per 200 Hz up to 1 kHz, then 27 mel for each factor of 6.4.
 _LINEAR_MEL, _KNEE_HZ, _LOG_MEL = 3 / 200, 1000.0, 27 / np.log(6.4)
@@ -59,10 +60,13 @@ def log_mel(samples: NDArray[np.float32], rule: MelRule, frames: int) -> NDArray
         edge = half + rule.max_samples
         padded[edge:] = padded[edge - 2 : edge - 2 - beyond : -1]
     windows = np.lib.stride_tricks.sliding_window_view(padded, rule.window)[:: rule.hop]
-    spectrum = np.fft.rfft(windows * _hann(rule.window))
-    power = (spectrum.real**2 + spectrum.imag**2).astype(np.float32)
-    energy = np.maximum(power @ mel_filters(rule), np.float32(FLOOR))
-    log_energy: NDArray[np.float32] = np.log10(energy)
+    log_energy = np.empty((frames, rule.bins), np.float32)
+    for begin in range(0, frames, _FRAMES_AT_ONCE):
+        some = slice(begin, begin + _FRAMES_AT_ONCE)
+        spectrum = np.fft.rfft(windows[some] * _hann(rule.window))
+        power = (spectrum.real**2 + spectrum.imag**2).astype(np.float32)
+        energy = np.maximum(power @ mel_filters(rule), np.float32(FLOOR))
+        np.log10(energy, out=log_energy[some])
     np.maximum(log_energy, log_energy.max() - np.float32(RANGE), out=log_energy)
     return (log_energy + np.float32(4)) / np.float32(4)
 
