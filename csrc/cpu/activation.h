@@ -2,28 +2,34 @@
 
 #pragma once
 
+#include <type_traits>
+
 #include "cpu/simd.h"
 
 namespace rtp_mm {
 
 enum class Activation { kNone, kGelu, kQuickGelu, kSiluGate };
 
+// What is rounded to bfloat16 (2e-3) need not be as exact as a float32.
+template <class Out>
+constexpr bool kIsRough = std::is_same_v<Out, BFloat16>;
+
 // Of those that need no gate.
-template <class Arch>
+template <class Arch, class Out>
 RTP_MM_INLINE Vector<Arch> activated(Vector<Arch> x, Activation activation) {
   switch (activation) {
     case Activation::kGelu:
-      return gelu<Arch>(x);
+      return gelu<Arch, kIsRough<Out>>(x);
     case Activation::kQuickGelu:
-      return sigmoid_gate<Arch>(x, 1.702f);
+      return sigmoid_gate<Arch, kIsRough<Out>>(x, 1.702f);
     default:
       return x;
   }
 }
 
-template <class Arch>
+template <class Arch, class Out>
 RTP_MM_INLINE Vector<Arch> silu_gate(Vector<Arch> gate, Vector<Arch> up) {
-  return sigmoid_gate<Arch>(gate, 1.0f) * up;
+  return sigmoid_gate<Arch, kIsRough<Out>>(gate, 1.0f) * up;
 }
 
 }  // namespace rtp_mm

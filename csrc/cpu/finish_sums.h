@@ -72,23 +72,39 @@ struct FinishSums {
     }
   }
 
-  // To values in the output's order.
+  // To values in the output's order. One loop for each activation: none should bear the others' registers.
   template <class Arch, class Out>
   RTP_MM_INLINE static void activate(const PendingSums<Out>& f) {
+    switch (f.activation) {
+      case Activation::kNone:
+        return activate<Arch, Activation::kNone>(f);
+      case Activation::kGelu:
+        return activate<Arch, Activation::kGelu>(f);
+      case Activation::kQuickGelu:
+        return activate<Arch, Activation::kQuickGelu>(f);
+      case Activation::kSiluGate:
+        return gate<Arch>(f);
+    }
+  }
+
+  template <class Arch, Activation kActivation, class Out>
+  RTP_MM_INLINE static void activate(const PendingSums<Out>& f) {
+    for (int64_t j = 0; j < f.panels * f.panel; j += Arch::kLanes) {
+      at<Arch>(f.sums + j) = activated<Arch, Out>(at<Arch>(f.sums + j) + at<Arch>(f.factors.bias + j), kActivation);
+    }
+  }
+
+  template <class Arch, class Out>
+  RTP_MM_INLINE static void gate(const PendingSums<Out>& f) {
     float* sums = f.sums;
     const float* bias = f.factors.bias;
-    if (f.activation == Activation::kSiluGate) {
-      const int64_t half = f.panel / 2;
-      for (int64_t p = 0, j = 0; p < f.panels; ++p) {
-        for (int64_t gate = p * f.panel; gate < p * f.panel + half; gate += Arch::kLanes, j += Arch::kLanes) {
-          const int64_t up = gate + half;
-          at<Arch>(sums + j) =  // behind what is read
-              silu_gate<Arch>(at<Arch>(sums + gate) + at<Arch>(bias + gate), at<Arch>(sums + up) + at<Arch>(bias + up));
-        }
-      }
-    } else {
-      for (int64_t j = 0; j < f.panels * f.panel; j += Arch::kLanes) {
-        at<Arch>(sums + j) = activated<Arch>(at<Arch>(sums + j) + at<Arch>(bias + j), f.activation);
+    const int64_t half = f.panel / 2;
+    for (int64_t p = 0, j = 0; p < f.panels; ++p) {
+      for (int64_t gate = p * f.panel; gate < p * f.panel + half; gate += Arch::kLanes, j += Arch::kLanes) {
+        const int64_t up = gate + half;
+        at<Arch>(sums + j) =  // behind what is read
+            silu_gate<Arch, Out>(at<Arch>(sums + gate) + at<Arch>(bias + gate),
+                                 at<Arch>(sums + up) + at<Arch>(bias + up));
       }
     }
   }

@@ -154,14 +154,14 @@ RTP_MM_INLINE void map(int64_t count, Element* out, const Inputs*... inputs) {
   if (rest) both<Arch, F>(Vectors::load(inputs + i, rest)...).store(out + i, rest);
 }
 
-template <Activation kActivation>
+template <Activation kActivation, class Element>
 struct ActivateRows {
   template <class Arch>
   RTP_MM_INLINE static Vector<Arch> of(Vector<Arch> x) {
-    return activated<Arch>(x, kActivation);
+    return activated<Arch, Element>(x, kActivation);
   }
 
-  template <class Arch, class Element>
+  template <class Arch>
   RTP_MM_INLINE static void run(const Activate<Element>& job, int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
       Element* x = job.x + r * job.dim;
@@ -170,13 +170,14 @@ struct ActivateRows {
   }
 };
 
+template <class Element>
 struct SiluGateRows {
   template <class Arch>
   RTP_MM_INLINE static Vector<Arch> of(Vector<Arch> gate, Vector<Arch> up) {
-    return silu_gate<Arch>(gate, up);
+    return silu_gate<Arch, Element>(gate, up);
   }
 
-  template <class Arch, class Element>
+  template <class Arch>
   RTP_MM_INLINE static void run(const SiluGate<Element>& job, int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
       const Element* gate = job.gate_up + 2 * r * job.dim;
@@ -200,15 +201,15 @@ void RotateQk<Element>::run(int64_t begin, int64_t end) const {
 template <class Element>
 void Activate<Element>::run(int64_t begin, int64_t end) const {
   if (activation == Activation::kGelu) {
-    rtp_mm::run<ActivateRows<Activation::kGelu>>(isa, *this, begin, end);
+    rtp_mm::run<ActivateRows<Activation::kGelu, Element>>(isa, *this, begin, end);
   } else {
-    rtp_mm::run<ActivateRows<Activation::kQuickGelu>>(isa, *this, begin, end);
+    rtp_mm::run<ActivateRows<Activation::kQuickGelu, Element>>(isa, *this, begin, end);
   }
 }
 
 template <class Element>
 void SiluGate<Element>::run(int64_t begin, int64_t end) const {
-  rtp_mm::run<SiluGateRows>(isa, *this, begin, end);
+  rtp_mm::run<SiluGateRows<Element>>(isa, *this, begin, end);
 }
 
 template struct AddNorm<float, float>;
