@@ -16,14 +16,15 @@ STABLE_TORCH_LIBRARY(rtp_mm, m) {
   m.def("pack_linear(Tensor weight, int parts) -> Tensor");
   m.def(
       "packed_linear(Tensor x, Tensor packed, int k, Tensor? scales, Tensor? sums, Tensor bias, str activation, "
-      "int blocks) -> Tensor");
+      "int blocks, bool for_linear=False) -> Tensor");
   m.def(
       "packed_linear_add_(Tensor(a!) out, Tensor x, Tensor packed, int k, Tensor? scales, Tensor? sums, Tensor bias) "
       "-> ()");
   m.def("packed_patch_embed(Tensor[] rows, Tensor packed, Tensor bias, Tensor? order, Tensor? pos) -> Tensor");
-  m.def("packed_attention(Tensor qkv, Tensor cos, Tensor sin, Tensor cu_seqlens) -> Tensor");
+  m.def("packed_attention(Tensor qkv, Tensor cos, Tensor sin, Tensor cu_seqlens, bool for_linear=False) -> Tensor");
   m.def(
-      "add_norm_(Tensor(a!) x, Tensor? delta, Tensor weight, Tensor? bias, float eps, ScalarType out_dtype) -> Tensor");
+      "add_norm_(Tensor(a!) x, Tensor? delta, Tensor weight, Tensor? bias, float eps, ScalarType out_dtype, "
+      "bool for_linear=False) -> Tensor");
   m.def("rotate_qk_(Tensor(a!) qkv, Tensor cos, Tensor sin) -> ()");
   m.def("activate_(Tensor(a!) x, str activation) -> ()");
   m.def("silu_gate(Tensor gate_up) -> Tensor");

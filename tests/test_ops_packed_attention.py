@@ -53,6 +53,15 @@ def test_error_is_at_most_twice_that_of_plain_pytorch(heads: int, dim: int, dtyp
     assert error(ours, exact) <= (2 if dtype == torch.float32 else 1.1) * error(plain, exact)
 
 
+def test_what_a_linear_layer_reads_is_the_same_with_rows_apart(dtype: torch.dtype) -> None:
+    arguments = (*random_inputs(50, 3, 20, dtype), cumulative([30, 8]))  # and 12 rows past the last segment
+    plain, apart = (ops.packed_attention(*arguments, for_linear=value) for value in (False, True))
+    assert torch.equal(plain, apart)
+    assert not apart[38:].any()
+    assert apart.flatten(1).stride(0) == ops.linear_row_stride(60, dtype, for_linear=True)
+    assert plain.is_contiguous()
+
+
 def test_rotation_scale_and_borders_count() -> None:
     qkv, cos, sin = random_inputs(100, 2, 16)
     ours = ops.packed_attention(qkv, cos, sin, cumulative([60, 40]))
@@ -188,3 +197,4 @@ def test_a_bad_argument_is_refused_with_what_came(change: dict[str, object], mes
 def test_schema_and_fake_agree_with_the_kernel(dtype: torch.dtype) -> None:
     arguments = (*random_inputs(40, 2, 16, dtype), cumulative([30, 8]))
     torch.library.opcheck(torch.ops.rtp_mm.packed_attention.default, arguments)
+    torch.library.opcheck(torch.ops.rtp_mm.packed_attention.default, (*arguments, True))

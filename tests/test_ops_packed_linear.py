@@ -292,7 +292,16 @@ def test_bf16_rounds_to_nearest_ties_to_even_up_to_infinity() -> None:
 
 def bad_arguments() -> list[tuple[str, dict[str, object], str]]:
     return [
-        ("a batch of matrices", {"x": torch.ones(1, 4, 6)}, r"x must be contiguous \[M, K\] .*, got \[1, 4, 6\]"),
+        ("a batch of matrices", {"x": torch.ones(1, 4, 6)}, r"x must be \[M, K\] .*, got \[1, 4, 6\]"),
+        ("rows apart", {"x": torch.ones(4, 8)[:, :6]}, r"x must be \[M, K\] float32, contiguous, .* strides \[8, 1\]"),
+        (
+            "columns apart",
+            {
+                "x": torch.ones(4, 12).bfloat16()[:, ::2],
+                "packed": ops.pack_bf16_linear(torch.ones(8, 6).bfloat16()),
+            },
+            r"x must be .* or bfloat16, each row contiguous, .* strides \[12, 2\]",
+        ),
         ("float16 x", {"x": torch.ones(4, 6).half()}, r"x must be .*, got \[4, 6\] float16"),
         (
             "bfloat16 x, packed for float32",
@@ -375,6 +384,31 @@ def test_bf16_takes_columns_of_zeros_up_to_its_multiple(k: int) -> None:
     assert torch.equal(bf16(wide, weight, bias), bf16(x, weight, bias))
 
 
+@pytest.mark.parametrize("k", [40, 128])
+@pytest.mark.parametrize("m", [1, 31, 100])
+def test_bf16_takes_rows_that_lie_apart_and_nothing_between_them(m: int, k: int) -> None:
+    x, weight, bias = random_bf16_layer(m, k, 70)
+    for stride in (k + 1, ops.linear_row_stride(k, x.dtype, for_linear=True), k + 64):
+        apart = torch.full((m, stride), torch.nan, dtype=x.dtype)[:, :k].copy_(x)
+        assert torch.equal(bf16(apart, weight, bias), bf16(x, weight, bias))
+
+
+@pytest.mark.parametrize("blocks", [1, 5])
+def test_what_is_made_for_a_linear_layer_is_the_same_with_rows_apart(blocks: int) -> None:
+    for x, packed in (
+        (torch.ones(9, 64), ops.pack_linear(torch.ones(320, 64))),
+        (torch.ones(9, 64).bfloat16(), ops.pack_bf16_linear(torch.ones(320, 64).bfloat16())),
+    ):
+        plain, apart = (
+            ops.packed_linear_blocks(x, packed, torch.arange(320.0), blocks, for_linear=value)
+            for value in (False, True)
+        )
+        assert torch.equal(plain, apart)
+        width = 320 // blocks
+        assert apart.stride(1) == ops.linear_row_stride(width, x.dtype, for_linear=True)
+        assert plain.is_contiguous()
+
+
 def test_packing_and_adding_refuse_what_does_not_fit() -> None:
     with pytest.raises(RuntimeError, match=r"^pack_linear: parts must be 1 or 2 and divide N = 3, got 2"):
         ops.pack_linear(torch.ones(3, 2), 2)
@@ -396,7 +430,9 @@ def test_schema_and_fake_agree_with_the_kernel(dtype: torch.dtype) -> None:
         for pack in (ops.pack_linear, ops.pack_int8_linear):
             arguments = (x, *pack(weight, parts), bias, activation, 2)
             torch.library.opcheck(torch.ops.rtp_mm.packed_linear.default, arguments)
+            torch.library.opcheck(torch.ops.rtp_mm.packed_linear.default, (*arguments, True))
         halves = (x.bfloat16(), *ops.pack_bf16_linear(weight.bfloat16(), parts), bias, activation, 2)
         torch.library.opcheck(torch.ops.rtp_mm.packed_linear.default, halves)
+        torch.library.opcheck(torch.ops.rtp_mm.packed_linear.default, (*halves, True))
     adding = (torch.ones(4, 40), x, *ops.pack_linear(weight), bias)
     torch.library.opcheck(torch.ops.rtp_mm.packed_linear_add_.default, adding)

@@ -76,6 +76,16 @@ def test_the_norm_of_every_row_is_as_exact_as_plain_pytorch(
     check_rows(ours, plain_norm(total, weight, bias).to(dtype), reference.norm(total, weight, bias, EPS))
 
 
+def test_the_norm_for_a_linear_layer_is_the_same_with_rows_apart(dtype: torch.dtype, is_layer_norm: bool) -> None:
+    x, weight, bias = random_rows(9, 64, is_layer_norm)
+    plain, apart = (
+        ops.add_norm(x.clone(), x.to(dtype), weight, bias, EPS, dtype, for_linear=value) for value in (False, True)
+    )
+    assert torch.equal(plain, apart)
+    assert apart.stride(0) == ops.linear_row_stride(64, dtype, for_linear=True)
+    assert plain.is_contiguous()
+
+
 def test_eps_weight_and_bias_count(is_layer_norm: bool) -> None:
     x, weight, bias = random_rows(4, 64, is_layer_norm)
     exact = reference.norm(x, weight, bias, EPS)
@@ -243,6 +253,7 @@ def test_schemas_and_fakes_agree_with_the_kernels(dtype: torch.dtype, is_layer_n
     ours, check = torch.ops.rtp_mm, torch.library.opcheck
     for delta in (None, x.to(dtype)):
         check(ours.add_norm_.default, (x, delta, weight, bias, EPS, dtype))
+        check(ours.add_norm_.default, (x, delta, weight, bias, EPS, dtype, True))
     check(ours.rotate_qk_.default, random_qkv(6, 2, 10, dtype))
     check(ours.activate_.default, (x.to(dtype), "gelu"))
     check(ours.silu_gate.default, (x.to(dtype),))

@@ -28,7 +28,8 @@ struct PendingSums {
   const float* row_scales;  // of bytes only
   Activation activation;
   bool is_added;  // to the output
-  Out* out;       // the first row's first column; rows block_width apart
+  Out* out;       // the first row's first column
+  int64_t out_stride;
   int64_t columns;
   int64_t first_columns;  // those of the block that `out` lies in, at most
   int64_t block_width;
@@ -42,7 +43,7 @@ struct FinishSums {
 
   template <class Arch, class Out, class Beside>
   RTP_MM_INLINE static void run(PendingSums<Out> f, Beside* beside) {
-    for (int64_t r = 0; r < f.rows; ++r, f.sums += f.sums_stride, f.out += f.block_width) {
+    for (int64_t r = 0; r < f.rows; ++r, f.sums += f.sums_stride, f.out += f.out_stride) {
       beside->step();
       if constexpr (kIsBytes) scale<Arch>(f, f.row_scales[r]);
       activate<Arch>(f);
@@ -53,7 +54,7 @@ struct FinishSums {
       for (int64_t left = f.columns; left > 0; left -= count, count = std::min(f.block_width, left)) {
         // Beside a product to wait for the output costs nothing, and to fetch it early would delay the product's loads.
         if (std::is_same_v<Beside, NoProduct> && r + kRowsWrittenAhead < f.rows) {
-          prefetch_to_write(out + kRowsWrittenAhead * f.block_width, count);
+          prefetch_to_write(out + kRowsWrittenAhead * f.out_stride, count);
         }
         write<Wide<Arch, Out>>(sums, count, f.is_added, out);
         sums += count, out += count + f.block_gap;

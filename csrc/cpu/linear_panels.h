@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "cpu/isa.h"
 #include "cpu/multiply.h"
 
 namespace rtp_mm {
@@ -37,6 +38,13 @@ template <class Weight>
 int64_t packed_depth(int64_t k) {
   constexpr int64_t kValues = std::is_same_v<Weight, FourBytes> ? 4 : std::is_same_v<Weight, BFloat16Pair> ? 2 : 1;
   return kValues == 1 ? k : up_to_multiple(k, kValues * kAmxSide) / kValues;
+}
+
+// How far apart rows of bfloat16s should lie that a linear layer reads: by an odd number of cache lines where AMX loads
+// tiles of them, as rows of an even number would meet in few of L1's sets.
+inline int64_t linear_row_stride(Isa isa, int64_t columns) {
+  constexpr int64_t kLine = 2 * kAmxSide;
+  return has_amx(isa) ? up_to_multiple(columns, kLine) | kLine : columns;
 }
 
 // Writes weight[parts * width, k] to dst[k][layout.panel()]. Weight: float, BFloat16, Float16, or a word of several

@@ -213,7 +213,7 @@ class Workspace {
     rtp_mm::run<Transpose>(job_.isa, static_cast<const float*>(panel.weighted.data()), kPanel, padded_dim_, kPanel,
                            static_cast<float*>(answers_), kStripDepth);
     rtp_mm::run<Narrow>(job_.isa, static_cast<const float*>(answers_), panel.rows, job_.dim,
-                        job_.out + (first * job_.heads + head_) * job_.dim, job_.heads * job_.dim);
+                        job_.out + first * job_.out_stride + head_ * job_.dim, job_.out_stride);
   }
 
   // Part: 0 query, 1 key, 2 value.

@@ -18,6 +18,7 @@ struct PackedAttention {
   Element* out;               // [n, heads, dim]
   int64_t segments, heads, dim;
   Isa isa;
+  int64_t out_stride = heads * dim;  // from row to row
 
   // The work is cut into tasks, blocks of queries of one head of one segment, in the order (segment, head, block).
   int64_t tasks() const;

@@ -1,6 +1,7 @@
 #include <algorithm>
 
 #include "common.h"
+#include "cpu/linear_rows.h"
 #include "cpu/packed_attention.h"
 
 namespace rtp_mm {
@@ -20,10 +21,10 @@ int64_t check_segments(const Tensor& cu_seqlens, int64_t n) {
 
 template <class Element>
 void packed_attention_into(const Tensor& qkv, const Tensor& cos, const Tensor& sin, const Tensor& cu_seqlens,
-                           int64_t rows, Tensor& out) {
+                           int64_t rows, Tensor& out, int64_t out_stride) {
   const int64_t n = qkv.size(0), heads = qkv.size(2), dim = qkv.size(3);
   auto* result = static_cast<Element*>(out.mutable_data_ptr());
-  std::fill(result + rows * heads * dim, result + n * heads * dim, Element{});
+  for (int64_t row = rows; row < n; ++row) std::fill_n(result + row * out_stride, heads * dim, Element{});
   const PackedAttention<Element> job{.qkv = static_cast<const Element*>(qkv.const_data_ptr()),
                                      .row_stride = qkv.stride(0),
                                      .part_stride = qkv.stride(1),
@@ -35,11 +36,13 @@ void packed_attention_into(const Tensor& qkv, const Tensor& cos, const Tensor& s
                                      .segments = cu_seqlens.size(0) - 1,
                                      .heads = heads,
                                      .dim = dim,
-                                     .isa = best_isa()};
+                                     .isa = best_isa(),
+                                     .out_stride = out_stride};
   torch::stable::parallel_for(0, job.tasks(), 1, [&](int64_t begin, int64_t end) { job.run(begin, end); });
 }
 
-Tensor packed_attention_cpu(const Tensor& qkv, const Tensor& cos, const Tensor& sin, const Tensor& cu_seqlens) {
+Tensor packed_attention_cpu(const Tensor& qkv, const Tensor& cos, const Tensor& sin, const Tensor& cu_seqlens,
+                            bool for_linear) {
   const bool is_bf16 = qkv.scalar_type() == ScalarType::BFloat16;
   check(
       qkv.dim() == 4 && qkv.size(1) == 3 && qkv.size(3) % 2 == 0 && 0 < qkv.size(3) && qkv.size(3) <= kMaxHeadDim &&
@@ -51,8 +54,10 @@ Tensor packed_attention_cpu(const Tensor& qkv, const Tensor& cos, const Tensor& 
   check_is("packed_attention: cos", cos, {n, dim / 2}, ScalarType::Float);
   check_is("packed_attention: sin", sin, {n, dim / 2}, ScalarType::Float);
   const int64_t rows = check_segments(cu_seqlens, n);
-  Tensor out = torch::stable::new_empty(qkv, {n, heads, dim});
-  (is_bf16 ? packed_attention_into<BFloat16> : packed_attention_into<float>)(qkv, cos, sin, cu_seqlens, rows, out);
+  const Tensor out_rows = new_rows(qkv, n, heads * dim, qkv.scalar_type(), for_linear);
+  Tensor out = torch::stable::view(out_rows, {n, heads, dim});
+  (is_bf16 ? packed_attention_into<BFloat16> : packed_attention_into<float>)(qkv, cos, sin, cu_seqlens, rows, out,
+                                                                             out_rows.stride(0));
   return out;
 }
 

@@ -35,20 +35,21 @@ struct Widen {
 };
 
 // x[rows, k] as [steps of k][rows][strip_depth].
-void pack_strips(const float* x, int64_t rows, int64_t k, int64_t strip_depth, float* strips) {
+void pack_strips(const float* x, int64_t x_stride, int64_t rows, int64_t k, int64_t strip_depth, float* strips) {
   for (int64_t begin = 0; begin < k; begin += strip_depth) {
     const int64_t depth = std::min(strip_depth, k - begin);
-    for (int64_t r = 0; r < rows; ++r, strips += strip_depth) std::copy_n(x + r * k + begin, depth, strips);
+    for (int64_t r = 0; r < rows; ++r, strips += strip_depth) std::copy_n(x + r * x_stride + begin, depth, strips);
   }
 }
 
 // The same of pairs, with zeros up to the depth that is multiplied.
-void pack_strips(const BFloat16* x, int64_t rows, int64_t k, int64_t strip_depth, BFloat16Pair* strips) {
+void pack_strips(const BFloat16* x, int64_t x_stride, int64_t rows, int64_t k, int64_t strip_depth,
+                 BFloat16Pair* strips) {
   for (int64_t begin = 0; begin < k; begin += 2 * strip_depth) {
     const int64_t depth = std::min(2 * strip_depth, k - begin), padded = 2 * packed_depth<BFloat16Pair>(depth);
     for (int64_t r = 0; r < rows; ++r, strips += strip_depth) {
       auto* strip = reinterpret_cast<BFloat16*>(strips);
-      std::fill(std::copy_n(x + r * k + begin, depth, strip), strip + padded, BFloat16{});
+      std::fill(std::copy_n(x + r * x_stride + begin, depth, strip), strip + padded, BFloat16{});
     }
   }
 }
@@ -84,7 +85,7 @@ class Workspace {
         by_amx_(kIsWords<Weight> && has_amx(job.isa)),
         words_(job.depth()),
         amx_depth_(up_to_multiple(ceil_div(words_, ceil_div(words_, kMaxAmxDepth)), kAmxSide)),
-        strip_depth_(by_amx_ ? words_ | kAmxSide : kStripDepth),  // of odd lines: even ones meet in few of L1's sets
+        strip_depth_(by_amx_ ? linear_row_stride(job.isa, 2 * words_) / 2 : kStripDepth),
         steps_(ceil_div(words_, by_amx_ ? amx_depth_ : kStripDepth)),
         panel_(job.layout.panel()),
         tiling_(job.tiling()),
@@ -110,22 +111,24 @@ class Workspace {
   }
 
  private:
-  // Packs its rows, unless it is there, or AMX's tiles can read them where they are: whole tiles, an odd number of
-  // lines apart.
+  // Packs its rows, unless it is there, or AMX's tiles can read them where they are: as far apart as packed ones, and
+  // whole tiles.
   void take_block(int64_t block) {
     if (block == block_) return;
     block_ = block;
     first_row_ = block * tiling_.rows;
     rows_ = std::min(tiling_.rows, job_.m - first_row_);
-    left_ = strips_.data();
+    rows_in_place_ = 0;
     if constexpr (std::is_same_v<Rows, ByteRows>) {
       centre_rows(job_.isa, job_.x + first_row_, rows_, job_.k, strips_.data());
     } else if constexpr (kIsBytes) {
       quantize_rows(job_.isa, rows_of_x(), rows_, job_.k, strip_depth_, strips_.data(), row_scales_);
-    } else if (by_amx_ && 2 * strip_depth_ == job_.k && rows_ % kAmxSide == 0) {
-      left_ = reinterpret_cast<const Word*>(rows_of_x());
     } else {
-      pack_strips(rows_of_x(), rows_, job_.k, strip_depth_, strips_.data());
+      if (by_amx_ && job_.k == 2 * words_ && job_.x_stride == 2 * strip_depth_) {
+        rows_in_place_ = rows_ % kAmxSide == 0 ? rows_ : rows_ / kSquareRows * kSquareRows;
+      }
+      pack_strips(rows_of_x() + rows_in_place_ * job_.x_stride, job_.x_stride, rows_ - rows_in_place_, job_.k,
+                  strip_depth_, strips_.data());
     }
   }
 
@@ -155,7 +158,15 @@ class Workspace {
     return tile + job_.threads < tiles_ ? (tile + job_.threads) % groups_ * tiling_.panels : -1;
   }
 
-  auto rows_of_x() const { return job_.x + first_row_ * job_.k; }
+  // Of that row of the block.
+  const Word* left(int64_t row) const {
+    if constexpr (std::is_same_v<Word, BFloat16Pair>) {
+      if (row < rows_in_place_) return reinterpret_cast<const Word*>(rows_of_x()) + row * strip_depth_;
+    }
+    return strips_.data() + (row - rows_in_place_) * strip_depth_;
+  }
+
+  auto rows_of_x() const { return job_.x + first_row_ * job_.x_stride; }
 
   // Steps of k in turn, each for all of the panels: what they read and add to stays in L2.
   void multiply_by_steps(int64_t first_panel, int64_t end_panel) {
@@ -166,7 +177,7 @@ class Workspace {
         const bool is_last = panel + 1 == end_panel;
         const Weight* next =
             is_last ? weight + (depth + (first_panel - panel) * words_) * panel_ : weight + words_ * panel_;
-        multiply(job_.isa, left_ + step * rows_ * kStripDepth,
+        multiply(job_.isa, strips_.data() + step * rows_ * kStripDepth,
                  {.rows = rows_,
                   .columns = panel_,
                   .depth = depth,
@@ -206,7 +217,7 @@ class Workspace {
           const int64_t place = steps_ == 1 ? strip % 2 * kSquareRows : (panel - first_panel) * padded_rows_ + row;
           float* sums = sums_.data() + place * sums_stride_;
           AmxProduct<Word> product(
-              left_ + row * strip_depth_ + begin, strip_depth_,
+              left(row) + begin, strip_depth_,
               {.rows = rows,
                .columns = panel_,
                .depth = depth,
@@ -249,11 +260,12 @@ class Workspace {
             .row_scales = row_scales_ + sums.row,
             .activation = job_.activation,
             .is_added = job_.is_added,
-            .out = job_.out + (first / job_.block_width * job_.m + first_row_ + sums.row) * job_.block_width + begin,
+            .out = job_.out + (first / job_.block_width * job_.m + first_row_ + sums.row) * job_.out_stride + begin,
+            .out_stride = job_.out_stride,
             .columns = std::min(sums.panels * job_.layout.columns(), job_.layout.width - first),
             .first_columns = job_.block_width - begin,
             .block_width = job_.block_width,
-            .block_gap = (job_.m - 1) * job_.block_width},
+            .block_gap = job_.m * job_.out_stride - job_.block_width},
         beside);
   }
 
@@ -267,8 +279,7 @@ class Workspace {
   AlignedVector<Word> strips_;  // [steps of k][rows][strip_depth_]; of AMX [rows][strip_depth_]
   AlignedVector<float> sums_;   // [sums_rows_][sums_stride_]
   const AmxTiles amx_tiles_;
-  const Word* left_ = nullptr;  // the strips, or the rows of x
-  int64_t block_ = -1, first_row_ = 0, rows_ = 0;
+  int64_t block_ = -1, first_row_ = 0, rows_ = 0, rows_in_place_ = 0;
   float row_scales_[kMaxAmxRows];
   int64_t first_panel_ = 0;
   alignas(64) float bias_[kMaxAmxPanels * kMaxPanel], scales_[kMaxAmxPanels * kMaxPanel];

@@ -15,7 +15,8 @@ namespace rtp_mm {
 // out = activation(x @ weight.T + bias), or out += that, summed in float32; for kSiluGate silu(gate) * up. The output
 // may be cut into blocks of columns that stand one after another in memory. With FourBytes, x is quantized row by row
 // (see quantize_rows), the weight is scales * its bytes, and the products before bias and activation have the same bits
-// on every instruction set. With BFloat16Pair, x is BFloat16. With ByteRows, x is 128 less than its bytes.
+// on every instruction set. With BFloat16Pair, x is BFloat16, and AMX reads its rows where they are if x_stride is what
+// `linear_row_stride` says. With ByteRows, x is 128 less than its bytes.
 template <class Weight, class Rows = const float*, class Out = float>
 struct PackedLinear {
   Rows x;                // [m, k]
@@ -30,7 +31,9 @@ struct PackedLinear {
   Activation activation;
   bool is_added;
   Isa isa;
-  int64_t threads = 1;  // that are to share the work
+  int64_t threads = 1;               // that are to share the work
+  int64_t x_stride = k;              // from row to row; of BFloat16 only
+  int64_t out_stride = block_width;  // the same in a block
 
   int64_t depth() const { return packed_depth<Weight>(k); }
 

@@ -4,6 +4,7 @@
 
 #include "common.h"
 #include "cpu/float_types.h"
+#include "cpu/linear_rows.h"
 #include "cpu/packed_linear.h"
 #include "cpu/run_tiles.h"
 
@@ -59,24 +60,24 @@ struct Layer {
 
 template <class Weight, class Element, class Out>
 void packed_linear_into(const Tensor& x, const Layer& layer, Activation activation, bool is_added, Tensor& out,
-                        int64_t block_width) {
+                        int64_t block_width, int64_t out_stride) {
   run_tiles(PackedLinear<Weight, const Element*, Out>{
       static_cast<const Element*>(x.const_data_ptr()), static_cast<const Weight*>(layer.packed.const_data_ptr()),
       layer.scales ? layer.scales->const_data_ptr<float>() : nullptr,
       layer.sums ? layer.sums->const_data_ptr<int32_t>() : nullptr, layer.bias.const_data_ptr<float>(),
       static_cast<Out*>(out.mutable_data_ptr()), block_width, x.size(0), x.size(1), layer.layout, activation, is_added,
-      best_isa(), torch::stable::get_num_threads()});
+      best_isa(), torch::stable::get_num_threads(), x.is_contiguous() ? x.size(1) : x.stride(0), out_stride});
 }
 
 void packed_linear_into(const Tensor& x, const Layer& layer, Activation activation, bool is_added, Tensor& out,
-                        int64_t block_width) {
+                        int64_t block_width, int64_t out_stride) {
   if (x.scalar_type() == ScalarType::BFloat16) {
     const auto into = is_added ? packed_linear_into<BFloat16Pair, BFloat16, float>
                                : packed_linear_into<BFloat16Pair, BFloat16, BFloat16>;
-    return into(x, layer, activation, is_added, out, block_width);
+    return into(x, layer, activation, is_added, out, block_width, out_stride);
   }
   with_weight_type(layer.packed.scalar_type(), [&]<class Weight>(Weight*) {
-    packed_linear_into<Weight, float, float>(x, layer, activation, is_added, out, block_width);
+    packed_linear_into<Weight, float, float>(x, layer, activation, is_added, out, block_width, out_stride);
   });
 }
 
@@ -89,6 +90,10 @@ void check_of_bytes(const std::optional<Tensor>& tensor, const char* name, int64
         ", got ", tensor ? describe(*tensor) : "None");
 }
 
+bool has_contiguous_rows(const Tensor& x) {
+  return x.is_contiguous() || (x.stride(1) == 1 && x.stride(0) >= x.size(1));
+}
+
 // Of pairs, x may have the columns of zeros that may spare AMX a copy of its rows; see pack_bf16_linear.
 Layer checked_layer(const Tensor& x, const Tensor& packed, int64_t k, const std::optional<Tensor>& scales,
                     const std::optional<Tensor>& sums, const Tensor& bias, int64_t parts) {
@@ -98,8 +103,8 @@ Layer checked_layer(const Tensor& x, const Tensor& packed, int64_t k, const std:
                         : is_bytes ? packed_depth<FourBytes>(k)
                                    : packed_depth<float>(k);
   const bool has_k = x.dim() == 2 && x.size(1) > 0 && (x.size(1) == k || (is_pairs && x.size(1) == 2 * depth));
-  check(has_k && (is_pairs || x.scalar_type() == ScalarType::Float) && x.is_contiguous(),
-        "packed_linear: x must be contiguous [M, K] float32 or bfloat16 with K = ", k,
+  check(has_k && (is_pairs ? has_contiguous_rows(x) : x.scalar_type() == ScalarType::Float && x.is_contiguous()),
+        "packed_linear: x must be [M, K] float32, contiguous, or bfloat16, each row contiguous, with K = ", k,
         is_pairs ? ", with or without zeros up to a multiple of 32" : "", ", got ", describe(x));
   check(bias.dim() == 1 && bias.size(0) % parts == 0 && bias.scalar_type() == ScalarType::Float && bias.is_contiguous(),
         "packed_linear: bias must be contiguous [N] float32, N divisible by ", parts, ", got ", describe(bias));
@@ -118,14 +123,15 @@ Layer checked_layer(const Tensor& x, const Tensor& packed, int64_t k, const std:
 
 Tensor packed_linear_cpu(const Tensor& x, const Tensor& packed, int64_t k, const std::optional<Tensor>& scales,
                          const std::optional<Tensor>& sums, const Tensor& bias, const std::string& activation,
-                         int64_t blocks) {
+                         int64_t blocks, bool for_linear) {
   const Activation act = activation_named(activation);
   const Layer layer = checked_layer(x, packed, k, scales, sums, bias, act == Activation::kSiluGate ? 2 : 1);
   const int64_t width = layer.layout.width;
   check(blocks > 0 && width % blocks == 0, "packed_linear: blocks must divide the ", width,
         " columns of the output, got ", blocks);
-  Tensor out = torch::stable::new_empty(x, {blocks, x.size(0), width / blocks});
-  packed_linear_into(x, layer, act, false, out, width / blocks);
+  const Tensor rows = new_rows(x, blocks * x.size(0), width / blocks, x.scalar_type(), for_linear);
+  Tensor out = torch::stable::view(rows, {blocks, x.size(0), width / blocks});
+  packed_linear_into(x, layer, act, false, out, width / blocks, rows.stride(0));
   return out;
 }
 
@@ -136,7 +142,7 @@ void packed_linear_add_cpu(Tensor out, const Tensor& x, const Tensor& packed, in
   check(out.dim() == 2 && out.size(0) == x.size(0) && out.size(1) == width && out.scalar_type() == ScalarType::Float &&
             out.is_contiguous(),
         "packed_linear_add_: out must be contiguous [", x.size(0), ", ", width, "] float32, got ", describe(out));
-  packed_linear_into(x, layer, Activation::kNone, true, out, width);
+  packed_linear_into(x, layer, Activation::kNone, true, out, width, width);
 }
 
 }  // namespace

@@ -73,7 +73,7 @@ struct AddNormRows {
       if (job.delta) add<Arch>(job.delta + r * job.dim, job.dim, x);
       const float centre = job.bias ? mean<Arch>(x, job.dim, Itself{}) : 0.0f;
       const float factor = 1 / std::sqrt(mean<Arch>(x, job.dim, SquaredFrom{centre}) + job.eps);
-      scale<Arch>(x, centre, factor, job.weight, job.bias, job.dim, job.out + r * job.dim);
+      scale<Arch>(x, centre, factor, job.weight, job.bias, job.dim, job.out + r * job.out_stride);
     }
   }
 };

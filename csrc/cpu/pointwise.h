@@ -22,6 +22,7 @@ struct AddNorm {
   float eps;
   Out* out;  // [rows, dim]
   Isa isa;
+  int64_t out_stride = dim;  // from row to row
 
   void run(int64_t begin, int64_t end) const;  // rows
 };

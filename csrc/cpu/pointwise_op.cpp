@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "common.h"
+#include "cpu/linear_rows.h"
 #include "cpu/pointwise.h"
 
 namespace rtp_mm {
@@ -28,7 +29,7 @@ void run_rows(const Job& job, int64_t rows, int64_t elements) {
 }
 
 Tensor add_norm_cpu(Tensor x, const std::optional<Tensor>& delta, const Tensor& weight,
-                    const std::optional<Tensor>& bias, double eps, ScalarType out_dtype) {
+                    const std::optional<Tensor>& bias, double eps, ScalarType out_dtype, bool for_linear) {
   check(x.dim() == 2 && x.scalar_type() == ScalarType::Float && x.is_contiguous(),
         "add_norm_: x must be contiguous [N, D] float32, got ", describe(x));
   const int64_t rows = x.size(0), dim = x.size(1);
@@ -39,7 +40,7 @@ Tensor add_norm_cpu(Tensor x, const std::optional<Tensor>& delta, const Tensor& 
   check_is("add_norm_: weight", weight, {dim}, ScalarType::Float);
   if (bias) check_is("add_norm_: bias", *bias, {dim}, ScalarType::Float);
   check(is_bf16_or_float(out_dtype), "add_norm_: out_dtype must be float32 or bfloat16, got ", dtype_name(out_dtype));
-  Tensor out = torch::stable::new_empty(x, {rows, dim}, out_dtype);
+  Tensor out = new_rows(x, rows, dim, out_dtype, for_linear);
   with_element(delta ? delta->scalar_type() : ScalarType::Float, [&]<class Delta>(Delta*) {
     with_element(out_dtype, [&]<class Out>(Out*) {
       const AddNorm<Delta, Out> job{
@@ -51,6 +52,7 @@ Tensor add_norm_cpu(Tensor x, const std::optional<Tensor>& delta, const Tensor& 
           .eps = static_cast<float>(eps),
           .out = static_cast<Out*>(out.mutable_data_ptr()),
           .isa = best_isa(),
+          .out_stride = out.stride(0),
       };
       run_rows(job, rows, dim);
     });

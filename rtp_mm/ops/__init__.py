@@ -7,6 +7,7 @@ from rtp_mm.ops.packed_attention import packed_attention
 from rtp_mm.ops.packed_linear import (
     BF16_MULTIPLE,
     PackedWeight,
+    linear_row_stride,
     pack_bf16_linear,
     pack_int8_linear,
     pack_linear,
@@ -28,6 +29,7 @@ __all__ = [
     "add_norm",
     "fixed_linear",
     "fixed_linear_add_",
+    "linear_row_stride",
     "pack_bf16_linear",
     "pack_fixed_linear",
     "pack_int8_linear",

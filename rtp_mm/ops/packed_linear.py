@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import rtp_mm.ops.library  # noqa: F401  # the schema must be there before its fake
+from rtp_mm import _core
 
 CHUNK = 128  # rows that are rounded at a time: their temporaries stay in cache, 4 s less at the 3B tower's start
 PANEL, UNIT = 64, 16  # columns of a panel at most, and what they are a multiple of; as in csrc/cpu
@@ -61,21 +62,23 @@ def pack_bf16_linear(weight: Tensor, parts: int = 1) -> PackedWeight:
     """As `pack_linear`, of bfloat16 and for an x of bfloat16: two steps of k are multiplied at once.
 
     By AMX where the CPU has it, in an order of its own, or by AVX-512 BF16. Elsewhere sums have the bits of the latter,
-    but for subnormal numbers, and it is slower than float32. Where x has an odd multiple of
-    `BF16_MULTIPLE` columns, K or zeros behind it, AMX reads its rows without a copy.
+    but for subnormal numbers, and it is slower than float32. AMX reads the rows of x without a copy where x has
+    a multiple of `BF16_MULTIPLE` columns, K or zeros behind it, and was made `for_linear`.
     """
     k = weight.shape[1]
     words = F.pad(weight, (0, -k % BF16_MULTIPLE)).view(torch.int32)
     return PackedWeight(torch.ops.rtp_mm.pack_linear.default(words, parts).view(torch.bfloat16), k)
 
 
-def packed_linear(x: Tensor, packed: PackedWeight, bias: Tensor, activation: str = "none") -> Tensor:
+def packed_linear(
+    x: Tensor, packed: PackedWeight, bias: Tensor, activation: str = "none", *, for_linear: bool = False
+) -> Tensor:
     """`activation(x @ weight.T + bias)`: [M, N] in x's dtype. `packed_linear_blocks` with one block."""
-    return packed_linear_blocks(x, packed, bias, 1, activation)[0]
+    return packed_linear_blocks(x, packed, bias, 1, activation, for_linear=for_linear)[0]
 
 
 def packed_linear_blocks(
-    x: Tensor, packed: PackedWeight, bias: Tensor, blocks: int, activation: str = "none"
+    x: Tensor, packed: PackedWeight, bias: Tensor, blocks: int, activation: str = "none", *, for_linear: bool = False
 ) -> Tensor:
     """`activation(x @ weight.T + bias)`, its columns in blocks of equal width: [blocks, M, N / blocks] in x's dtype.
 
@@ -87,10 +90,24 @@ def packed_linear_blocks(
                 packed in two parts.
     blocks:     how many the columns are cut into; heads, say, that are then read one by one.
 
-    A row's bits do not depend on its neighbours, its place or M. Tensors must be contiguous; else `RuntimeError`.
+    for_linear: whether a layer of `pack_bf16_linear` reads the answer next: see `linear_row_stride`.
+
+    A row's bits do not depend on its neighbours, its place or M. Tensors must be contiguous, of an x of bfloat16 each
+    row; else `RuntimeError`.
     """
-    out: Tensor = torch.ops.rtp_mm.packed_linear.default(x, *packed, bias, activation, blocks)
+    out: Tensor = torch.ops.rtp_mm.packed_linear.default(x, *packed, bias, activation, blocks, for_linear)
     return out
+
+
+def linear_row_stride(columns: int, dtype: torch.dtype, *, for_linear: bool) -> int:
+    """Elements from one row to the next of what an operator made `for_linear`, or not.
+
+    Rows of bfloat16 lie apart by an odd number of cache lines then, where the CPU has AMX: its tiles load them from
+    where they are, and rows of an even number would meet in few of the first cache's sets.
+    """
+    if not (for_linear and dtype == torch.bfloat16 and _core.bf16_instructions() == "amx"):
+        return columns
+    return (columns + -columns % BF16_MULTIPLE) | BF16_MULTIPLE
 
 
 def packed_linear_add_(out: Tensor, x: Tensor, packed: PackedWeight, bias: Tensor) -> Tensor:
@@ -117,14 +134,22 @@ def _(
     bias: Tensor,
     activation: str,
     blocks: int,
+    for_linear: bool = False,
 ) -> Tensor:
     _check_columns(x, k)
-    return x.new_empty(blocks, x.shape[0], bias.shape[0] // (2 if activation == "silu_gate" else 1) // blocks)
+    width = bias.shape[0] // (2 if activation == "silu_gate" else 1) // blocks
+    return fake_rows(x, blocks * x.shape[0], width, x.dtype, for_linear).view(blocks, x.shape[0], width)
 
 
 @torch.library.register_fake("rtp_mm::packed_linear_add_")  # type: ignore[untyped-decorator]
 def _(out: Tensor, x: Tensor, packed: Tensor, k: int, scales: Tensor | None, sums: Tensor | None, bias: Tensor) -> None:
     _check_columns(x, k)
+
+
+def fake_rows(x: Tensor, rows: int, columns: int, dtype: torch.dtype, for_linear: bool) -> Tensor:
+    """As an operator makes them: [`rows`, `columns`] on x's device."""
+    stride = linear_row_stride(columns, dtype, for_linear=for_linear)
+    return x.new_empty(rows, stride, dtype=dtype)[:, :columns]
 
 
 def _check_columns(x: Tensor, k: int) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import rtp_mm.ops.library  # noqa: F401  # the schema must be there before its fake
+from rtp_mm.ops.packed_linear import fake_rows
 
 ACTIVATIONS = ("none", "gelu", "quick_gelu", "silu_gate")
 
@@ -18,9 +19,17 @@ def uses_triton(device: torch.device) -> bool:
 
 
 def add_norm(
-    x: Tensor, delta: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, dtype: torch.dtype
+    x: Tensor,
+    delta: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
+    *,
+    for_linear: bool = False,
 ) -> Tensor:
-    """x [N, D] float32 += delta [N, D], in place; returns its norm by row in `dtype`.
+    """x [N, D] float32 += delta [N, D], in place; returns its norm by row in `dtype`, with rows on a CPU as far apart
+    as `linear_row_stride` says.
 
     Without `bias` [D] float32 RMSNorm (arXiv 1910.07467), with it LayerNorm (arXiv 1607.06450); weight is [D] float32.
     Computed in float32. A row's bits depend on that row alone. On a CPU `delta` and `dtype` are float32 or bfloat16,
@@ -30,7 +39,7 @@ def add_norm(
         from rtp_mm.ops import pointwise_triton
 
         return pointwise_triton.add_norm(x, delta, weight, bias, eps, dtype)
-    out: Tensor = torch.ops.rtp_mm.add_norm_.default(x, delta, weight, bias, eps, dtype)
+    out: Tensor = torch.ops.rtp_mm.add_norm_.default(x, delta, weight, bias, eps, dtype, for_linear)
     return out
 
 
@@ -70,9 +79,15 @@ def activate(x: Tensor, activation: str) -> Tensor:
 
 @torch.library.register_fake("rtp_mm::add_norm_")  # type: ignore[untyped-decorator]
 def _(
-    x: Tensor, delta: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, out_dtype: torch.dtype
+    x: Tensor,
+    delta: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    out_dtype: torch.dtype,
+    for_linear: bool = False,
 ) -> Tensor:
-    return torch.empty_like(x, dtype=out_dtype)
+    return fake_rows(x, x.shape[0], x.shape[1], out_dtype, for_linear)
 
 
 @torch.library.register_fake("rtp_mm::rotate_qk_")  # type: ignore[untyped-decorator]

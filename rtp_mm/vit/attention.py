@@ -24,8 +24,8 @@ from rtp_mm.logs import log_event
 from rtp_mm.vit.packing import to_device
 from rtp_mm.vit.rope import RotaryTable
 
-# qkv [N, 3, heads, head_dim], not rotated yet -> [N, heads, head_dim]; rows past the last segment are padding and give
-# zeros. qkv may be overwritten.
+# qkv [N, 3, heads, head_dim], not rotated yet -> [N, heads, head_dim], which a linear layer reads; rows past the last
+# segment are padding and give zeros. qkv may be overwritten.
 Attention = Callable[[Tensor, RotaryTable, "Segments"], Tensor]
 HALF = (torch.bfloat16, torch.float16)
 # What a trial runs: four frames, then the same rows in windows, in Qwen2.5-VL's shape.
@@ -112,7 +112,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def packed(qkv: Tensor, rotary: RotaryTable, segments: Segments) -> Tensor:
     """Our own: CPU, float32 or bfloat16."""
-    return ops.packed_attention(qkv, rotary.cos, rotary.sin, segments.cu)
+    return ops.packed_attention(qkv, rotary.cos, rotary.sin, segments.cu, for_linear=True)
 
 
 def torch_varlen(qkv: Tensor, rotary: RotaryTable, segments: Segments) -> Tensor:

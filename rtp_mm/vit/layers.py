@@ -29,9 +29,9 @@ class LayerNorm(nn.Module):
         self._dtype = dtype
         self._eps = eps
 
-    def forward(self, x: Tensor, delta: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, delta: Tensor | None, *, for_linear: bool = False) -> Tensor:
         """The norm of `x += delta`."""
-        return ops.add_norm(x, delta, self.weight, self.bias, self._eps, self._dtype)
+        return ops.add_norm(x, delta, self.weight, self.bias, self._eps, self._dtype, for_linear=for_linear)
 
 
 class RMSNorm(nn.Module):
@@ -42,9 +42,9 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(dim, dtype=torch.float32), requires_grad=False)
         self._dtype = dtype
 
-    def forward(self, x: Tensor, delta: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, delta: Tensor | None, *, for_linear: bool = False) -> Tensor:
         """The norm of `x += delta`."""
-        return ops.add_norm(x, delta, self.weight, None, NORM_EPS, self._dtype)
+        return ops.add_norm(x, delta, self.weight, None, NORM_EPS, self._dtype, for_linear=for_linear)
 
 
 class SelfAttention(nn.Module):
@@ -112,8 +112,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, delta: Tensor | None, segments: Segments, rotary: RotaryTable) -> Tensor | None:
         """x += delta and both branches, or all but the last, which is the next delta."""
-        delta = self.attn(x, self.norm1(x, delta), segments, rotary)
-        out: Tensor | None = self.mlp(x, self.norm2(x, delta))
+        delta = self.attn(x, self.norm1(x, delta, for_linear=True), segments, rotary)
+        out: Tensor | None = self.mlp(x, self.norm2(x, delta, for_linear=True))
         return out
 
 

@@ -21,8 +21,8 @@ class Gemm(ABC):
     """One layer's activation(x @ weight.T + bias), made from weight [N, K] in the tower's dtype and bias [N] float32.
     On a CPU the weight may be the checkpoint's own file, mapped: it is read, and not kept.
 
-    x is [M, K] in the compute dtype, contiguous. A layer with an activation may give more columns than N, zeros, which
-    the layer that it feeds takes.
+    x is [M, K] in the compute dtype, contiguous, or what an operator made `for_linear`. A layer with an activation may
+    give more columns than N, zeros, and rows that lie apart, which the layer that it feeds takes.
     """
 
     is_reentrant: ClassVar[bool] = False  # whether several threads may use it, with any number of torch's each
@@ -54,7 +54,8 @@ class PackedGemm(Gemm):
         self._activation = activation
 
     def __call__(self, x: Tensor) -> Tensor:
-        return ops.packed_linear(x, self._weight, self._bias, self._activation)
+        is_fed_on = self._activation != "none"
+        return ops.packed_linear(x, self._weight, self._bias, self._activation, for_linear=is_fed_on)
 
     def in_blocks(self, x: Tensor, blocks: int) -> Tensor:
         return ops.packed_linear_blocks(x, self._weight, self._bias, blocks).transpose(0, 1)

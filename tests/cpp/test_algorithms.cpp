@@ -98,7 +98,7 @@ void test_packed_linear(Isa isa, Activation activation, bool is_added, int64_t m
   if (!is_added) {  // Column by column, the same bits.
     std::vector<float> by_column(out.size());
     PackedLinear<Weight> blocks = job;
-    blocks.out = by_column.data(), blocks.block_width = 1;
+    blocks.out = by_column.data(), blocks.block_width = blocks.out_stride = 1;
     run_on(blocks, 1);
     for (int64_t i = 0; i < m * width; ++i) CHECK(by_column[i % width * m + i / width] == out[i]);
   }

@@ -40,13 +40,19 @@ std::vector<BFloat16> pack(const std::vector<BFloat16>& weight, const PanelLayou
 struct Layer {
   int64_t m, k, width;
   Activation activation;
+  bool is_apart = false;  // rows of x and of the output, with something between
 };
 
 // The same layer on every instruction set: added to a residual, and rounded to bfloat16. Returns the sums of the last.
 std::vector<float> test_linear(const std::vector<Isa>& isas, const Layer& layer) {
-  const auto& [m, k, width, activation] = layer;
+  const auto& [m, k, width, activation, is_apart] = layer;
   const PanelLayout layout{width, activation == Activation::kSiluGate ? 2 : 1};
-  const std::vector<BFloat16> x = random_floats<BFloat16>(m * k);
+  constexpr BFloat16 kBetween{0x7fc0};  // NaN
+  const int64_t x_stride = is_apart ? linear_row_stride(Isa::kAmx, k) : k, out_stride = width + 5 * is_apart;
+  std::vector<BFloat16> x = random_floats<BFloat16>(m * x_stride);
+  for (int64_t i = 0; i < m * x_stride; ++i) {
+    if (i % x_stride >= k) x[i] = kBetween;
+  }
   const std::vector<BFloat16> weight = random_floats<BFloat16>(layout.parts * width * k);
   const std::vector<float> bias = random_floats<float>(layout.parts * width),
                            residual = random_floats<float>(m * width);
@@ -54,28 +60,30 @@ std::vector<float> test_linear(const std::vector<Isa>& isas, const Layer& layer)
   std::vector<float> sums_before;
   for (const Isa isa : isas) {
     const auto run = [&]<class Out>(const BFloat16* rows, int64_t count, Out* out, int threads) {
+      constexpr bool kIsAdded = std::is_same_v<Out, float>;
       const PackedLinear<BFloat16Pair, const BFloat16*, Out> job{
           rows,        reinterpret_cast<const BFloat16Pair*>(panels.data()),
           nullptr,     nullptr,
           bias.data(), out,
           width,       count,
           k,           layout,
-          activation,  std::is_same_v<Out, float>,
-          isa};
+          activation,  kIsAdded,
+          isa,         1,
+          x_stride,    kIsAdded ? width : out_stride};
       std::atomic<int64_t> next_tile = 0;
       std::vector<std::thread> pool;
       for (int i = 0; i < threads; ++i) pool.emplace_back([&] { job.run(next_tile); });
       for (std::thread& thread : pool) thread.join();
     };
     std::vector<float> sums = residual;
-    std::vector<BFloat16> rounded(m * width);
+    std::vector<BFloat16> rounded(m * out_stride, kBetween);
     run(x.data(), m, sums.data(), 2);
     run(x.data(), m, rounded.data(), 2);
 
     // The last row alone has the same bits.
     std::vector<BFloat16> last(width);
-    run(x.data() + (m - 1) * k, 1, last.data(), 1);
-    CHECK(std::memcmp(last.data(), rounded.data() + (m - 1) * width, width * sizeof(BFloat16)) == 0);
+    run(x.data() + (m - 1) * x_stride, 1, last.data(), 1);
+    CHECK(std::memcmp(last.data(), rounded.data() + (m - 1) * out_stride, width * sizeof(BFloat16)) == 0);
 
     // Products are exact and added in one order: without an activation, every instruction set has the same bits.
     if (activation == Activation::kNone && !sums_before.empty()) CHECK(sums == sums_before);
@@ -87,7 +95,7 @@ std::vector<float> test_linear(const std::vector<Isa>& isas, const Layer& layer)
         const int64_t row = part * width + i % width;
         y[part] = bias[row];
         for (int64_t l = 0; l < k; ++l) {
-          const double term = double{to_float(x[i / width * k + l])} * to_float(weight[row * k + l]);
+          const double term = double{to_float(x[i / width * x_stride + l])} * to_float(weight[row * k + l]);
           y[part] += term, magnitude += std::abs(term);
         }
       }
@@ -96,8 +104,10 @@ std::vector<float> test_linear(const std::vector<Isa>& isas, const Layer& layer)
                                                                : y[0];
       const double allowed = 1e-6 * magnitude * (1 + std::abs(y[1]));
       CHECK(std::abs(sums[i] - residual[i] - exact) <= allowed);
-      CHECK(std::abs(to_float(rounded[i]) - exact) <= allowed + kHalfUnit * std::abs(exact));
+      const BFloat16 found = rounded[i / width * out_stride + i % width];
+      CHECK(std::abs(to_float(found) - exact) <= allowed + kHalfUnit * std::abs(exact));
     }
+    for (int64_t i = 0; i < m * out_stride; ++i) CHECK(i % out_stride < width || rounded[i].bits == kBetween.bits);
   }
   return sums_before;
 }
@@ -126,10 +136,13 @@ std::vector<std::vector<float>> test_amx() {
   test_int8_linear(Isa::kAmx, 40, 100, 520);   // two panels a tile
   return {test_linear({Isa::kAmx}, {1, 1, 1, Activation::kNone}),
           test_linear({Isa::kAmx}, {29, 257, 33, Activation::kGelu}),
-          test_linear({Isa::kAmx}, {48, 96, 37, Activation::kSiluGate}),   // whose rows are read where they are
-          test_linear({Isa::kAmx}, {40, 40, 260, Activation::kSiluGate}),  // two panels a tile
-          test_linear({Isa::kAmx}, {500, 40, 70, Activation::kNone}),      // in two blocks
-          test_linear({Isa::kAmx}, {70, 2600, 260, Activation::kNone})};   // in three steps of k, two panels a tile
+          test_linear({Isa::kAmx}, {48, 96, 37, Activation::kSiluGate}),     // whose rows are read where they are
+          test_linear({Isa::kAmx}, {40, 40, 260, Activation::kSiluGate}),    // two panels a tile
+          test_linear({Isa::kAmx}, {500, 40, 70, Activation::kNone}),        // in two blocks
+          test_linear({Isa::kAmx}, {50, 128, 70, Activation::kGelu, true}),  // read where they are, but for the last 18
+          test_linear({Isa::kAmx}, {400, 64, 70, Activation::kNone, true}),  // in two blocks
+          test_linear({Isa::kAmx}, {33, 40, 70, Activation::kNone, true}),   // whose columns are not whole tiles
+          test_linear({Isa::kAmx}, {70, 2600, 260, Activation::kNone})};     // in three steps of k, two panels a tile
 }
 #endif
 
@@ -167,6 +180,7 @@ int main() {
   test_linear(isas, {230, 7, 37, Activation::kSiluGate});
   test_linear(isas, {40, 301, 70, Activation::kNone});
   test_linear(isas, {5, 600, 150, Activation::kNone});
+  test_linear(isas, {40, 96, 70, Activation::kGelu, true});
   for (const Isa isa : isas) {
     test_attention(isa);
     test_pointwise<BFloat16>(isa);
