@@ -15,6 +15,7 @@ import torch
 
 from benchmarks.harness import interleave
 from benchmarks.report import write_result
+from rtp_mm._core import bf16_instructions
 from rtp_mm.cli.hugging_face_audio import HuggingFaceAudioPeer
 from rtp_mm.config import load_settings
 from rtp_mm.models.multimodal_common import ACT_DTYPES
@@ -77,6 +78,8 @@ def main() -> None:
     arguments = parser.parse_args()
     rows = measure(arguments.checkpoint, arguments.act_type, arguments.rounds)
     name = f"audio_{arguments.checkpoint.name}_{arguments.act_type}"
+    if arguments.act_type == "bf16" and (instructions := bf16_instructions()):
+        name += f"_{instructions}"
     write_result(name, {"checkpoint": arguments.checkpoint.name, "act_type": arguments.act_type, "sounds": rows})
 
 

@@ -148,8 +148,8 @@ def video() -> str:
 
 def audio() -> str:
     rows = []
-    for _, result in results("audio_*"):
-        tower = f"`{result['checkpoint']}`, {result['act_type']}"
+    for name, result in results("audio_*"):
+        tower = f"`{result['checkpoint']}`, {result['act_type']}" + ", by AMX" * name.endswith("_amx")
         for sound in result["sounds"]:
             ours, ratios = [], []
             for stage in ("frames_ms", "tower_ms"):
