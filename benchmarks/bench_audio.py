@@ -1,9 +1,14 @@
-"""Qwen2-Audio against Hugging Face: samples to log-mel frames, frames to embeddings, and the error of either.
+"""Qwen2-Audio against Hugging Face: samples to log-mel frames, frames to embeddings, and the error of either. Frames
+are made on one core, as by a preprocess worker.
 
 python -m benchmarks.bench_audio CHECKPOINT [--act-type fp32] [--rounds 5]
 """
 
 from __future__ import annotations
+
+import os
+
+os.environ["OPENBLAS_NUM_THREADS"] = "1"  # as preprocess workers have it; numpy reads it when it is imported
 
 import argparse
 from dataclasses import asdict
@@ -51,7 +56,10 @@ def measure(checkpoint: Path, act_type: str, rounds: int) -> list[dict[str, Any]
             return part.preprocessor(blob, MMUrlType.TENSOR, PreprocessOptions())
 
         prepared, features = prepare(), peer.features(samples)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # the peer's, too
         frames = interleave({"ours": prepare, "peer": lambda s=samples: peer.features(s)}, rounds)
+        torch.set_num_threads(threads)
         tower = interleave(
             {"ours": lambda p=prepared: part.mm_process(p), "peer": lambda f=features: peer.forward(f)}, rounds
         )
