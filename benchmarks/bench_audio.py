@@ -57,7 +57,7 @@ def measure(checkpoint: Path, act_type: str, rounds: int) -> list[dict[str, Any]
 
         prepared, features = prepare(), peer.features(samples)
         threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # the peer's, too
+        torch.set_num_threads(1)  # the peer's; ours has none of torch's
         frames = interleave({"ours": prepare, "peer": lambda s=samples: peer.features(s)}, rounds)
         torch.set_num_threads(threads)
         tower = interleave(

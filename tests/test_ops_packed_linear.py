@@ -105,8 +105,8 @@ def test_batching_is_invisible(activation: str) -> None:
 @pytest.mark.parametrize("kind", ["float32", "bf16", "int8"])
 @pytest.mark.parametrize(("m", "k", "n"), [(460, 140, 70), (400, 4096, 1024)])
 def test_the_thread_count_is_invisible(kind: str, m: int, k: int, n: int) -> None:
-    """Nor is how the work is cut into tiles for it: the larger layer, by AMX, has three blocks of rows, each read where
-    it is, and tiles of 8, 6 and 4 panels."""
+    """Nor is how the work is cut into tiles for it: the larger layer, by AMX, has two blocks of rows, and tiles of 8, 6
+    and 4 panels."""
     x, weight, bias = random_layer(m, k, n)
     pack = {"float32": ops.pack_linear, "bf16": ops.pack_bf16_linear, "int8": ops.pack_int8_linear}[kind]
     if kind == "bf16":
@@ -393,16 +393,11 @@ def test_bf16_takes_rows_that_lie_apart_and_nothing_between_them(m: int, k: int)
         assert torch.equal(bf16(apart, weight, bias), bf16(x, weight, bias))
 
 
-@pytest.mark.parametrize("blocks", [1, 5])
+@pytest.mark.parametrize("blocks", [1, 5, 10])  # of 320 columns, of which a panel has 64
 def test_what_is_made_for_a_linear_layer_is_the_same_with_rows_apart(blocks: int) -> None:
-    for x, packed in (
-        (torch.ones(9, 64), ops.pack_linear(torch.ones(320, 64))),
-        (torch.ones(9, 64).bfloat16(), ops.pack_bf16_linear(torch.ones(320, 64).bfloat16())),
-    ):
-        plain, apart = (
-            ops.packed_linear_blocks(x, packed, torch.arange(320.0), blocks, for_linear=value)
-            for value in (False, True)
-        )
+    rows, weight, bias = random_layer(9, 64, 320)
+    for x, packed in ((rows, ops.pack_linear(weight)), (rows.bfloat16(), ops.pack_bf16_linear(weight.bfloat16()))):
+        plain, apart = (ops.packed_linear_blocks(x, packed, bias, blocks, for_linear=value) for value in (False, True))
         assert torch.equal(plain, apart)
         width = 320 // blocks
         assert apart.stride(1) == ops.linear_row_stride(width, x.dtype, for_linear=True)
@@ -434,5 +429,8 @@ def test_schema_and_fake_agree_with_the_kernel(dtype: torch.dtype) -> None:
         halves = (x.bfloat16(), *ops.pack_bf16_linear(weight.bfloat16(), parts), bias, activation, 2)
         torch.library.opcheck(torch.ops.rtp_mm.packed_linear.default, halves)
         torch.library.opcheck(torch.ops.rtp_mm.packed_linear.default, (*halves, True))
+    for m in (0, 1):
+        few = (x[:m].bfloat16(), *ops.pack_bf16_linear(weight.bfloat16()), bias, "gelu", 1, True)
+        torch.library.opcheck(torch.ops.rtp_mm.packed_linear.default, few)
     adding = (torch.ones(4, 40), x, *ops.pack_linear(weight), bias)
     torch.library.opcheck(torch.ops.rtp_mm.packed_linear_add_.default, adding)

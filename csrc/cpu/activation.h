@@ -10,18 +10,18 @@ namespace rtp_mm {
 
 enum class Activation { kNone, kGelu, kQuickGelu, kSiluGate };
 
-// What is rounded to bfloat16 (2e-3) need not be as exact as a float32.
+// Whether a rough one will do: rounding to bfloat16 adds an error of 4e-3.
 template <class Out>
-constexpr bool kIsRough = std::is_same_v<Out, BFloat16>;
+constexpr bool kMayBeRough = std::is_same_v<Out, BFloat16>;
 
 // Of those that need no gate.
 template <class Arch, class Out>
 RTP_MM_INLINE Vector<Arch> activated(Vector<Arch> x, Activation activation) {
   switch (activation) {
     case Activation::kGelu:
-      return gelu<Arch, kIsRough<Out>>(x);
+      return gelu<Arch, kMayBeRough<Out>>(x);
     case Activation::kQuickGelu:
-      return sigmoid_gate<Arch, kIsRough<Out>>(x, 1.702f);
+      return sigmoid_gate<Arch, kMayBeRough<Out>>(x, 1.702f);
     default:
       return x;
   }
@@ -29,7 +29,7 @@ RTP_MM_INLINE Vector<Arch> activated(Vector<Arch> x, Activation activation) {
 
 template <class Arch, class Out>
 RTP_MM_INLINE Vector<Arch> silu_gate(Vector<Arch> gate, Vector<Arch> up) {
-  return sigmoid_gate<Arch, kIsRough<Out>>(gate, 1.0f) * up;
+  return sigmoid_gate<Arch, kMayBeRough<Out>>(gate, 1.0f) * up;
 }
 
 }  // namespace rtp_mm

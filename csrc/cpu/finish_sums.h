@@ -73,7 +73,7 @@ struct FinishSums {
     }
   }
 
-  // To values in the output's order. One loop for each activation: none should bear the others' registers.
+  // To values in the output's order. A loop for each activation, so that each has the registers for itself.
   template <class Arch, class Out>
   RTP_MM_INLINE static void activate(const PendingSums<Out>& f) {
     switch (f.activation) {

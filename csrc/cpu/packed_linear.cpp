@@ -111,8 +111,8 @@ class Workspace {
   }
 
  private:
-  // Packs its rows, unless it is there, or AMX's tiles can read them where they are: as far apart as packed ones, and
-  // whole tiles.
+  // Packs its rows, unless it is there; but not those that AMX's tiles can read where they are: whole tiles of rows as
+  // far apart as packed ones.
   void take_block(int64_t block) {
     if (block == block_) return;
     block_ = block;

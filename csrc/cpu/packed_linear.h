@@ -33,7 +33,7 @@ struct PackedLinear {
   Isa isa;
   int64_t threads = 1;               // that are to share the work
   int64_t x_stride = k;              // from row to row; of BFloat16 only
-  int64_t out_stride = block_width;  // the same in a block
+  int64_t out_stride = block_width;  // from row to row of a block
 
   int64_t depth() const { return packed_depth<Weight>(k); }
 

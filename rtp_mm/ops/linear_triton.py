@@ -195,6 +195,7 @@ def linear(
 ) -> Tensor:
     """`ops.fixed_linear`, or with `out` [M, N] float32 `ops.fixed_linear_add_`."""
     rows, depth = x.shape[0], weight.shape[1]
+    torch._check(x.is_contiguous(), lambda: f"fixed_linear: x must be contiguous, got strides {x.stride()}")
     if x.shape[1] != depth:
         x = F.pad(x, (0, depth - x.shape[1]))
     width = weight.shape[0] // (2 if activation == "silu_gate" else 1)
@@ -229,6 +230,7 @@ def _quantize_rows(x_ptr, out_ptr, scale_ptr, depth, width, LARGEST: tl.constexp
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """`ops.quantize_rows`."""
+    torch._check(x.is_contiguous(), lambda: f"quantize_rows: x must be contiguous, got strides {x.stride()}")
     rows, depth = x.shape
     width = triton.cdiv(depth, ALIGNMENT) * ALIGNMENT
     out = torch.empty(rows, width, dtype=torch.float8_e4m3fn, device=x.device)

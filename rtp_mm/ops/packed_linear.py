@@ -62,8 +62,8 @@ def pack_bf16_linear(weight: Tensor, parts: int = 1) -> PackedWeight:
     """As `pack_linear`, of bfloat16 and for an x of bfloat16: two steps of k are multiplied at once.
 
     By AMX where the CPU has it, in an order of its own, or by AVX-512 BF16. Elsewhere sums have the bits of the latter,
-    but for subnormal numbers, and it is slower than float32. AMX reads the rows of x without a copy where x has
-    a multiple of `BF16_MULTIPLE` columns, K or zeros behind it, and was made `for_linear`.
+    but for subnormal numbers, and it is slower than float32. AMX reads the rows of x without a copy where x has a
+    multiple of `BF16_MULTIPLE` columns, K or zeros behind it, in rows as far apart as `linear_row_stride` says.
     """
     k = weight.shape[1]
     words = F.pad(weight, (0, -k % BF16_MULTIPLE)).view(torch.int32)
@@ -89,25 +89,25 @@ def packed_linear_blocks(
     activation: "none", "gelu" (with erf), "quick_gelu", or "silu_gate": `silu(gate) * up`, [M, N / 2], with a weight
                 packed in two parts.
     blocks:     how many the columns are cut into; heads, say, that are then read one by one.
-
     for_linear: whether a layer of `pack_bf16_linear` reads the answer next: see `linear_row_stride`.
 
-    A row's bits do not depend on its neighbours, its place or M. Tensors must be contiguous, of an x of bfloat16 each
-    row; else `RuntimeError`.
+    A row's bits do not depend on its neighbours, its place or M. Tensors must be contiguous, but for an x of bfloat16,
+    of which each row must be; else `RuntimeError`.
     """
     out: Tensor = torch.ops.rtp_mm.packed_linear.default(x, *packed, bias, activation, blocks, for_linear)
     return out
 
 
 def linear_row_stride(columns: int, dtype: torch.dtype, *, for_linear: bool) -> int:
-    """Elements from one row to the next of what an operator made `for_linear`, or not.
+    """How many elements apart rows are that an operator makes, `for_linear` or not.
 
     Rows of bfloat16 lie apart by an odd number of cache lines then, where the CPU has AMX: its tiles load them from
     where they are, and rows of an even number would meet in few of the first cache's sets.
     """
     if not (for_linear and dtype == torch.bfloat16 and _core.bf16_instructions() == "amx"):
         return columns
-    return (columns + -columns % BF16_MULTIPLE) | BF16_MULTIPLE
+    lines = -(-columns // BF16_MULTIPLE)
+    return (lines + 1 - lines % 2) * BF16_MULTIPLE
 
 
 def packed_linear_add_(out: Tensor, x: Tensor, packed: PackedWeight, bias: Tensor) -> Tensor:

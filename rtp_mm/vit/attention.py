@@ -112,7 +112,8 @@ def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def packed(qkv: Tensor, rotary: RotaryTable, segments: Segments) -> Tensor:
     """Our own: CPU, float32 or bfloat16."""
-    return ops.packed_attention(qkv, rotary.cos, rotary.sin, segments.cu, for_linear=True)
+    for_linear = not ops.uses_triton(qkv.device)  # whose linear layers take contiguous rows alone
+    return ops.packed_attention(qkv, rotary.cos, rotary.sin, segments.cu, for_linear=for_linear)
 
 
 def torch_varlen(qkv: Tensor, rotary: RotaryTable, segments: Segments) -> Tensor:

@@ -21,8 +21,9 @@ class Gemm(ABC):
     """One layer's activation(x @ weight.T + bias), made from weight [N, K] in the tower's dtype and bias [N] float32.
     On a CPU the weight may be the checkpoint's own file, mapped: it is read, and not kept.
 
-    x is [M, K] in the compute dtype, contiguous, or what an operator made `for_linear`. A layer with an activation may
-    give more columns than N, zeros, and rows that lie apart, which the layer that it feeds takes.
+    x is [M, K] in the compute dtype, contiguous, or with rows apart as an operator for the same device makes them
+    `for_linear`. A layer with an activation may give more columns than N, zeros, and rows that lie apart, which the
+    layer that it feeds takes.
     """
 
     is_reentrant: ClassVar[bool] = False  # whether several threads may use it, with any number of torch's each
@@ -54,8 +55,8 @@ class PackedGemm(Gemm):
         self._activation = activation
 
     def __call__(self, x: Tensor) -> Tensor:
-        is_fed_on = self._activation != "none"
-        return ops.packed_linear(x, self._weight, self._bias, self._activation, for_linear=is_fed_on)
+        feeds_linear = self._activation != "none"
+        return ops.packed_linear(x, self._weight, self._bias, self._activation, for_linear=feeds_linear)
 
     def in_blocks(self, x: Tensor, blocks: int) -> Tensor:
         return ops.packed_linear_blocks(x, self._weight, self._bias, blocks).transpose(0, 1)

@@ -30,7 +30,8 @@ void test_packed_attention(Isa isa, const std::vector<int32_t>& cu_seqlens, int6
   const std::vector<float> angles = random_floats<float>(n * half);
   std::vector<float> cos, sin;
   for (float angle : angles) cos.push_back(std::cos(angle)), sin.push_back(std::sin(angle));
-  std::vector<Element> out(n * heads * dim), at_once(out);
+  const int64_t out_stride = heads * dim + 3;
+  std::vector<Element> out(n * out_stride), at_once(out);
   PackedAttention<Element> job{.qkv = qkv.data(),
                                .row_stride = 3 * heads * dim,
                                .part_stride = heads * dim,
@@ -42,11 +43,14 @@ void test_packed_attention(Isa isa, const std::vector<int32_t>& cu_seqlens, int6
                                .segments = static_cast<int64_t>(cu_seqlens.size()) - 1,
                                .heads = heads,
                                .dim = dim,
-                               .isa = isa};
+                               .isa = isa,
+                               .out_stride = out_stride};
   for (int64_t task = job.tasks(); task-- > 0;) job.run(task, task + 1);
   job.out = at_once.data();
   job.run(0, job.tasks());
   CHECK(std::memcmp(at_once.data(), out.data(), out.size() * sizeof(Element)) == 0);
+
+  for (int64_t i = 0; i < n * out_stride; ++i) CHECK(i % out_stride < heads * dim || to_float(out[i]) == 0);
 
   const auto element = [&](int64_t part, int64_t head, int64_t i, int64_t j) -> double {
     return to_float(qkv[((i * 3 + part) * heads + head) * dim + j]);
@@ -76,7 +80,7 @@ void test_packed_attention(Isa isa, const std::vector<int32_t>& cu_seqlens, int6
           for (int64_t l = 0; l < dim; ++l) values[l] += weight * element(2, head, j, l);
         }
         for (int64_t l = 0; l < dim; ++l) {
-          CHECK(std::abs(to_float(out[(i * heads + head) * dim + l]) - values[l] / sum) <= error);
+          CHECK(std::abs(to_float(out[i * out_stride + head * dim + l]) - values[l] / sum) <= error);
         }
       }
     }

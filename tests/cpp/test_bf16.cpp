@@ -141,8 +141,9 @@ std::vector<std::vector<float>> test_amx() {
           test_linear({Isa::kAmx}, {500, 40, 70, Activation::kNone}),        // in two blocks
           test_linear({Isa::kAmx}, {50, 128, 70, Activation::kGelu, true}),  // read where they are, but for the last 18
           test_linear({Isa::kAmx}, {400, 64, 70, Activation::kNone, true}),  // in two blocks
-          test_linear({Isa::kAmx}, {33, 40, 70, Activation::kNone, true}),   // whose columns are not whole tiles
-          test_linear({Isa::kAmx}, {70, 2600, 260, Activation::kNone})};     // in three steps of k, two panels a tile
+          test_linear({Isa::kAmx}, {70, 2624, 260, Activation::kNone, true}),  // in three steps of k
+          test_linear({Isa::kAmx}, {33, 40, 70, Activation::kNone, true}),     // whose columns are not whole tiles
+          test_linear({Isa::kAmx}, {70, 2600, 260, Activation::kNone})};       // in three steps of k, two panels a tile
 }
 #endif
 
@@ -180,7 +181,7 @@ int main() {
   test_linear(isas, {230, 7, 37, Activation::kSiluGate});
   test_linear(isas, {40, 301, 70, Activation::kNone});
   test_linear(isas, {5, 600, 150, Activation::kNone});
-  test_linear(isas, {40, 96, 70, Activation::kGelu, true});
+  test_linear(isas, {40, 64, 70, Activation::kGelu, true});
   for (const Isa isa : isas) {
     test_attention(isa);
     test_pointwise<BFloat16>(isa);
