@@ -5,34 +5,16 @@ from __future__ import annotations
 import pytest
 import reference
 import torch
+from linear_layers import ACTIVATIONS, FLOATS, error, random_layer
 from torch import Tensor
 from torch.nn import functional as F
 from torch_threads import torch_threads
 
 from rtp_mm import ops
 
-FLOATS = [torch.float32, torch.bfloat16, torch.float16]
-ACTIVATIONS = {
-    "none": lambda y: y,
-    "gelu": F.gelu,
-    "quick_gelu": lambda y: y * torch.sigmoid(1.702 * y),
-    "silu_gate": lambda y: F.silu(y.chunk(2, -1)[0]) * y.chunk(2, -1)[1],
-}
-
-
-def random_layer(m: int, k: int, n: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
-    """x [m, k], weight [n, k], bias [n]; products of size 1."""
-    generator = torch.Generator().manual_seed(m * k + n)
-    x, weight, bias = (torch.randn(shape, generator=generator) for shape in ((m, k), (n, k), (n,)))
-    return x, (weight * k**-0.5).to(dtype), bias
-
 
 def packed(x: Tensor, weight: Tensor, bias: Tensor, activation: str = "none") -> Tensor:
     return ops.packed_linear(x, ops.pack_linear(weight, 2 if activation == "silu_gate" else 1), bias, activation)
-
-
-def error(ours: Tensor, exact: Tensor) -> float:
-    return float((ours.double() - exact).norm() / exact.norm())
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -172,124 +154,6 @@ def test_no_rows_give_no_rows() -> None:
     assert packed(torch.empty(0, 8), weight, bias, "silu_gate").shape == (0, 3)
 
 
-def int8(x: Tensor, weight: Tensor, bias: Tensor, activation: str = "none") -> Tensor:
-    return ops.packed_linear(x, ops.pack_int8_linear(weight, 2 if activation == "silu_gate" else 1), bias, activation)
-
-
-@pytest.mark.parametrize(("m", "k", "n"), [(230, 300, 100), (7, 1281, 66), (40, 2050, 32), (3, 5, 6)])
-def test_int8_equals_its_twin_bit_for_bit(m: int, k: int, n: int) -> None:
-    """Whatever K is modulo 4 and 512; rows of very different size, each with a scale of its own."""
-    x, weight, bias = random_layer(m, k, n)
-    x *= torch.logspace(-6, 6, m)[:, None]
-    weight *= torch.logspace(-3, 3, n)[:, None]
-    assert torch.equal(int8(x, weight, bias), reference.int8_linear(x, weight, bias))
-
-
-def test_packing_leaves_the_weight_as_it_was() -> None:
-    _, weight, _ = random_layer(1, 40, 300)
-    before = weight.clone()
-    ops.pack_linear(weight)
-    ops.pack_int8_linear(weight)
-    assert torch.equal(weight, before)
-
-
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_int8_costs_about_a_hundredth(activation: str) -> None:
-    x, weight, bias = random_layer(64, 1280, 100, torch.bfloat16)
-    assert 1e-3 < error(int8(x, weight, bias, activation), reference.packed_linear(x, weight, bias, activation)) < 2e-2
-
-
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_batching_is_invisible_in_int8(activation: str) -> None:
-    x, weight, bias = random_layer(460, 1030, 70)
-    together = int8(x, weight, bias, activation)
-    for begin, m in ((0, 1), (1, 2), (13, 3), (222, 9), (5, 300)):
-        assert torch.equal(int8(x[begin : begin + m], weight, bias, activation), together[begin : begin + m])
-
-
-def test_int8_adds_and_cuts_as_floats_do() -> None:
-    x, weight, bias = random_layer(50, 200, 72)
-    packed_weight, whole = ops.pack_int8_linear(weight), int8(x, weight, bias)
-    residual = torch.randn(50, 72)
-    assert torch.equal(ops.packed_linear_add_(residual.clone(), x, packed_weight, bias), residual + whole)
-    blocks = ops.packed_linear_blocks(x, packed_weight, bias, 3)
-    assert torch.equal(blocks, whole.unflatten(1, (3, -1)).transpose(0, 1))
-
-
-def test_int8_keeps_nan_and_infinity_in_their_rows_and_zeros_exact() -> None:
-    x, weight, bias = random_layer(20, 40, 64)
-    x[3, 7], x[5, 0], x[6], x[7] = torch.nan, -torch.inf, 0, 1e-42
-    out = int8(x, weight, bias)
-    assert [i for i, finite in enumerate(out.isfinite().all(1)) if not finite] == [3, 5]
-    assert torch.equal(out[6], bias)
-    torch.testing.assert_close(out[7], bias)
-
-
-def test_int8_sums_do_not_overflow() -> None:
-    """At the largest K, all of the largest magnitude."""
-    ones = torch.ones(1, 2**16)
-    torch.testing.assert_close(int8(ones, ones, torch.zeros(1)), torch.full((1, 1), 2.0**16))
-    torch.testing.assert_close(int8(ones, -ones, torch.zeros(1)), torch.full((1, 1), -(2.0**16)))
-    more = torch.ones(1, 2**16 + 1)
-    with pytest.raises(RuntimeError, match="bytes are summed over K of 65536 at most, got 65537"):
-        int8(more, more, torch.zeros(1))
-
-
-def bf16(x: Tensor, weight: Tensor, bias: Tensor, activation: str = "none") -> Tensor:
-    return ops.packed_linear(x, ops.pack_bf16_linear(weight, 2 if activation == "silu_gate" else 1), bias, activation)
-
-
-def random_bf16_layer(m: int, k: int, n: int) -> tuple[Tensor, Tensor, Tensor]:
-    x, weight, bias = random_layer(m, k, n, torch.bfloat16)
-    return x.bfloat16(), weight, bias
-
-
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize(("m", "k", "n"), [(230, 301, 100), (7, 1280, 66), (40, 129, 32), (3, 5, 6), (30, 16, 330)])
-def test_bf16_rounds_the_answer_and_nothing_else(m: int, k: int, n: int, activation: str) -> None:
-    """Whatever K is modulo 2 and 256; nearly all bits are those of the exact answer, rounded."""
-    x, weight, bias = random_bf16_layer(m, k, n)
-    exact = reference.packed_linear(x, weight, bias, activation)
-    ours = bf16(x, weight, bias, activation)
-    assert ours.dtype == torch.bfloat16
-    assert error(ours, exact) <= 1.001 * error(exact.bfloat16(), exact)
-    assert float((ours != exact.bfloat16()).double().mean()) < 2e-3
-    added = ops.packed_linear_add_(torch.zeros(m, n), x, ops.pack_bf16_linear(weight), bias)
-    assert error(added, reference.packed_linear(x, weight, bias, "none")) < 1e-6
-
-
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_batching_is_invisible_in_bf16(activation: str) -> None:
-    x, weight, bias = random_bf16_layer(460, 1030, 70)
-    together = bf16(x, weight, bias, activation)
-    for begin, m in ((0, 1), (1, 2), (13, 3), (222, 9), (5, 300)):
-        assert torch.equal(bf16(x[begin : begin + m], weight, bias, activation), together[begin : begin + m])
-
-
-def test_bf16_cuts_as_floats_do() -> None:
-    x, weight, bias = random_bf16_layer(50, 200, 72)
-    blocks = ops.packed_linear_blocks(x, ops.pack_bf16_linear(weight), bias, 3)
-    assert torch.equal(blocks, bf16(x, weight, bias).unflatten(1, (3, -1)).transpose(0, 1))
-
-
-def test_bf16_keeps_nan_and_infinity_in_their_rows() -> None:
-    x, weight, bias = random_bf16_layer(20, 40, 64)
-    x[3, 7], x[5, 0] = torch.nan, -torch.inf
-    for activation in ACTIVATIONS:
-        is_finite = bf16(x, weight, bias, activation).isfinite().all(1)
-        assert [i for i, finite in enumerate(is_finite) if not finite] == [3, 5], activation
-
-
-def test_bf16_rounds_to_nearest_ties_to_even_up_to_infinity() -> None:
-    """Of every float32 with a bit or two below a bfloat16's last, as of NaN with any payload."""
-    upper = torch.arange(2**16, dtype=torch.int32) << 16
-    for lower in (0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF):
-        values = (upper | lower).view(torch.float32)
-        ours = bf16(torch.zeros(1, 1).bfloat16(), torch.zeros(2**16, 1).bfloat16(), values)[0]
-        assert torch.equal(ours.isnan(), values.isnan())
-        assert torch.equal(ours[~ours.isnan()], values.bfloat16()[~ours.isnan()])
-
-
 def bad_arguments() -> list[tuple[str, dict[str, object], str]]:
     return [
         ("a batch of matrices", {"x": torch.ones(1, 4, 6)}, r"x must be \[M, K\] .*, got \[1, 4, 6\]"),
@@ -375,22 +239,6 @@ def test_another_k_is_refused_by_the_kernel_and_by_its_fake(kind: str, device: s
             ops.packed_linear(x, packed, bias)
         with pytest.raises(RuntimeError, match=message):
             ops.packed_linear_add_(out, x, packed, bias)
-
-
-@pytest.mark.parametrize("k", [5, 40, 129])
-def test_bf16_takes_columns_of_zeros_up_to_its_multiple(k: int) -> None:
-    x, weight, bias = random_bf16_layer(50, k, 70)
-    wide = F.pad(x, (0, -k % ops.BF16_MULTIPLE))
-    assert torch.equal(bf16(wide, weight, bias), bf16(x, weight, bias))
-
-
-@pytest.mark.parametrize("k", [40, 128])
-@pytest.mark.parametrize("m", [1, 31, 100])
-def test_bf16_takes_rows_that_lie_apart_and_nothing_between_them(m: int, k: int) -> None:
-    x, weight, bias = random_bf16_layer(m, k, 70)
-    for stride in (k + 1, ops.linear_row_stride(k, x.dtype, for_linear=True), k + 64):
-        apart = torch.full((m, stride), torch.nan, dtype=x.dtype)[:, :k].copy_(x)
-        assert torch.equal(bf16(apart, weight, bias), bf16(x, weight, bias))
 
 
 @pytest.mark.parametrize("blocks", [1, 5, 10])  # of 320 columns, of which a panel has 64
