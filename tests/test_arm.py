@@ -215,7 +215,8 @@ def largest_loop(objects: list[Path], stem: str, function: str, instruction: str
         ("packed_linear", "PackedLinear<rtp_mm::BFloat16", "uxtl2", 0.05),
         ("pointwise", "AddNorm<float, float>", "fmla", 0.1),
         ("pointwise", "RotateQk<float>", "fmla", 0.05),
-        ("pointwise", "SiluGate<rtp_mm::BFloat16>", "fmla", 0.1),
+        ("pointwise", "SiluGate<float>", "fmla", 0.2),
+        ("pointwise", "SiluGate<rtp_mm::BFloat16>", "fmla", 0.15),
         ("png_rows", "unfilter<3>", "zip1", 0.05),
     ],
 )

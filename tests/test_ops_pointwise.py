@@ -146,15 +146,15 @@ def test_activations_are_as_exact_as_plain_pytorch(activation: str, m: int, n: i
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations_of_bfloat16_are_as_good_as_rounded_over_the_whole_range(activation: str) -> None:
-    """They are rougher ones than float32's, which adds at most a tenth to half a unit of the last place."""
+    """They are rougher ones than float32's: by 6e-6, next to half a unit of the last place."""
     x = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
     x = x[(x.abs() > 2.0**-100) & (x.abs() < 2.0**100)]
     rows = torch.cat((x, torch.ones_like(x)))[None] if activation == "silu_gate" else x[None].clone()
     exact, ours = reference.activated(rows, activation)[0], ops.activate(rows, activation)[0].double()
     is_tiny = x < (-4 if activation == "gelu" else -50)  # the answer, soon
     difference = (ours - exact).abs()
-    assert float((difference / exact.abs())[~is_tiny].max()) < 1.1 * 2**-8
-    assert bool((difference <= 1.1 * 2**-8 * exact.abs() + 1e-9 + 2.0**-125 * x.double().abs())[is_tiny].all())
+    assert float((difference / exact.abs())[~is_tiny].max()) < 2**-8 + 6e-6
+    assert bool((difference <= 2**-8 * exact.abs() + 1e-9 + 2.0**-125 * x.double().abs())[is_tiny].all())
 
 
 def test_activations_are_not_confused() -> None:

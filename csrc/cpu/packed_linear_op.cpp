@@ -62,11 +62,22 @@ template <class Weight, class Element, class Out>
 void packed_linear_into(const Tensor& x, const Layer& layer, Activation activation, bool is_added, Tensor& out,
                         int64_t block_width, int64_t out_stride) {
   run_tiles(PackedLinear<Weight, const Element*, Out>{
-      static_cast<const Element*>(x.const_data_ptr()), static_cast<const Weight*>(layer.packed.const_data_ptr()),
-      layer.scales ? layer.scales->const_data_ptr<float>() : nullptr,
-      layer.sums ? layer.sums->const_data_ptr<int32_t>() : nullptr, layer.bias.const_data_ptr<float>(),
-      static_cast<Out*>(out.mutable_data_ptr()), block_width, x.size(0), x.size(1), layer.layout, activation, is_added,
-      best_isa(), torch::stable::get_num_threads(), x.is_contiguous() ? x.size(1) : x.stride(0), out_stride});
+      .x = static_cast<const Element*>(x.const_data_ptr()),
+      .panels = static_cast<const Weight*>(layer.packed.const_data_ptr()),
+      .scales = layer.scales ? layer.scales->const_data_ptr<float>() : nullptr,
+      .sums = layer.sums ? layer.sums->const_data_ptr<int32_t>() : nullptr,
+      .bias = layer.bias.const_data_ptr<float>(),
+      .out = static_cast<Out*>(out.mutable_data_ptr()),
+      .block_width = block_width,
+      .m = x.size(0),
+      .k = x.size(1),
+      .layout = layer.layout,
+      .activation = activation,
+      .is_added = is_added,
+      .isa = best_isa(),
+      .threads = torch::stable::get_num_threads(),
+      .x_stride = x.is_contiguous() ? x.size(1) : x.stride(0),
+      .out_stride = out_stride});
 }
 
 void packed_linear_into(const Tensor& x, const Layer& layer, Activation activation, bool is_added, Tensor& out,

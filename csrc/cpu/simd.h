@@ -278,7 +278,7 @@ RTP_MM_INLINE Vector<Arch> exp2(Vector<Arch> x) {
   return p * reinterpret_cast<Vector<Arch>>(bits);
 }
 
-// 1 / x for x of at most 2^126, relative error at most 2e-7. On AVX-512 in a third of a division's time.
+// 1 / x for x of at most 2^126, relative error at most 2e-7. On AVX-512 without a division, which takes longer.
 template <class Arch>
 RTP_MM_INLINE Vector<Arch> rough_reciprocal(Vector<Arch> x) {
 #ifdef __x86_64__
@@ -304,7 +304,7 @@ RTP_MM_INLINE Vector<Arch> sigmoid_gate(Vector<Arch> x, float slope) {
 }
 
 // x Phi(x), error at most 3.5e-7 |x|, with Phi(-y) = e^(-y^2 / 2) q(1 / (1 + 0.3 y)) for y >= 0: no cancellation in the
-// lower tail. A rough one, with Phi(-y) = 2^q(y), takes a third of the time; its relative error is at most 5e-6 from -4
+// lower tail. A rough one, with Phi(-y) = 2^q(y), divides nothing; its relative error is at most 5e-6 from -4
 // on, and for smaller x its error at most 1e-9 or 2^-126 |x|.
 template <class Arch, bool kIsRough>
 RTP_MM_INLINE Vector<Arch> gelu(Vector<Arch> x) {

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 FLOOR = 1e-10  # of the energy in a band
-_FRAMES_AT_ONCE = 64  # whose windows, spectra and power, 0.5 MB, stay in a core's cache
+_FRAMES_AT_ONCE = 64  # whose windows, spectra and power stay in a core's cache
 RANGE = 8.0  # decades below the loudest band, to which all quieter ones are lifted
 # Slaney's mel scale (Auditory Toolbox, 1998): 3 mel per 200 Hz up to 1 kHz, then 27 mel for each factor of 6.4.
 _LINEAR_MEL, _KNEE_HZ, _LOG_MEL = 3 / 200, 1000.0, 27 / np.log(6.4)
